@@ -1,0 +1,149 @@
+r"""Statistics of sets of designs: do samples look like the data, on average over the set?
+
+The two-point correlation :math:`S_2(r)` of a design is the probability that two points a lag :math:`r` apart are both
+stiff. On a periodic pixel grid it is the autocorrelation, which the fast Fourier transform gives at all lags at once;
+:math:`S_2(0)` is the volume fraction.
+
+References:
+    | Random Heterogeneous Materials (Torquato, 2002), section 2.2
+    | https://doi.org/10.1007/978-1-4757-6355-8
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy.stats import wasserstein_distance
+
+__all__ = [
+    "bootstrap_interval",
+    "distance_of_means",
+    "two_point_correlation",
+    "two_point_error",
+    "volume_fraction_distance",
+]
+
+
+def two_point_correlation(designs: np.ndarray) -> np.ndarray:
+    r"""Two-point correlation of the stiff phase of each design, periodic.
+
+    Args:
+        designs: Shape ``(B, H, W)``, in [0, 1].
+
+    Returns:
+        :math:`S_2` at every lag, float64, shape ``(B, H, W)``; lag zero at ``[0, 0]``.
+
+    Raises:
+        ValueError: If ``designs`` is not a stack of designs in [0, 1].
+
+    Example:
+        >>> float(two_point_correlation(np.ones((1, 4, 4)))[0, 1, 2])
+        1.0
+    """
+    designs = _checked("designs", designs)
+    spectrum = np.fft.rfft2(designs)
+    return np.fft.irfft2(np.abs(spectrum) ** 2, s=designs.shape[1:]) / designs[0].size
+
+
+def two_point_error(samples: np.ndarray, reference: np.ndarray) -> float:
+    r"""L2 norm over all lags of the difference of two sets' mean two-point correlations.
+
+    :math:`\left(\frac{1}{HW} \sum_r (\bar S_2(r) - \bar S_2^*(r))^2\right)^{1/2}`, a root mean square over lags, so
+    that it does not depend on the number of pixels.
+
+    Args:
+        samples: Shape ``(B, H, W)``, in [0, 1].
+        reference: Shape ``(B', H, W)``, in [0, 1].
+
+    Returns:
+        The error, in [0, 1].
+
+    Raises:
+        ValueError: If a set is no stack of designs in [0, 1], or the designs have different sizes.
+    """
+    ours, theirs = two_point_correlation(samples), two_point_correlation(reference)
+    if ours.shape[1:] != theirs.shape[1:]:
+        raise ValueError(f"samples must have the reference's size {theirs.shape[1:]}, got {ours.shape[1:]}")
+    return distance_of_means(ours, theirs)
+
+
+def distance_of_means(samples: np.ndarray, reference: np.ndarray) -> float:
+    """Root mean square of the difference of two sets' means; of two-point correlations it is :func:`two_point_error`.
+
+    Apart from it so that a bootstrap need not correlate the same designs again in every resample.
+
+    Args:
+        samples: Shape ``(B, *)``.
+        reference: Shape ``(B', *)``.
+
+    Returns:
+        The distance.
+    """
+    return float(np.sqrt(np.mean((samples.mean(0) - reference.mean(0)) ** 2)))
+
+
+def volume_fraction_distance(samples: np.ndarray, reference: np.ndarray) -> float:
+    """Wasserstein-1 distance between the distributions of the volume fraction of two sets of designs.
+
+    Args:
+        samples: Shape ``(B, H, W)``, in [0, 1].
+        reference: Shape ``(B', H, W)``, in [0, 1].
+
+    Returns:
+        The distance, a volume fraction.
+
+    Raises:
+        ValueError: If a set is no stack of designs in [0, 1].
+    """
+    ours, theirs = _checked("samples", samples), _checked("reference", reference)
+    return float(wasserstein_distance(ours.mean((1, 2)), theirs.mean((1, 2))))
+
+
+def bootstrap_interval(
+    statistic: Callable[[np.ndarray, np.ndarray], float],
+    samples: np.ndarray,
+    reference: np.ndarray,
+    *,
+    num_resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a statistic of two sets, both resampled.
+
+    Args:
+        statistic: Function of two sets.
+        samples: First set, resampled along its first axis.
+        reference: Second set, resampled likewise.
+        num_resamples: Number of resamples.
+        level: Coverage of the interval, in (0, 1).
+        seed: Seed of the resampling.
+
+    Returns:
+        The lower and the upper end.
+
+    Raises:
+        ValueError: If ``level`` is not in (0, 1).
+
+    References:
+        | An Introduction to the Bootstrap (Efron & Tibshirani, 1993), section 13.3
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie inside (0, 1), got {level!r}")
+    rng = np.random.default_rng(seed)
+    values = [
+        statistic(
+            samples[rng.integers(len(samples), size=len(samples))],
+            reference[rng.integers(len(reference), size=len(reference))],
+        )
+        for _ in range(num_resamples)
+    ]
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _checked(name: str, designs: np.ndarray) -> np.ndarray:
+    designs = np.asarray(designs, dtype=np.float64)
+    if designs.ndim != 3 or 0 in designs.shape:
+        raise ValueError(f"{name} must be a stack of designs, shape (B, H, W), got shape {designs.shape}")
+    if not ((designs >= 0) & (designs <= 1)).all():  # also false for NaN
+        raise ValueError(f"{name} must lie in [0, 1] and hold no NaN")
+    return designs

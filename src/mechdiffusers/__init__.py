@@ -1,0 +1,32 @@
+"""Diffusers for mechanics: latent diffusion models of microstructures.
+
+The names below are imported from their rooms on first use, so that ``import mechdiffusers`` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mechdiffusers.microstructures import random_composites
+    from mechdiffusers.models import ResponseEncoder
+    from mechdiffusers.pipelines import LatentDDPMPipeline
+
+__version__ = "0.1.0"
+
+_ROOMS = {
+    "LatentDDPMPipeline": "mechdiffusers.pipelines",
+    "ResponseEncoder": "mechdiffusers.models",
+    "random_composites": "mechdiffusers.microstructures",
+}
+
+__all__ = ["LatentDDPMPipeline", "ResponseEncoder", "__version__", "random_composites"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_ROOMS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

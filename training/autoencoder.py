@@ -1,0 +1,195 @@
+r"""The first stage: an autoencoder trained by the evidence lower bound.
+
+The loss is :math:`-E_q[\log p(x \mid z)] + \beta\, KL(q(z \mid x) \| N(0, I))` (Kingma & Welling 2014, equation 3;
+:math:`\beta` of Higgins et al. 2017, equation 4). The bound is always reported at :math:`\beta = 1`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from mechdiffusers.evaluation.plots import save_image_grid
+from mechdiffusers.pipelines.latent_likelihood import (
+    decoder_log_prob,
+    decoder_output,
+    latent_size,
+    most_likely_images,
+    posterior_of,
+)
+from mechdiffusers.training.config import TrainingConfig
+from mechdiffusers.training.data import Designs
+from mechdiffusers.training.loop import StepRandomness, run_stage
+
+__all__ = ["LikelihoodAutoencoder", "encode_all", "train_autoencoder"]
+
+logger = logging.getLogger(__name__)
+
+_VALIDATION_BATCH = 256
+
+
+class LikelihoodAutoencoder(nn.Module):
+    """A stock ``AutoencoderKL`` and the scale of its decoder's likelihood, where that has one.
+
+    Args:
+        config: Settings of the run.
+        size: Height and width of the designs.
+    """
+
+    def __init__(self, config: TrainingConfig, size: tuple[int, int]):
+        super().__init__()
+        widths = config.autoencoder_block_out_channels
+        self.vae = AutoencoderKL(
+            in_channels=1,
+            out_channels=1,
+            down_block_types=("DownEncoderBlock2D",) * len(widths),
+            up_block_types=("UpDecoderBlock2D",) * len(widths),
+            block_out_channels=tuple(widths),
+            layers_per_block=config.autoencoder_layers_per_block,
+            latent_channels=config.latent_channels,
+            norm_num_groups=math.gcd(8, *widths),
+            sample_size=size[0] if size[0] == size[1] else size,
+            scaling_factor=1.0,
+            shift_factor=0.0,
+            mid_block_add_attention=False,
+        )
+        self.likelihood = config.decoder_likelihood
+        if self.likelihood == "discretized_logistic":
+            self.log_scale = nn.Parameter(torch.tensor(-2.0))
+
+    @property
+    def decoder_scale(self) -> Tensor | None:
+        """Scale of the discretised logistic distribution, ``None`` for a Bernoulli decoder."""
+        return self.log_scale.exp() if self.likelihood == "discretized_logistic" else None
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The two terms of the bound for images (B, 1, H, W) in [0, 1] and noise of the latents' shape.
+
+        Returns:
+            The reconstruction :math:`\\log p(x \\mid z)` and the KL divergence, nats, shape ``(B,)`` each; the
+            decoder's output; the mean over the latents of the posterior's variance, shape ``(B,)``.
+        """
+        posterior = posterior_of(self.vae, images)
+        decoded = decoder_output(self.vae, posterior.mean + posterior.std * noise).float()
+        log_prob = decoder_log_prob(decoded, images, self.likelihood, self.decoder_scale)
+        return log_prob.sum((1, 2, 3)), posterior.kl().float(), decoded, posterior.var.float().mean((1, 2, 3))
+
+
+def train_autoencoder(accelerator: Accelerator, config: TrainingConfig, designs: Designs) -> LikelihoodAutoencoder:
+    """Trains the autoencoder.
+
+    Args:
+        accelerator: From :func:`~mechdiffusers.training.loop.stage_accelerator`.
+        config: Settings of the run.
+        designs: What to train on.
+
+    Returns:
+        The autoencoder with averaged weights, on the CPU.
+    """
+    autoencoder = LikelihoodAutoencoder(config, designs.size)
+    latent_shape = (config.latent_channels, *latent_size(autoencoder.vae))
+    num_pixels = math.prod(designs.size)
+
+    def compute_loss(
+        module: nn.Module, batch: tuple[Tensor, ...], randomness: StepRandomness
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        images = batch[0].float() / 255
+        noise = randomness.normal(len(images), *latent_shape).to(images.device)
+        reconstruction, kl, _, _ = module(images, noise)
+        loss = (config.kl_weight * kl - reconstruction).mean() / num_pixels
+        return loss, {"loss": loss, **_bound(reconstruction.mean(), kl.mean(), num_pixels)}
+
+    @torch.no_grad()
+    def validate(module: nn.Module, step: int) -> dict[str, float]:
+        assert isinstance(module, LikelihoodAutoencoder)
+        heldout = designs.heldout.to(module.vae.device).float() / 255
+        noise = StepRandomness((config.seed, "autoencoder validation")).normal(len(heldout), *latent_shape)
+        parts = [
+            (*module(x, eps.to(x.device)), decoder_output(module.vae, posterior_of(module.vae, x).mean))
+            for x, eps in zip(heldout.split(_VALIDATION_BATCH), noise.split(_VALIDATION_BATCH), strict=True)
+        ]
+        reconstruction, kl, _, variance, decoded = (torch.cat(part) for part in zip(*parts, strict=True))
+        faithful = most_likely_images(decoded, module.likelihood)
+        folder = Path(config.output_dir) / "validation"
+        pairs = torch.stack([heldout[:16, 0], faithful[:16, 0]], dim=1).flatten(0, 1)
+        save_image_grid(pairs.cpu().numpy(), folder / f"autoencoder-{step:08d}.png", columns=8)
+        bound = _bound(reconstruction.double().mean(), kl.double().mean(), num_pixels)
+        return {
+            **{name: value.item() for name, value in bound.items()},
+            "wrong_pixels": (faithful != heldout).double().mean().item(),
+            "posterior_std": variance.mean().sqrt().item(),
+        }
+
+    run_stage(accelerator, config, "autoencoder", autoencoder, designs.train, compute_loss, validate)
+    return autoencoder.eval().cpu()
+
+
+def _bound(reconstruction: Tensor, kl: Tensor, num_pixels: int) -> dict[str, Tensor]:
+    """The bound and its terms in nats, and the bound in bits per pixel."""
+    elbo = reconstruction - kl
+    return {
+        "reconstruction_nats": reconstruction,
+        "kl_nats": kl,
+        "elbo_nats": elbo,
+        "elbo_bits_per_dim": -elbo / (num_pixels * math.log(2)),
+    }
+
+
+@torch.no_grad()
+def encode_all(vae: AutoencoderKL, images: Dataset, device: torch.device, num: int | None) -> Tensor:
+    """Means and log-variances of the posteriors of all designs.
+
+    Args:
+        vae: Trained autoencoder; left on the CPU.
+        images: Yields tuples of one uint8 image.
+        device: Where to encode.
+        num: Number of designs to encode.
+
+    Returns:
+        Shape ``(num, 2 C, h, w)``, float32: the means, then the log-variances.
+
+    Raises:
+        ValueError: If ``num`` is not given: a stream has no end.
+    """
+    if num is None:
+        raise ValueError("num_train_designs must be set for a stream, which has no end, to cache its latents")
+    vae.to(device)
+    moments: list[Tensor] = []
+    with tqdm(total=num, desc="caching latents", unit="design") as progress:
+        for (batch,) in DataLoader(images, batch_size=_VALIDATION_BATCH):
+            posterior = posterior_of(vae, batch[: num - progress.n].to(device).float() / 255)
+            moments.append(torch.cat([posterior.mean, posterior.logvar], dim=1).cpu())
+            progress.update(len(moments[-1]))
+            if progress.n == num:
+                break
+    vae.cpu()
+    return torch.cat(moments)
+
+
+def measure_latents(vae: AutoencoderKL, moments: Tensor) -> None:
+    """Stores the mean and the standard deviation of the latents as the autoencoder's shift and scale.
+
+    Latents are draws from the posteriors, so that their variance is that of the means and the mean of the variances.
+
+    Args:
+        vae: Its configuration is changed.
+        moments: From :func:`encode_all`.
+    """
+    means, logvars = moments.double().chunk(2, dim=1)
+    variance, posterior_variance = means.var(correction=0), logvars.exp().mean()
+    std = (variance + posterior_variance).sqrt().item()
+    vae.register_to_config(shift_factor=means.mean().item(), scaling_factor=1 / std)
+    logger.info(
+        "latents: mean %.4g, standard deviation %.4g; the posteriors' is %.2g of it",
+        means.mean().item(),
+        std,
+        posterior_variance.sqrt().item() / std,
+    )

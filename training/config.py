@@ -1,0 +1,174 @@
+"""Every setting of a training run, from a YAML file and the command line.
+
+``--config FILE`` gives values, any ``--field value`` behind it takes precedence, and what neither names stands at the
+default below. Both ways are checked by the same parser, so that a misspelt key is an error in either.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from transformers import HfArgumentParser
+
+__all__ = ["StageConfig", "TrainingConfig", "parse_config"]
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """The settings that both stages have, each with its own value."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int
+
+
+@dataclass
+class TrainingConfig:
+    """Settings of ``training/train.py``; two stages, the autoencoder and the denoiser of its latents."""
+
+    output_dir: str = field(metadata={"help": "Folder of the run: its checkpoints, logs and the trained pipeline."})
+    seed: int = field(default=0, metadata={"help": "Seed of everything random."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "'latest' goes on from the newest checkpoint in output_dir, or starts anew."}
+    )
+
+    dataset: str = field(
+        default="random_composites",
+        metadata={"help": "'random_composites', a folder of images, a parquet file or the name of a dataset on the Hub."},
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
+    image_column: str = field(default="image", metadata={"help": "Column of the images, single-channel or grey."})
+    streaming: bool = field(default=False, metadata={"help": "Read a dataset as it is needed, not all of it first."})
+    num_train_designs: int | None = field(
+        default=None, metadata={"help": "Designs to train on; all there are if unset (needed for generated ones)."}
+    )
+    num_heldout_designs: int = field(default=512, metadata={"help": "Designs kept from training, for validation."})
+    resolution: int = field(default=32, metadata={"help": "Pixels along a side of generated designs."})
+
+    decoder_likelihood: Literal["bernoulli", "discretized_logistic"] = field(
+        default="bernoulli", metadata={"help": "bernoulli for binary designs, discretized_logistic for 8-bit images."}
+    )
+    kl_weight: float = field(default=1.0, metadata={"help": "Weight of the KL term in the loss; 1 is the ELBO."})
+    latent_channels: int = field(default=4, metadata={"help": "Channels of the latents."})
+    autoencoder_block_out_channels: list[int] = field(
+        default_factory=lambda: [16, 32, 64], metadata={"help": "Widths; the latents are 2^(n-1) times smaller."}
+    )
+    autoencoder_layers_per_block: int = field(default=1, metadata={"help": "Residual layers of a block."})
+    autoencoder_steps: int = field(default=10_000, metadata={"help": "Optimiser steps of the autoencoder."})
+    autoencoder_batch_size: int = field(default=32, metadata={"help": "Designs a step and process."})
+    autoencoder_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate."})
+    autoencoder_warmup_steps: int = field(default=100, metadata={"help": "Steps to the peak learning rate."})
+
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = field(
+        default="v_prediction", metadata={"help": "What the denoiser predicts."}
+    )
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = field(
+        default="squaredcos_cap_v2", metadata={"help": "Noise schedule of the diffusion, 1000 steps."}
+    )
+    denoiser_block_out_channels: list[int] = field(
+        default_factory=lambda: [64, 128], metadata={"help": "Widths of the blocks."}
+    )
+    denoiser_layers_per_block: int = field(default=2, metadata={"help": "Residual layers of a block."})
+    token_dim: int = field(default=32, metadata={"help": "Length of the response encoder's tokens."})
+    denoiser_steps: int = field(default=20_000, metadata={"help": "Optimiser steps of the denoiser."})
+    denoiser_batch_size: int = field(default=128, metadata={"help": "Latents a step and process."})
+    denoiser_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    denoiser_warmup_steps: int = field(default=200, metadata={"help": "Steps to the peak learning rate."})
+
+    lr_scheduler: str = field(
+        default="cosine", metadata={"help": "Learning-rate schedule by its name in diffusers.optimization."}
+    )
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
+    ema_decay: float = field(default=0.999, metadata={"help": "Largest decay of the averaged weights, after warm-up."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches summed for a step."})
+    mixed_precision: Literal["no", "fp16", "bf16"] = field(default="no", metadata={"help": "As in Accelerate."})
+
+    logging_steps: int = field(default=50, metadata={"help": "Steps between two entries of the log."})
+    validation_steps: int = field(default=1000, metadata={"help": "Steps between two looks at held-out designs."})
+    checkpointing_steps: int = field(default=1000, metadata={"help": "Steps between two checkpoints."})
+    validation_scheduler: str = field(
+        default="dpmsolver++", metadata={"help": "Stock scheduler that samples the validation grids."}
+    )
+    validation_inference_steps: int = field(default=25, metadata={"help": "Its steps."})
+
+    def __post_init__(self) -> None:
+        """Checks what a type cannot say.
+
+        Raises:
+            ValueError: If a number is out of its range or two settings contradict each other.
+        """
+        may_be_zero = {"seed", "kl_weight", "weight_decay", "autoencoder_warmup_steps", "denoiser_warmup_steps"}
+        for name, value in asdict(self).items():
+            numbers = value if isinstance(value, list) else [value]
+            for number in numbers:
+                if isinstance(number, (int, float)) and not isinstance(number, bool):
+                    if not (number > 0 or (number == 0 and name in may_be_zero)):
+                        least = "at least 0" if name in may_be_zero else "positive"
+                        raise ValueError(f"{name} must be {least}, got {value!r}")
+        if self.resume_from_checkpoint not in (None, "latest"):
+            raise ValueError(f"resume_from_checkpoint must be 'latest' or unset, got {self.resume_from_checkpoint!r}")
+        if not self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie inside (0, 1), got {self.ema_decay!r}")
+        if self.dataset == "random_composites":
+            if self.decoder_likelihood != "bernoulli":
+                raise ValueError("decoder_likelihood must be 'bernoulli' for random_composites, which are binary")
+            if self.num_train_designs is None or self.streaming:
+                raise ValueError("random_composites need num_train_designs and streaming=False: they are generated")
+
+    def stage(self, name: Literal["autoencoder", "denoiser"]) -> StageConfig:
+        """The settings of one stage."""
+        return StageConfig(**{f.name: getattr(self, f"{name}_{f.name}") for f in fields(StageConfig)})
+
+
+def parse_config(args: Sequence[str] | None = None) -> TrainingConfig:
+    """Reads ``--config FILE`` and ``--field value`` arguments.
+
+    Args:
+        args: Arguments of the command line; those of the process if ``None``.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ValueError: If the file cannot be read, is no mapping or has an unknown key, or a setting is out of range.
+
+    Example:
+        >>> parse_config(["--output_dir", "runs/x", "--num_train_designs", "64", "--seed", "7"]).seed
+        7
+    """
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", type=Path)
+    found, command_line = files.parse_known_args(args)
+    parser = HfArgumentParser(
+        TrainingConfig,
+        description="Trains a latent diffusion model of microstructures. --config FILE reads settings from YAML.",
+        allow_abbrev=False,
+    )
+    from_file = [] if found.config is None else _yaml_arguments(found.config)
+    (config,) = parser.parse_args_into_dataclasses(args=[*from_file, *command_line], look_for_args_file=False)
+    return config
+
+
+def _yaml_arguments(path: Path) -> list[str]:
+    """The settings of a YAML file as command-line arguments."""
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"config must be a YAML file that can be read, got {path}: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"config must hold a mapping of settings, got {type(settings).__name__} in {path}")
+    known = {f.name for f in fields(TrainingConfig)}
+    if unknown := sorted(map(str, settings.keys() - known)):
+        raise ValueError(f"config has unknown settings {unknown} in {path}; known are {sorted(known)}")
+    arguments: list[str] = []
+    for name, value in settings.items():
+        if value is not None:
+            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return arguments
