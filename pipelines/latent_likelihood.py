@@ -117,18 +117,25 @@ def decoder_log_prob(
     return torch.where(images < half_bin, below, torch.where(images > 1 - half_bin, above, inside))
 
 
-def most_likely_images(decoded: Tensor, likelihood: DecoderLikelihood) -> Tensor:
+def most_likely_images(
+    decoded: Tensor, likelihood: DecoderLikelihood, scale: Tensor | float | None = None
+) -> Tensor:
     """The most likely image of a decoder's output: binary for ``bernoulli``, multiples of 1/255 otherwise.
 
-    A background that ought to be 0 comes out as exactly 0, which a response depends on.
+    The open bins at 0 and 1 count in full, so that a background close to 0 comes out as exactly 0, which a response
+    depends on.
 
     Args:
         decoded: Output of the decoder network, shape ``(B, C, H, W)``.
         likelihood: What the decoder's output means.
+        scale: Scale of the logistic distribution on [0, 1]; ``discretized_logistic`` needs it.
 
     Returns:
         Images in [0, 1], same shape and dtype.
     """
     if likelihood == "bernoulli":
         return (decoded > 0).to(decoded.dtype)
-    return torch.round(((decoded + 1) / 2).clamp(0, 1) * _LEVELS) / _LEVELS
+    nearest = torch.round((decoded + 1) / 2 * _LEVELS).clamp(1, _LEVELS - 1) / _LEVELS  # best of the closed bins
+    candidates = torch.stack([torch.zeros_like(decoded), nearest, torch.ones_like(decoded)])
+    log_probs = torch.stack([decoder_log_prob(decoded, image, likelihood, scale) for image in candidates])
+    return candidates.gather(0, log_probs.argmax(0, keepdim=True))[0]

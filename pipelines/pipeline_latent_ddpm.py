@@ -237,7 +237,9 @@ class LatentDDPMPipeline(PortableCheckpoint):
         if latents.ndim != 4 or latents.shape[1:] != shape:
             raise ValueError(f"latents must have shape (B, {', '.join(map(str, shape))}), got {tuple(latents.shape)}")
         codes = latents.to(self._execution_device, self.vae.dtype) / self.vae.config.scaling_factor + self._shift
-        images = most_likely_images(decoder_output(self.vae, codes), self.config.decoder_likelihood)
+        # a logistic tail needs more digits than a half-precision decoder has
+        decoded = decoder_output(self.vae, codes).float()
+        images = most_likely_images(decoded, self.config.decoder_likelihood, self.config.decoder_scale)
         return self.image_processor.postprocess(images, output_type=output_type)
 
     def interpolate(

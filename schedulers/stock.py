@@ -55,4 +55,6 @@ def stock_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
         raise ValueError(f"scheduler must be one of {sorted(STOCK_SCHEDULERS)}, got {name!r}")
     scheduler_class, options = STOCK_SCHEDULERS[name]
     unclipped = {"clip_sample": False} if scheduler_class in (DDPMScheduler, DDIMScheduler) else {}
-    return scheduler_class.from_config(config, **options, **unclipped)
+    # a note in the configuration would make from_config drop what stands at the default of another class
+    complete = {key: value for key, value in config.items() if not key.startswith("_")}
+    return scheduler_class.from_config(complete, **options, **unclipped)

@@ -55,7 +55,7 @@ class LikelihoodAutoencoder(nn.Module):
             block_out_channels=tuple(widths),
             layers_per_block=config.autoencoder_layers_per_block,
             latent_channels=config.latent_channels,
-            norm_num_groups=math.gcd(8, *widths),
+            norm_num_groups=1,  # groups of few channels would take a pixel's level away
             sample_size=size[0] if size[0] == size[1] else size,
             scaling_factor=1.0,
             shift_factor=0.0,
@@ -94,7 +94,7 @@ def train_autoencoder(accelerator: Accelerator, config: TrainingConfig, designs:
     Returns:
         The autoencoder with averaged weights, on the CPU.
     """
-    autoencoder = LikelihoodAutoencoder(config, designs.size)
+    autoencoder = LikelihoodAutoencoder(config, designs.size).to(memory_format=torch.channels_last)
     latent_shape = (config.latent_channels, *latent_size(autoencoder.vae))
     num_pixels = math.prod(designs.size)
 
@@ -117,7 +117,7 @@ def train_autoencoder(accelerator: Accelerator, config: TrainingConfig, designs:
             for x, eps in zip(heldout.split(_VALIDATION_BATCH), noise.split(_VALIDATION_BATCH), strict=True)
         ]
         reconstruction, kl, _, variance, decoded = (torch.cat(part) for part in zip(*parts, strict=True))
-        faithful = most_likely_images(decoded, module.likelihood)
+        faithful = most_likely_images(decoded, module.likelihood, module.decoder_scale)
         folder = Path(config.output_dir) / "validation"
         pairs = torch.stack([heldout[:16, 0], faithful[:16, 0]], dim=1).flatten(0, 1)
         save_image_grid(pairs.cpu().numpy(), folder / f"autoencoder-{step:08d}.png", columns=8)
@@ -129,7 +129,7 @@ def train_autoencoder(accelerator: Accelerator, config: TrainingConfig, designs:
         }
 
     run_stage(accelerator, config, "autoencoder", autoencoder, designs.train, compute_loss, validate)
-    return autoencoder.eval().cpu()
+    return autoencoder.eval().cpu().to(memory_format=torch.contiguous_format)
 
 
 def _bound(reconstruction: Tensor, kl: Tensor, num_pixels: int) -> dict[str, Tensor]:

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
+from diffusers.optimization import SchedulerType
 from transformers import HfArgumentParser
+
+from mechdiffusers.schedulers import STOCK_SCHEDULERS
 
 __all__ = ["StageConfig", "TrainingConfig", "parse_config"]
 
@@ -114,6 +117,10 @@ class TrainingConfig:
                         raise ValueError(f"{name} must be {least}, got {value!r}")
         if self.resume_from_checkpoint not in (None, "latest"):
             raise ValueError(f"resume_from_checkpoint must be 'latest' or unset, got {self.resume_from_checkpoint!r}")
+        accepted = {"validation_scheduler": sorted(STOCK_SCHEDULERS), "lr_scheduler": [s.value for s in SchedulerType]}
+        for name, names in accepted.items():
+            if getattr(self, name) not in names:
+                raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}")
         if not self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie inside (0, 1), got {self.ema_decay!r}")
         if self.dataset == "random_composites":

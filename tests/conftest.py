@@ -1,0 +1,72 @@
+"""What several tests need: a small pipeline with random weights, and the command line of the training script."""
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+
+from mechdiffusers.models import ResponseEncoder
+from mechdiffusers.pipelines import LatentDDPMPipeline
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+MEANING = {
+    "quantity": "stress",
+    "load_cases": ["uniaxial_extension", "shear"],
+    "strains": [[0.1, 0.2, 0.3], [0.1, 0.2, 0.3]],
+    "units": "modulus of the soft phase",
+}
+
+
+def tiny_pipeline(
+    size: int | tuple[int, int] = 8,
+    conditional: bool = False,
+    decoder_likelihood: str = "bernoulli",
+    decoder_scale: float | None = None,
+    **scheduler_options: object,
+) -> LatentDDPMPipeline:
+    """A pipeline of the real parts, small, with random weights."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8),
+        latent_channels=2,
+        norm_num_groups=2,
+        sample_size=size,
+        scaling_factor=0.7,
+        shift_factor=0.2,
+        mid_block_add_attention=False,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=size if isinstance(size, int) else size,
+        in_channels=2,
+        out_channels=2,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=2,
+        cross_attention_dim=6,
+        attention_head_dim=2,
+    )
+    options = {"mean": [[1.0, 2.0, 3.0]] * 2, "std": [[0.5, 1.0, 2.0]] * 2, "meaning": MEANING} if conditional else {}
+    encoder = ResponseEncoder(token_dim=6, hidden_dim=8, **options)
+    scheduler = DDPMScheduler(**{"clip_sample": False, "prediction_type": "v_prediction", **scheduler_options})
+    pipe = LatentDDPMPipeline(vae.eval(), unet.eval(), scheduler, encoder.eval(), decoder_likelihood, decoder_scale)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def make_pipeline() -> Callable[..., LatentDDPMPipeline]:
+    return tiny_pipeline
+
+
+@pytest.fixture
+def pipe() -> LatentDDPMPipeline:
+    return tiny_pipeline()

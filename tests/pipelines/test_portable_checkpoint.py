@@ -1,0 +1,201 @@
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from mechdiffusers.models import ResponseEncoder
+from mechdiffusers.pipelines import LatentDDPMPipeline
+
+#: Run before anything else in a Python that has to do without our package and without what only training needs.
+WITHOUT_US = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("mechdiffusers", "accelerate", "datasets", "tensorboard", "matplotlib", "scipy"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def sample(pipe) -> torch.Tensor:
+    return pipe(batch_size=3, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt").images
+
+
+def plain_diffusers(script: str, tmp_path: Path) -> None:
+    """Runs a script in a Python that has torch, diffusers and transformers but not us."""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_US + textwrap.dedent(script)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def folder(pipe, tmp_path) -> Path:
+    pipe.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def test_a_checkpoint_holds_code_weights_and_configurations_and_nothing_else(folder):
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
+        "latent_likelihood.py",
+        "model_index.json",
+        "pipeline_latent_ddpm.py",
+        "portable_checkpoint.py",
+        "response_encoder/config.json",
+        "response_encoder/diffusion_pytorch_model.safetensors",
+        "response_encoder/response_encoder.py",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    }
+
+
+def test_the_installed_class_loads_it_without_trusting_remote_code(pipe, folder):
+    loaded = LatentDDPMPipeline.from_pretrained(folder)
+    assert type(loaded) is LatentDDPMPipeline
+    assert type(loaded.response_encoder) is ResponseEncoder
+    assert torch.equal(sample(loaded), sample(pipe))
+    assert loaded.scheduler.config.clip_sample is False
+
+
+def test_what_the_decoder_means_comes_back(make_pipeline, tmp_path):
+    make_pipeline(decoder_likelihood="discretized_logistic", decoder_scale=0.03).save_pretrained(tmp_path)
+    loaded = LatentDDPMPipeline.from_pretrained(tmp_path)
+    assert loaded.config.decoder_likelihood == "discretized_logistic"
+    assert loaded.config.decoder_scale == 0.03
+
+
+def test_weights_load_in_another_dtype(folder):
+    loaded = LatentDDPMPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    assert {module.dtype for module in (loaded.vae, loaded.unet, loaded.response_encoder)} == {torch.bfloat16}
+
+
+@pytest.mark.slow
+def test_plain_diffusers_loads_it_bit_identically_and_can_save_it_again(pipe, folder, tmp_path):
+    torch.save(sample(pipe), tmp_path / "expected.pt")
+    script = """
+        import torch
+        from diffusers import DiffusionPipeline
+
+        expected = torch.load("expected.pt")
+        for name in ("checkpoint", "again", "and_again"):
+            pipe = DiffusionPipeline.from_pretrained(name, trust_remote_code=True, use_safetensors=True)
+            generator = torch.Generator().manual_seed(0)
+            images = pipe(batch_size=3, num_inference_steps=3, generator=generator, output_type="pt").images
+            assert torch.equal(images, expected), name
+            pipe.save_pretrained({"checkpoint": "again", "again": "and_again"}.get(name, "last"))
+    """
+    plain_diffusers(script, tmp_path)
+    assert torch.equal(sample(LatentDDPMPipeline.from_pretrained(tmp_path / "last")), sample(pipe))
+
+
+@pytest.mark.slow
+def test_a_conditional_checkpoint_answers_in_plain_diffusers(make_pipeline, tmp_path):
+    pipe = make_pipeline(conditional=True)
+    pipe.save_pretrained(tmp_path / "checkpoint")
+    response = torch.ones(2, 2, 3)
+    images = pipe(response=response, num_inference_steps=2, generator=torch.manual_seed(0), output_type="pt").images
+    torch.save(images, tmp_path / "expected.pt")
+    script = """
+        import torch
+        from diffusers import DiffusionPipeline
+
+        pipe = DiffusionPipeline.from_pretrained("checkpoint", trust_remote_code=True, use_safetensors=True)
+        generator = torch.manual_seed(0)
+        images = pipe(response=torch.ones(2, 2, 3), num_inference_steps=2, generator=generator, output_type="pt").images
+        assert torch.equal(images, torch.load("expected.pt"))
+        assert pipe.response_encoder.config.meaning["quantity"] == "stress"
+    """
+    plain_diffusers(script, tmp_path)
+
+
+def test_code_of_a_checkpoint_does_not_run_without_trust(folder):
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained(folder)
+
+
+def test_saving_over_a_checkpoint_keeps_files_of_other_names(pipe, folder):
+    (folder / "README.md").write_text("a card")
+    pipe.save_pretrained(folder)
+    assert (folder / "README.md").read_text() == "a card"
+    assert not list(folder.glob(".unfinished*"))
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint_as_it_was(pipe, folder, monkeypatch):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def fail(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(pipe.response_encoder, "save_pretrained", fail)  # behind vae, unet and scheduler
+    with pytest.raises(OSError, match="No space"):
+        pipe.save_pretrained(folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_pickles_are_neither_written_nor_loaded(pipe, folder, tmp_path):
+    with pytest.raises(ValueError, match="^safe_serialization must be True"):
+        pipe.save_pretrained(tmp_path / "new", safe_serialization=False)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="^use_safetensors must be True"):
+        LatentDDPMPipeline.from_pretrained(folder, use_safetensors=False)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(pipe.unet.state_dict(), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(OSError, match=r"safetensors"):
+        LatentDDPMPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["vae", "unet", "response_encoder"])
+def test_truncated_weights_are_named(folder, name):
+    weights = folder / name / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    with pytest.raises(ValueError, match=f"{name}/diffusion_pytorch_model.safetensors is truncated or damaged"):
+        LatentDDPMPipeline.from_pretrained(folder)
+
+
+def test_garbage_for_weights_is_named(folder):
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(os.urandom(64))
+    with pytest.raises(ValueError, match=r"vae/diffusion_pytorch_model.safetensors is truncated or damaged"):
+        LatentDDPMPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json", "response_encoder/config.json"]
+)
+def test_a_damaged_configuration_is_named(folder, name):
+    (folder / name).write_text((folder / name).read_text()[:-5])
+    with pytest.raises(ValueError, match=f"{name} is damaged, not JSON"):
+        LatentDDPMPipeline.from_pretrained(folder)
+
+
+def test_a_folder_without_an_index_is_no_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match=r"is no checkpoint: it has no model_index.json"):
+        LatentDDPMPipeline.from_pretrained(tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_named(pipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="^save_directory must be a folder that can be written, got .*file"):
+        pipe.save_pretrained(tmp_path / "file")
+
+
+def test_the_index_points_at_the_shipped_files(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline_latent_ddpm", "LatentDDPMPipeline"]
+    assert index["response_encoder"] == ["response_encoder", "ResponseEncoder"]
+    assert index["unet"] == ["diffusers", "UNet2DConditionModel"]

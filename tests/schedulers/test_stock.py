@@ -1,0 +1,58 @@
+import math
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from mechdiffusers.schedulers import STOCK_SCHEDULERS, stock_scheduler
+
+MEAN, STD = 0.5, 0.3
+
+
+def exact_prediction(scheduler, x: torch.Tensor, t: torch.Tensor, prediction_type: str) -> torch.Tensor:
+    """What a perfect network says of data distributed as N(MEAN, STD^2)."""
+    alphas_cumprod = scheduler.alphas_cumprod.double()
+    position = torch.arange(len(alphas_cumprod), dtype=torch.float64)
+    # Karras sigmas fall between the steps of training
+    log_snr = torch.log(alphas_cumprod / (1 - alphas_cumprod))
+    lower = min(int(t), len(position) - 2)
+    lam = torch.lerp(log_snr[lower], log_snr[lower + 1], float(t) - lower)
+    alpha, sigma = torch.sigmoid(lam).sqrt(), torch.sigmoid(-lam).sqrt()
+    noise = sigma * (x - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
+    clean = (x - sigma * noise) / alpha
+    return {"epsilon": noise, "sample": clean, "v_prediction": alpha * noise - sigma * clean}[prediction_type]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("name", STOCK_SCHEDULERS)
+def test_samples_of_an_exact_gaussian_denoiser_have_the_gaussians_moments(name, prediction_type):
+    config = DDPMScheduler(
+        prediction_type=prediction_type, clip_sample=False, timestep_spacing="trailing"
+    ).config
+    scheduler = stock_scheduler(name, config)
+    scheduler.set_timesteps(1000 if name == "ddpm" else 100)  # ancestral steps converge slowly
+    num = 20_000
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(num, 1, 1, 1, generator=generator, dtype=torch.float64) * scheduler.init_noise_sigma
+    stochastic = {"generator": generator} if name in ("ddpm", "sde-dpmsolver++") else {}
+    for t in scheduler.timesteps:
+        model_input = scheduler.scale_model_input(x, t)
+        prediction = exact_prediction(scheduler, model_input, t, prediction_type)
+        x = scheduler.step(prediction, t, x, **stochastic).prev_sample
+    # five standard errors, and the solvers' own error at 100 steps
+    assert x.mean().item() == pytest.approx(MEAN, abs=5 * STD / math.sqrt(num) + 0.005)
+    assert x.std().item() == pytest.approx(STD, abs=5 * STD / math.sqrt(2 * num) + 0.015)
+
+
+def test_the_schedule_and_prediction_type_are_kept_and_nothing_clips():
+    config = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction").config
+    for name in STOCK_SCHEDULERS:
+        scheduler = stock_scheduler(name, config)
+        assert scheduler.config.prediction_type == "v_prediction"
+        assert not scheduler.config.get("clip_sample", False)
+        torch.testing.assert_close(scheduler.alphas_cumprod, DDPMScheduler.from_config(config).alphas_cumprod)
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match="^scheduler must be one of .* got 'magic'"):
+        stock_scheduler("magic", DDPMScheduler().config)
