@@ -10,9 +10,8 @@ from typing import IO
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
-
 from mechdiffusers.evaluation.statistics import two_point_correlation
+from PIL import Image
 
 __all__ = ["save_image_grid", "save_statistics_figure"]
 

@@ -117,9 +117,7 @@ def decoder_log_prob(
     return torch.where(images < half_bin, below, torch.where(images > 1 - half_bin, above, inside))
 
 
-def most_likely_images(
-    decoded: Tensor, likelihood: DecoderLikelihood, scale: Tensor | float | None = None
-) -> Tensor:
+def most_likely_images(decoded: Tensor, likelihood: DecoderLikelihood, scale: Tensor | float | None = None) -> Tensor:
     """The most likely image of a decoder's output: binary for ``bernoulli``, multiples of 1/255 otherwise.
 
     The open bins at 0 and 1 count in full, so that a background close to 0 comes out as exactly 0, which a response

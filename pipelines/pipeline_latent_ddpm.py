@@ -242,9 +242,7 @@ class LatentDDPMPipeline(PortableCheckpoint):
         images = most_likely_images(decoded, self.config.decoder_likelihood, self.config.decoder_scale)
         return self.image_processor.postprocess(images, output_type=output_type)
 
-    def interpolate(
-        self, a: PipelineImageInput, b: PipelineImageInput, num: int = 8, output_type: str = "pil"
-    ) -> Any:
+    def interpolate(self, a: PipelineImageInput, b: PipelineImageInput, num: int = 8, output_type: str = "pil") -> Any:
         """Images along the straight line between the latents of two images.
 
         Args:
@@ -310,7 +308,9 @@ class LatentDDPMPipeline(PortableCheckpoint):
         if batch_size not in (1, len(wanted)):
             raise ValueError(f"batch_size must be left out or be the {len(wanted)} responses, got {batch_size}")
         if wanted.isnan().flatten(1).all(1).any() or wanted.isinf().any():
-            raise ValueError("response must be finite somewhere in each sample, NaN only where open, and never infinite")
+            raise ValueError(
+                "response must be finite somewhere in each sample, NaN only where open, and never infinite"
+            )
         return wanted
 
     def _check_variance_preserving(self, scheduler: Any) -> None:

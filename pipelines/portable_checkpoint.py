@@ -4,8 +4,8 @@
 cannot be loaded without the package it came from. :class:`PortableCheckpoint` ships the source file of every class
 that is neither diffusers' nor transformers', and points ``model_index.json`` at those files:
 
-    model_index.json             "_class_name": ["pipeline_foo", "FooPipeline"], "encoder": ["foo_encoder", "FooEncoder"]
-    pipeline_foo.py              and the sibling files that it imports
+    model_index.json    "_class_name": ["pipeline_foo", "FooPipeline"], "encoder": ["foo_encoder", "FooEncoder"]
+    pipeline_foo.py     and the sibling files that it imports
     encoder/{foo_encoder.py, config.json, diffusion_pytorch_model.safetensors}
 
 ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` needs nothing else. Where mechdiffusers is

@@ -6,7 +6,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-
 from mechdiffusers.models import ResponseEncoder
 from mechdiffusers.pipelines import LatentDDPMPipeline
 
@@ -43,7 +42,7 @@ def tiny_pipeline(
         mid_block_add_attention=False,
     )
     unet = UNet2DConditionModel(
-        sample_size=size if isinstance(size, int) else size,
+        sample_size=size,
         in_channels=2,
         out_channels=2,
         down_block_types=("CrossAttnDownBlock2D",),

@@ -13,10 +13,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
-
 from mechdiffusers.evaluation.plots import save_image_grid
 from mechdiffusers.pipelines.latent_likelihood import (
     decoder_log_prob,
@@ -28,6 +24,9 @@ from mechdiffusers.pipelines.latent_likelihood import (
 from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.data import Designs
 from mechdiffusers.training.loop import StepRandomness, run_stage
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 
 __all__ = ["LikelihoodAutoencoder", "encode_all", "train_autoencoder"]
 
@@ -71,10 +70,10 @@ class LikelihoodAutoencoder(nn.Module):
         return self.log_scale.exp() if self.likelihood == "discretized_logistic" else None
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The two terms of the bound for images (B, 1, H, W) in [0, 1] and noise of the latents' shape.
+        r"""The two terms of the bound for images (B, 1, H, W) in [0, 1] and noise of the latents' shape.
 
         Returns:
-            The reconstruction :math:`\\log p(x \\mid z)` and the KL divergence, nats, shape ``(B,)`` each; the
+            The reconstruction :math:`\log p(x \mid z)` and the KL divergence, nats, shape ``(B,)`` each; the
             decoder's output; the mean over the latents of the posterior's variance, shape ``(B,)``.
         """
         posterior = posterior_of(self.vae, images)

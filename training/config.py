@@ -14,9 +14,8 @@ from typing import Literal
 
 import yaml
 from diffusers.optimization import SchedulerType
-from transformers import HfArgumentParser
-
 from mechdiffusers.schedulers import STOCK_SCHEDULERS
+from transformers import HfArgumentParser
 
 __all__ = ["StageConfig", "TrainingConfig", "parse_config"]
 
@@ -43,7 +42,9 @@ class TrainingConfig:
 
     dataset: str = field(
         default="random_composites",
-        metadata={"help": "'random_composites', a folder of images, a parquet file or the name of a dataset on the Hub."},
+        metadata={
+            "help": "'random_composites', a folder of images, a parquet file or the name of a dataset on the Hub."
+        },
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
     image_column: str = field(default="image", metadata={"help": "Column of the images, single-channel or grey."})
@@ -109,12 +110,12 @@ class TrainingConfig:
         """
         may_be_zero = {"seed", "kl_weight", "weight_decay", "autoencoder_warmup_steps", "denoiser_warmup_steps"}
         for name, value in asdict(self).items():
-            numbers = value if isinstance(value, list) else [value]
-            for number in numbers:
-                if isinstance(number, (int, float)) and not isinstance(number, bool):
-                    if not (number > 0 or (number == 0 and name in may_be_zero)):
-                        least = "at least 0" if name in may_be_zero else "positive"
-                        raise ValueError(f"{name} must be {least}, got {value!r}")
+            for number in value if isinstance(value, list) else [value]:
+                is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+                if is_number and not (number > 0 or (number == 0 and name in may_be_zero)):  # NaN is neither
+                    raise ValueError(
+                        f"{name} must be {'at least 0' if name in may_be_zero else 'positive'}, got {value!r}"
+                    )
         if self.resume_from_checkpoint not in (None, "latest"):
             raise ValueError(f"resume_from_checkpoint must be 'latest' or unset, got {self.resume_from_checkpoint!r}")
         accepted = {"validation_scheduler": sorted(STOCK_SCHEDULERS), "lr_scheduler": [s.value for s in SchedulerType]}

@@ -15,14 +15,13 @@ import torch
 from datasets import Dataset as HFDataset
 from datasets import Image as ImageFeature
 from datasets import IterableDataset, load_dataset
+from mechdiffusers.microstructures import random_composites
+from mechdiffusers.training.config import TrainingConfig
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from tqdm.auto import tqdm
-
-from mechdiffusers.microstructures import random_composites
-from mechdiffusers.training.config import TrainingConfig
 
 __all__ = ["Designs", "load_designs"]
 
@@ -156,8 +155,10 @@ def _checked_images(rows: Iterable[Any], config: TrainingConfig, shape: torch.Si
         image = _grey_levels(row[config.image_column], where)
         shape = shape or image.shape
         if image.shape != shape:
-            raise ValueError(f"all images must have one size, {tuple(shape[1:])} as the first, got {where} with "
-                             f"{tuple(image.shape[1:])}")
+            raise ValueError(
+                f"all images must have one size, {tuple(shape[1:])} as the first, got {where} with "
+                f"{tuple(image.shape[1:])}"
+            )
         if config.decoder_likelihood == "bernoulli" and not ((image == 0) | (image == 255)).all():
             raise ValueError(
                 f"images must be binary (black and white) for decoder_likelihood='bernoulli', got {where} with grey "

@@ -14,18 +14,17 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from torch import Tensor, nn
-from torch.utils.data import TensorDataset
-
 from mechdiffusers.evaluation.plots import save_image_grid
 from mechdiffusers.models import ResponseEncoder
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.pipelines.latent_likelihood import latent_size
 from mechdiffusers.schedulers import stock_scheduler
 from mechdiffusers.training.config import TrainingConfig
-from mechdiffusers.training.loop import StepRandomness, run_stage
+from mechdiffusers.training.loop import LossFunction, StepRandomness, run_stage
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
-__all__ = ["LatentDenoiser", "train_denoiser"]
+__all__ = ["LatentDenoiser", "denoising_loss", "train_denoiser"]
 
 _GRID = 16
 
@@ -45,6 +44,7 @@ class LatentDenoiser(nn.Module):
             sample_size=size[0] if size[0] == size[1] else size,
             in_channels=config.latent_channels,
             out_channels=config.latent_channels,
+            # attention at the coarsest level alone: one level finer it takes a third of the time of a step
             down_block_types=("DownBlock2D",) * (len(widths) - 1) + ("CrossAttnDownBlock2D",),
             up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * (len(widths) - 1),
             block_out_channels=tuple(widths),
@@ -58,6 +58,40 @@ class LatentDenoiser(nn.Module):
     def forward(self, noisy: Tensor, timesteps: Tensor, response: Tensor) -> Tensor:
         """The prediction for noisy latents (B, C, h, w) at timesteps (B,) with responses (B, L, S)."""
         return self.unet(noisy, timesteps, encoder_hidden_states=self.response_encoder(response)).sample
+
+
+def denoising_loss(scheduler: DDPMScheduler, shift: float, scale: float) -> LossFunction:
+    """The loss of a batch of cached latents.
+
+    Args:
+        scheduler: Noise schedule and prediction type.
+        shift: Mean of the latents.
+        scale: Inverse of their standard deviation.
+
+    Returns:
+        Function of a :class:`LatentDenoiser`, a batch with moments of shape ``(B, 2 C, h, w)``, and randomness.
+    """
+
+    def compute_loss(
+        module: nn.Module, batch: tuple[Tensor, ...], randomness: StepRandomness
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        mean, logvar = batch[0].chunk(2, dim=1)
+        draw = randomness.normal(*mean.shape).to(mean)
+        latents = (mean + torch.exp(logvar / 2) * draw - shift) * scale
+        noise = randomness.normal(*mean.shape).to(mean)
+        timesteps = randomness.integers(scheduler.config.num_train_timesteps, len(mean)).to(mean.device)
+        noisy = scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
+        prediction = module(noisy, timesteps, mean.new_empty(len(mean), 0, 0))
+        if scheduler.config.prediction_type == "epsilon":
+            target = noise
+        elif scheduler.config.prediction_type == "sample":
+            target = latents
+        else:
+            target = scheduler.get_velocity(latents, noise, timesteps)
+        loss = nn.functional.mse_loss(prediction.float(), target)
+        return loss, {"loss": loss}
+
+    return compute_loss
 
 
 def train_denoiser(
@@ -88,31 +122,7 @@ def train_denoiser(
         timestep_spacing="trailing",  # starts where training ends, at pure noise (Lin et al. 2024, section 3.3)
     )
     denoiser = LatentDenoiser(config, latent_size(vae)).to(memory_format=torch.channels_last)
-    shift, scale = vae.config.shift_factor, vae.config.scaling_factor
-
-    def loss_of(module: nn.Module, batch: Tensor, randomness: StepRandomness) -> Tensor:
-        mean, logvar = batch.chunk(2, dim=1)
-        draw = randomness.normal(*mean.shape).to(mean)
-        latents = (mean + torch.exp(logvar / 2) * draw - shift) * scale
-        noise = randomness.normal(*mean.shape).to(mean)
-        timesteps = randomness.integers(scheduler.config.num_train_timesteps, len(mean)).to(mean.device)
-        noisy = scheduler.add_noise(latents, noise, timesteps)
-        prediction = module(
-            noisy.contiguous(memory_format=torch.channels_last), timesteps, mean.new_empty(len(mean), 0, 0)
-        )
-        if config.prediction_type == "epsilon":
-            target = noise
-        elif config.prediction_type == "sample":
-            target = latents
-        else:
-            target = scheduler.get_velocity(latents, noise, timesteps)
-        return nn.functional.mse_loss(prediction.float(), target)
-
-    def compute_loss(
-        module: nn.Module, batch: tuple[Tensor, ...], randomness: StepRandomness
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = loss_of(module, batch[0], randomness)
-        return loss, {"loss": loss}
+    compute_loss = denoising_loss(scheduler, vae.config.shift_factor, vae.config.scaling_factor)
 
     def pipeline(module: nn.Module) -> LatentDDPMPipeline:
         assert isinstance(module, LatentDenoiser)
@@ -125,7 +135,8 @@ def train_denoiser(
     @torch.no_grad()
     def validate(module: nn.Module, step: int) -> dict[str, float]:
         device = next(module.parameters()).device
-        loss = loss_of(module, heldout_moments.to(device), StepRandomness((config.seed, "denoiser validation")))
+        randomness = StepRandomness((config.seed, "denoiser validation"))
+        loss, _ = compute_loss(module, (heldout_moments.to(device),), randomness)
         pipe = pipeline(module).to(device)
         pipe.scheduler = stock_scheduler(config.validation_scheduler, scheduler.config)
         images = pipe(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,13 +19,12 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import GradientAccumulationPlugin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from mechdiffusers.training.config import TrainingConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
-from mechdiffusers.training.config import TrainingConfig
-
-__all__ = ["StepRandomness", "run_stage", "stage_accelerator"]
+__all__ = ["LossFunction", "StepRandomness", "run_stage", "stage_accelerator"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,9 @@ def stage_accelerator(config: TrainingConfig, name: str) -> Accelerator:
         log_with="tensorboard",
         project_dir=config.output_dir,
     )
+    if accelerator.device.type == "cpu":  # accelerate launch leaves a process one thread
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
     accelerator.init_trackers(f"logs/{name}")
     return accelerator
 
@@ -100,7 +103,9 @@ def run_stage(
             f"{name}_batch_size must be at most the number of training designs a process, "
             f"got {settings.batch_size} for {len(train)} designs"  # type: ignore[arg-type]
         )
-    optimizer = torch.optim.AdamW(module.parameters(), settings.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        module.parameters(), settings.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
     # Accelerate advances the schedule once a process in every step
     schedule = get_scheduler(
         config.lr_scheduler,
@@ -145,7 +150,9 @@ def run_stage(
             logs = {key: accelerator.reduce(value, "mean").item() / num_summed for key, value in sums.items()}
             sums, num_summed = {}, 0
             if not all(map(math.isfinite, logs.values())):
-                raise FloatingPointError(f"{name}: the loss is not finite at step {done}: {logs}; lower the learning rate")
+                raise FloatingPointError(
+                    f"{name}: the loss is not finite at step {done}: {logs}; lower the learning rate"
+                )
             accelerator.log({**logs, "learning_rate": schedule.get_last_lr()[0]}, step=done)
             progress.set_postfix({key: f"{value:.4g}" for key, value in logs.items()})
         if done % config.validation_steps == 0 or done == settings.steps:

@@ -21,15 +21,14 @@ import torch
 import transformers
 import yaml
 from accelerate.utils import set_seed
-from safetensors.torch import load_file, save_file
-from torch.utils.data import TensorDataset
-
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.training.autoencoder import encode_all, measure_latents, train_autoencoder
 from mechdiffusers.training.config import TrainingConfig, parse_config
 from mechdiffusers.training.data import load_designs
 from mechdiffusers.training.denoiser import train_denoiser
 from mechdiffusers.training.loop import stage_accelerator
+from safetensors.torch import load_file, save_file
+from torch.utils.data import TensorDataset
 
 __all__ = ["train"]
 

@@ -2,7 +2,6 @@ import math
 
 import numpy as np
 import pytest
-
 from mechdiffusers.evaluation import (
     bootstrap_interval,
     distance_of_means,

@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from mechdiffusers.pipelines.latent_likelihood import (
     check_decoder_likelihood,
     decoder_log_prob,
@@ -28,7 +27,9 @@ def test_the_masses_are_differences_of_the_logistic_distribution_with_open_tails
     distribution = torch.sigmoid((edges - mean) / scale)
     one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     expected = torch.diff(torch.cat([zero, distribution, one]))
-    torch.testing.assert_close(masses(2 * mean - 1, scale), expected, rtol=1e-10, atol=1e-15)  # the difference loses digits
+    torch.testing.assert_close(
+        masses(2 * mean - 1, scale), expected, rtol=1e-10, atol=1e-15
+    )  # the difference loses digits
 
 
 def test_the_masses_of_the_bernoulli_decoder_sum_to_one():
@@ -49,7 +50,9 @@ def test_the_most_likely_image_has_the_largest_mass(decoded, scale):
 def test_gradients_are_finite_however_wrong_the_decoder_is(likelihood):
     decoded = torch.tensor([-50.0, -1.0, 0.0, 1.0, 50.0]).repeat(2, 1)[None, None].requires_grad_()
     images = torch.tensor([[0.0], [1.0]]).expand(2, 5)[None, None]
-    decoder_log_prob(decoded, images, likelihood, 0.01 if likelihood == "discretized_logistic" else None).sum().backward()
+    decoder_log_prob(
+        decoded, images, likelihood, 0.01 if likelihood == "discretized_logistic" else None
+    ).sum().backward()
     assert decoded.grad.isfinite().all()
 
 

@@ -10,9 +10,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     ScoreSdeVeScheduler,
 )
-from PIL import Image
-
 from mechdiffusers.schedulers import STOCK_SCHEDULERS, stock_scheduler
+from PIL import Image
 
 
 def generators(num: int) -> list[torch.Generator]:
@@ -176,7 +175,10 @@ def _first_prediction(pipe, **arguments) -> torch.Tensor:
     """What the scheduler is given at the first step."""
     seen = []
     step = pipe.scheduler.step
-    pipe.scheduler.step = lambda prediction, *args, **kwargs: (seen.append(prediction), step(prediction, *args, **kwargs))[1]
+    pipe.scheduler.step = lambda prediction, *args, **kwargs: (
+        seen.append(prediction),
+        step(prediction, *args, **kwargs),
+    )[1]
     pipe(num_inference_steps=2, output_type="pt", **arguments)
     del pipe.scheduler.step
     return seen[0]
@@ -215,7 +217,10 @@ def test_bad_arguments_are_named(pipe, arguments, message):
         ({"response": torch.zeros(1, 3, 3)}, r"response must have shape"),
         ({"response": torch.full((1, 2, 3), math.nan)}, "response must be finite somewhere"),
         ({"response": torch.full((1, 2, 3), math.inf)}, "response must be finite somewhere"),
-        ({"response": torch.zeros(3, 2, 3), "batch_size": 2}, "batch_size must be left out or be the 3 responses, got 2"),
+        (
+            {"response": torch.zeros(3, 2, 3), "batch_size": 2},
+            "batch_size must be left out or be the 3 responses, got 2",
+        ),
     ],
 )
 def test_a_response_of_another_kind_is_refused(make_pipeline, arguments, message):

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-
 from mechdiffusers.models import ResponseEncoder
 from mechdiffusers.pipelines import LatentDDPMPipeline
 
@@ -24,7 +23,9 @@ sys.meta_path.insert(0, Absent())
 
 
 def sample(pipe) -> torch.Tensor:
-    return pipe(batch_size=3, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    return pipe(
+        batch_size=3, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt"
+    ).images
 
 
 def plain_diffusers(script: str, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 from diffusers import DDPMScheduler
-
 from mechdiffusers.schedulers import STOCK_SCHEDULERS, stock_scheduler
 
 MEAN, STD = 0.5, 0.3
@@ -26,9 +25,7 @@ def exact_prediction(scheduler, x: torch.Tensor, t: torch.Tensor, prediction_typ
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("name", STOCK_SCHEDULERS)
 def test_samples_of_an_exact_gaussian_denoiser_have_the_gaussians_moments(name, prediction_type):
-    config = DDPMScheduler(
-        prediction_type=prediction_type, clip_sample=False, timestep_spacing="trailing"
-    ).config
+    config = DDPMScheduler(prediction_type=prediction_type, clip_sample=False, timestep_spacing="trailing").config
     scheduler = stock_scheduler(name, config)
     scheduler.set_timesteps(1000 if name == "ddpm" else 100)  # ancestral steps converge slowly
     num = 20_000

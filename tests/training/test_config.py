@@ -1,7 +1,6 @@
 from pathlib import Path
 
 import pytest
-
 from mechdiffusers.training import TrainingConfig, parse_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "training" / "configs").glob("*.yaml"))
@@ -71,7 +70,10 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         ({"autoencoder_block_out_channels": [16, 0]}, "autoencoder_block_out_channels must be positive"),
         ({"ema_decay": 1.5}, "ema_decay must lie inside"),
         ({"resume_from_checkpoint": "yes"}, "resume_from_checkpoint must be 'latest' or unset, got 'yes'"),
-        ({"decoder_likelihood": "discretized_logistic"}, "decoder_likelihood must be 'bernoulli' for random_composites"),
+        (
+            {"decoder_likelihood": "discretized_logistic"},
+            "decoder_likelihood must be 'bernoulli' for random_composites",
+        ),
         ({"num_train_designs": None}, "random_composites need num_train_designs"),
         ({"streaming": True}, "random_composites need num_train_designs and streaming=False"),
         ({"validation_scheduler": "magic"}, "validation_scheduler must be one of"),

@@ -1,0 +1,31 @@
+# Both targets install everything they need into a fresh .venv, once.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test lint wheel-test
+
+demo: .venv/installed
+	$(BIN)/accelerate launch training/train.py --config training/configs/quick.yaml --resume_from_checkpoint latest
+	$(BIN)/python benchmarks/sample_statistics.py runs/quick/pipeline --num 1024 \
+		--output runs/quick/sample_statistics.json --figures runs/quick
+
+test: .venv/installed
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: .venv/installed build/wheel
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	MYPYPATH=build/wheel $(BIN)/mypy -p mechdiffusers
+
+wheel-test: .venv/installed build/wheel
+	MECHDIFFUSERS_FROM=$(CURDIR)/build/wheel PYTHONPATH=build/wheel $(BIN)/python -m pytest
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+build/wheel: .venv/installed $(shell git ls-files '*.py' 'training/configs/*.yaml')
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --outdir dist
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ dist/*.whl

@@ -1,0 +1,41 @@
+"""How a benchmark records what it measured: figures, command, versions and machine, as JSON."""
+
+import json
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "numpy", "mechdiffusers")
+
+
+def record(figures: dict[str, Any], path: Path) -> None:
+    """Writes figures with their circumstances, under a temporary name first, and prints them.
+
+    Args:
+        figures: What was measured, by name, as plain numbers, strings, lists and dictionaries.
+        path: File to write, ending in ``.json``.
+    """
+    arguments = " ".join(sys.argv[1:])
+    content = {
+        "figures": figures,
+        "command": f"python benchmarks/{Path(sys.argv[0]).name} {arguments}".strip(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "machine": {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count()},
+        "torch_threads": torch.get_num_threads(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(unfinished, path)
+    sys.stdout.write(json.dumps(figures, indent=2) + "\n")
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,133 @@
+"""Do samples of a checkpoint have the statistics of random composites? With two baselines beside them.
+
+    python benchmarks/sample_statistics.py checkpoints/composites-32 --output benchmarks/sample_statistics.json
+
+Every set is compared with the same held-out designs, which no training saw. The baselines: the autoencoder decoded
+from its N(0, I) prior, which says what the diffusion adds, and two halves of the held-out designs, which says how small
+an error of that many designs can be.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from mechdiffusers.evaluation import (
+    bootstrap_interval,
+    distance_of_means,
+    two_point_correlation,
+    volume_fraction_distance,
+)
+from mechdiffusers.evaluation.plots import save_image_grid, save_statistics_figure
+from mechdiffusers.microstructures import random_composites
+from mechdiffusers.pipelines import LatentDDPMPipeline
+from mechdiffusers.schedulers import STOCK_SCHEDULERS, stock_scheduler
+from record import record
+from tqdm.auto import tqdm
+
+HELD_OUT_SEED = 1_000_000  # training configurations use small seeds
+BATCH = 256
+SPLITS = 200
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--num", type=int, default=2048, help="samples, and held-out designs")
+    parser.add_argument("--scheduler", choices=STOCK_SCHEDULERS, default="dpmsolver++")
+    parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/sample_statistics.json"))
+    parser.add_argument("--figures", type=Path, help="folder for pictures")
+    arguments = parser.parse_args()
+
+    pipe = LatentDDPMPipeline.from_pretrained(arguments.checkpoint)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = stock_scheduler(arguments.scheduler, pipe.scheduler.config)
+    size = pipe.vae.config.sample_size
+    heldout, _ = random_composites(arguments.num, size=size, seed=HELD_OUT_SEED)
+
+    start = time.perf_counter()
+    samples = sample(pipe, arguments.num, arguments.num_inference_steps, arguments.seed)
+    seconds = time.perf_counter() - start
+    prior = decode_prior(pipe, arguments.num, arguments.seed)
+    wrong = np.mean([np.mean(decoded != design) for decoded, design in reconstructions(pipe, heldout)])
+
+    correlations = {name: two_point_correlation(x) for name, x in (("s", samples), ("p", prior), ("h", heldout))}
+    halves, fractions = half_errors(heldout, correlations["h"])
+    errors = {name: distance_of_means(correlations[name], correlations["h"]) for name in "sp"}
+    figures = {
+        "num": arguments.num,
+        "heldout_pixels_reconstructed": 1 - float(wrong),
+        "two_point_error": {
+            "samples": errors["s"],
+            "samples_95_percent": bootstrap_interval(distance_of_means, correlations["s"], correlations["h"]),
+            "vae_prior": errors["p"],
+            "vae_prior_95_percent": bootstrap_interval(distance_of_means, correlations["p"], correlations["h"]),
+            "two_halves_of_the_data": float(np.mean(halves)),
+            "two_halves_of_the_data_95_percent": np.quantile(halves, [0.025, 0.975]).tolist(),
+            "samples_over_halves": errors["s"] / float(np.mean(halves)),
+            "samples_over_vae_prior": errors["s"] / errors["p"],
+        },
+        "volume_fraction_distance": {
+            "samples": volume_fraction_distance(samples, heldout),
+            "samples_95_percent": bootstrap_interval(volume_fraction_distance, samples, heldout),
+            "vae_prior": volume_fraction_distance(prior, heldout),
+            "vae_prior_95_percent": bootstrap_interval(volume_fraction_distance, prior, heldout),
+            "two_halves_of_the_data": float(np.mean(fractions)),
+            "two_halves_of_the_data_95_percent": np.quantile(fractions, [0.025, 0.975]).tolist(),
+        },
+        "scheduler": arguments.scheduler,
+        "num_inference_steps": arguments.num_inference_steps,
+        "samples_a_second": arguments.num / seconds,
+    }
+    if arguments.figures:
+        save_image_grid(np.concatenate([samples[:24]]), arguments.figures / "samples.png", columns=12)
+        save_image_grid(np.concatenate([heldout[:24]]), arguments.figures / "heldout.png", columns=12)
+        sets = {"held-out designs": heldout, "samples": samples, "VAE prior": prior}
+        save_statistics_figure(sets, arguments.figures / "statistics.png")
+    record(figures, arguments.output)
+
+
+def sample(pipe: LatentDDPMPipeline, num: int, steps: int, seed: int) -> np.ndarray:
+    """Designs (num, H, W) of the pipeline."""
+    batches = []
+    for start in tqdm(range(0, num, BATCH), desc="sampling", unit="batch"):
+        generators = [torch.Generator().manual_seed(seed * num + i) for i in range(start, min(start + BATCH, num))]
+        batches.append(
+            pipe(len(generators), num_inference_steps=steps, generator=generators, output_type="np").images[..., 0]
+        )
+    return np.concatenate(batches)
+
+
+def decode_prior(pipe: LatentDDPMPipeline, num: int, seed: int) -> np.ndarray:
+    """Designs (num, H, W) of the autoencoder alone, its codes drawn from N(0, I)."""
+    height, width = (side for side in pipe.encode(np.zeros((1, *[pipe.vae.config.sample_size] * 2))).shape[2:])
+    codes = torch.randn(
+        num, pipe.vae.config.latent_channels, height, width, generator=torch.Generator().manual_seed(seed)
+    )
+    latents = (codes - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+    return np.concatenate([pipe.decode(batch, output_type="np")[..., 0] for batch in latents.split(BATCH)])
+
+
+def reconstructions(pipe: LatentDDPMPipeline, designs: np.ndarray):
+    """Pairs of a batch of designs decoded from their latents and the designs."""
+    for start in range(0, len(designs), BATCH):
+        batch = designs[start : start + BATCH]
+        yield pipe.decode(pipe.encode(batch), output_type="np")[..., 0], batch
+
+
+def half_errors(heldout: np.ndarray, correlations: np.ndarray) -> tuple[list[float], list[float]]:
+    """Both errors between two halves of the held-out designs, for many ways to halve them."""
+    rng = np.random.default_rng(0)
+    two_point, volume_fraction = [], []
+    for _ in range(SPLITS):
+        one, other = np.array_split(rng.permutation(len(heldout)), 2)
+        two_point.append(distance_of_means(correlations[one], correlations[other]))
+        volume_fraction.append(volume_fraction_distance(heldout[one], heldout[other]))
+    return two_point, volume_fraction
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,296 @@
+"""The training script as a user starts it, small."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import DDPMScheduler
+from mechdiffusers.microstructures import random_composites
+from mechdiffusers.pipelines import LatentDDPMPipeline
+from mechdiffusers.training import TrainingConfig, parse_config
+from mechdiffusers.training.autoencoder import LikelihoodAutoencoder, encode_all, measure_latents
+from mechdiffusers.training.denoiser import LatentDenoiser, denoising_loss
+from mechdiffusers.training.loop import StepRandomness
+from mechdiffusers.training.train import train
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+SCRIPT = Path(__file__).parents[2] / "training" / "train.py"
+
+SMALL = {
+    "num_train_designs": 48,
+    "num_heldout_designs": 16,
+    "resolution": 8,
+    "latent_channels": 2,
+    "autoencoder_block_out_channels": [4, 8],
+    "autoencoder_steps": 6,
+    "autoencoder_batch_size": 16,
+    "autoencoder_warmup_steps": 2,
+    "denoiser_block_out_channels": [8, 8],
+    "denoiser_layers_per_block": 1,
+    "denoiser_steps": 6,
+    "denoiser_batch_size": 16,
+    "denoiser_warmup_steps": 2,
+    "token_dim": 8,
+    "logging_steps": 3,
+    "validation_steps": 6,
+    "checkpointing_steps": 4,
+    "validation_inference_steps": 2,
+}
+
+
+def small(folder: Path, **settings: object) -> TrainingConfig:
+    return TrainingConfig(output_dir=str(folder), **{**SMALL, **settings})
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    pipeline = folder / "pipeline"
+    return {
+        f"{name}.{key}": value
+        for name in ("vae", "unet", "response_encoder")
+        for key, value in load_file(pipeline / name / "diffusion_pytorch_model.safetensors").items()
+    }
+
+
+def assert_same_weights(one: Path, other: Path, **tolerance: float) -> None:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        torch.testing.assert_close(value, theirs[key], **tolerance or {"rtol": 0, "atol": 0}, msg=key)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "trained"
+    train(small(folder))
+    return folder
+
+
+def test_a_run_leaves_a_pipeline_grids_logs_and_its_settings(trained):
+    pipe = LatentDDPMPipeline.from_pretrained(trained / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(batch_size=2, num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 1)
+    names = {path.name for path in (trained / "validation").iterdir()}
+    assert names == {"autoencoder-00000006.png", "denoiser-00000006.png"}
+    assert list((trained / "logs").rglob("events*"))
+    settings = yaml.safe_load((trained / "config.yaml").read_text())
+    assert TrainingConfig(**settings) == small(trained)
+
+
+def test_the_latents_that_the_denoiser_sees_have_unit_variance_and_no_mean(trained):
+    pipe = LatentDDPMPipeline.from_pretrained(trained / "pipeline")
+    designs, _ = random_composites(64, size=8, seed=0)  # held-out ones first, then those trained on
+    latents = pipe.encode(designs[16:], sample_posterior=True, generator=torch.manual_seed(0))
+    assert latents.mean().item() == pytest.approx(0, abs=0.05)
+    assert latents.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_a_finished_run_is_not_overwritten(trained):
+    with pytest.raises(ValueError, match="^output_dir must be new, got .* --resume_from_checkpoint latest"):
+        train(small(trained))
+
+
+def test_resuming_a_finished_run_changes_nothing(trained, tmp_path):
+    before = weights(trained)
+    train(small(trained, resume_from_checkpoint="latest"))
+    after = weights(trained)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
+def test_an_interrupted_run_ends_as_if_it_had_not_been(trained, tmp_path, stage, monkeypatch):
+    class Interruption(Exception):
+        pass
+
+    step = torch.optim.AdamW.step
+    allowed = 5 if stage == "autoencoder" else SMALL["autoencoder_steps"] + 5  # one step behind a checkpoint
+    done = []
+
+    def interrupted(*args, **kwargs):
+        done.append(None)
+        if len(done) > allowed:
+            raise Interruption
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    with pytest.raises(Interruption):
+        train(small(tmp_path / "run"))
+    monkeypatch.undo()
+    assert not (tmp_path / "run" / "pipeline").exists()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob(f"{stage}-*")] == [f"{stage}-00000004"]
+    train(small(tmp_path / "run", resume_from_checkpoint="latest"))
+    assert_same_weights(tmp_path / "run", trained)
+
+
+def test_the_seed_decides_everything(trained, tmp_path):
+    train(small(tmp_path / "same"))
+    assert_same_weights(tmp_path / "same", trained)
+    train(small(tmp_path / "other", seed=1))
+    ours, other = weights(trained), weights(tmp_path / "other")
+    assert not any(torch.equal(ours[key], other[key]) for key in ours if key.endswith("conv_in.weight"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prediction_type": "epsilon"},
+        {"prediction_type": "sample", "beta_schedule": "squaredcos_cap_v2"},
+        {"mixed_precision": "bf16"},
+        {"gradient_accumulation_steps": 2},
+        {"resolution": 9},
+    ],
+    ids=lambda settings: next(iter(settings)) + "=" + str(next(iter(settings.values()))),
+)
+def test_every_way_to_train_ends_in_a_pipeline_that_samples(tmp_path, settings):
+    config = small(tmp_path, **settings)
+    train(config)
+    pipe = LatentDDPMPipeline.from_pretrained(tmp_path / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    size = config.resolution
+    assert pipe(num_inference_steps=2, output_type="np").images.shape == (1, size, size, 1)
+    assert pipe.scheduler.config.prediction_type == config.prediction_type
+
+
+@pytest.mark.slow
+def test_the_script_trains_on_a_folder_of_grey_images(tmp_path):
+    (tmp_path / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        Image.fromarray(rng.integers(0, 256, (7, 10)).astype(np.uint8)).save(tmp_path / "images" / f"{i}.png")
+    settings = {**SMALL, "dataset": str(tmp_path / "images"), "decoder_likelihood": "discretized_logistic"}
+    del settings["num_train_designs"]
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump({**settings, "output_dir": str(tmp_path / "run")}))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    command = [*launch, str(SCRIPT), "--config", str(tmp_path / "settings.yaml"), "--autoencoder_steps", "4"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    pipe = LatentDDPMPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.config.decoder_scale > 0
+    assert pipe(num_inference_steps=2, output_type="np").images.shape == (1, 7, 10, 1)
+
+
+@pytest.mark.slow
+def test_the_script_trains_on_a_stream(tmp_path):
+    import datasets
+
+    designs, _ = random_composites(64, size=8)
+    datasets.Dataset.from_dict({"image": list(designs)}).to_parquet(tmp_path / "designs.parquet")
+    train(small(tmp_path / "run", dataset=str(tmp_path / "designs.parquet"), streaming=True))
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").exists()
+
+
+def test_a_bad_setting_ends_the_script_with_one_sentence(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--output_dir", str(tmp_path / "run"), "--num_train_designs", "-3"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: num_train_designs must be positive, got -3"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="^autoencoder_batch_size must be at most the number of training designs"):
+        train(small(tmp_path, autoencoder_batch_size=64))
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="^output_dir must be a folder that can be written, got .*file"):
+        train(small(tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "discretized_logistic"])
+def test_the_bound_is_the_expected_log_weight(likelihood):
+    """E_q[log p(x|z) + log p(z) - log q(z|x)] by Monte Carlo equals reconstruction minus the closed-form KL."""
+    torch.manual_seed(0)
+    options = {} if likelihood == "bernoulli" else {"dataset": "elsewhere"}
+    config = small(Path("unused"), decoder_likelihood=likelihood, **options)
+    autoencoder = LikelihoodAutoencoder(config, (8, 8)).double()
+    image = torch.rand(1, 1, 8, 8).round().double()
+    num = 4000
+    noise = torch.randn(num, 2, 4, 4, dtype=torch.float64)
+    with torch.no_grad():
+        reconstruction, kl, _, _ = autoencoder(image.expand(num, -1, -1, -1), noise)
+        posterior = autoencoder.vae.encode(2 * image - 1).latent_dist
+        codes = posterior.mean + posterior.std * noise
+        log_prior = torch.distributions.Normal(0.0, 1.0).log_prob(codes).sum((1, 2, 3))
+        log_posterior = torch.distributions.Normal(posterior.mean, posterior.std).log_prob(codes).sum((1, 2, 3))
+    log_weight = reconstruction.double() + log_prior - log_posterior
+    error = log_weight - (reconstruction.double() - kl.double())
+    assert error.mean().item() == pytest.approx(0, abs=5 * error.std().item() / math.sqrt(num) + 1e-3)
+
+
+def test_shift_and_scale_are_those_of_draws_from_the_posteriors():
+    autoencoder = LikelihoodAutoencoder(small(Path("unused")), (8, 8))
+    moments = torch.cat([torch.randn(500, 2, 4, 4) * 3 + 1, torch.full((500, 2, 4, 4), math.log(4.0))], dim=1)
+    measure_latents(autoencoder.vae, moments)
+    assert autoencoder.vae.config.shift_factor == pytest.approx(1, abs=0.1)
+    assert 1 / autoencoder.vae.config.scaling_factor == pytest.approx(math.sqrt(9 + 4), rel=0.02)
+
+
+def test_cached_moments_are_those_of_the_encoder():
+    autoencoder = LikelihoodAutoencoder(small(Path("unused")), (8, 8))
+    images = torch.randint(0, 2, (300, 1, 8, 8), dtype=torch.uint8) * 255  # more than one batch
+    moments = encode_all(autoencoder.vae, torch.utils.data.TensorDataset(images), torch.device("cpu"), 290)
+    posterior = autoencoder.vae.encode(2 * (images[:290].float() / 255) - 1).latent_dist
+    torch.testing.assert_close(moments, torch.cat([posterior.mean, posterior.logvar], dim=1), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_the_exact_denoiser_of_a_gaussian_has_the_loss_that_theory_gives(prediction_type):
+    r"""For latents N(0, 1) the least mean squares are alpha^2, alpha^2 + sigma^2 - 0 ... of each prediction."""
+    scheduler = DDPMScheduler(prediction_type=prediction_type, clip_sample=False)
+    alphas_cumprod = scheduler.alphas_cumprod.double()
+
+    class Exact(nn.Module):
+        def forward(self, noisy, timesteps, response):
+            alpha_squared = alphas_cumprod[timesteps][:, None, None, None]
+            alpha, sigma = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+            # E[noise | x_t] = sigma x_t and E[z_0 | x_t] = alpha x_t, as x_t has unit variance
+            return {"epsilon": sigma * noisy, "sample": alpha * noisy, "v_prediction": torch.zeros_like(noisy)}[
+                prediction_type
+            ]
+
+    num = 20_000
+    mean, posterior_std = 1.0, 0.6  # prior variance 1 = 0.64 of the means + 0.36 of the posteriors
+    means = mean + 0.8 * torch.randn(num, 1, 2, 2, generator=torch.manual_seed(0), dtype=torch.float64)
+    moments = torch.cat([means, torch.full_like(means, 2 * math.log(posterior_std))], dim=1)
+    loss, _ = denoising_loss(scheduler, shift=mean, scale=1.0)(Exact(), (moments,), StepRandomness(("test",)))
+    sigma_squared = 1 - alphas_cumprod
+    expected = {
+        "epsilon": alphas_cumprod.mean(),  # Var[noise | x_t] = 1 - sigma^2
+        "sample": sigma_squared.mean(),  # Var[z_0 | x_t] = 1 - alpha^2
+        "v_prediction": torch.tensor(1.0),  # Var[alpha noise - sigma z_0 | x_t] = 1: it is independent of x_t
+    }[prediction_type]
+    assert loss.item() == pytest.approx(expected.item(), rel=0.02)
+
+
+def test_the_denoiser_is_conditioned_on_the_null_token_and_learns_it():
+    denoiser = LatentDenoiser(small(Path("unused")), (4, 4))
+    denoiser(torch.randn(3, 2, 4, 4), torch.tensor([1, 500, 999]), torch.empty(3, 0, 0)).square().mean().backward()
+    assert denoiser.response_encoder.null_tokens.grad.abs().sum() > 0
+
+
+def test_two_processes_draw_what_one_draws_for_the_same_batch():
+    together = StepRandomness((0, "stage", 7))
+    shares = [StepRandomness((0, "stage", 7), rank, 2) for rank in range(2)]
+    normal, integers = together.normal(6, 3), together.integers(1000, 6)
+    assert torch.equal(torch.cat([share.normal(3, 3) for share in shares]), normal)
+    assert torch.equal(torch.cat([share.integers(1000, 3) for share in shares]), integers)
+    assert not torch.equal(StepRandomness((0, "stage", 8)).normal(6, 3), normal)
+
+
+def test_the_quick_preset_is_the_configuration_of_the_demo():
+    makefile = (SCRIPT.parents[1] / "Makefile").read_text()
+    assert "training/configs/quick.yaml" in makefile
+    assert parse_config(["--config", str(SCRIPT.parent / "configs" / "quick.yaml")]).output_dir == "runs/quick"
