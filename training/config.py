@@ -73,7 +73,7 @@ class TrainingConfig:
         default="v_prediction", metadata={"help": "What the denoiser predicts."}
     )
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = field(
-        default="squaredcos_cap_v2", metadata={"help": "Noise schedule of the diffusion, 1000 steps."}
+        default="linear", metadata={"help": "Noise schedule of the diffusion, 1000 steps."}
     )
     denoiser_block_out_channels: list[int] = field(
         default_factory=lambda: [64, 128], metadata={"help": "Widths of the blocks."}

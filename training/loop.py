@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from mechdiffusers.training.config import TrainingConfig
@@ -68,6 +68,7 @@ def stage_accelerator(config: TrainingConfig, name: str) -> Accelerator:
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
     accelerator.init_trackers(f"logs/{name}")
+    set_seed(config.seed)  # the stage's first weights, whether the stage before it ran just now or earlier
     return accelerator
 
 

@@ -20,7 +20,6 @@ import diffusers
 import torch
 import transformers
 import yaml
-from accelerate.utils import set_seed
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.training.autoencoder import encode_all, measure_latents, train_autoencoder
 from mechdiffusers.training.config import TrainingConfig, parse_config
@@ -49,7 +48,6 @@ def train(config: TrainingConfig) -> LatentDDPMPipeline:
             and ``resume_from_checkpoint`` is not set.
     """
     output_dir = _claim(config)
-    set_seed(config.seed)
     designs = load_designs(config)
 
     accelerator = stage_accelerator(config, "autoencoder")
