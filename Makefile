@@ -15,10 +15,10 @@ test: .venv/installed
 lint: .venv/installed build/wheel
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	MYPYPATH=build/wheel $(BIN)/mypy -p mechdiffusers
+	MYPYPATH=$(CURDIR)/build/wheel $(BIN)/mypy -p mechdiffusers
 
 wheel-test: .venv/installed build/wheel
-	MECHDIFFUSERS_FROM=$(CURDIR)/build/wheel PYTHONPATH=build/wheel $(BIN)/python -m pytest
+	MECHDIFFUSERS_FROM=$(CURDIR)/build/wheel PYTHONPATH=$(CURDIR)/build/wheel $(BIN)/python -m pytest
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv

@@ -3,8 +3,8 @@
     python benchmarks/denoiser_throughput.py --output benchmarks/denoiser_throughput.json
 
 Both train the same UNet2DConditionModel, at the same batch size, from the same designs. The plain loop has the encoder
-in it, the default memory format and the default optimiser, and no weight averaging; ours is ``run_stage`` with
-everything that it does. The machine does nothing else meanwhile.
+in it, the default memory format and the default optimiser, and no weight averaging; ours is ``run_stage`` with weight
+averaging, between two entries of the log. The machine does nothing else meanwhile.
 """
 
 import argparse

@@ -14,7 +14,7 @@ from PIL import Image
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--output_dir", type=Path, default=Path("runs/laminates"))
-parser.add_argument("--steps", type=int, default=100, help="of each stage")
+parser.add_argument("--steps", type=int, default=200, help="of each stage")
 arguments = parser.parse_args()
 logging.basicConfig(level=logging.INFO)
 
@@ -35,8 +35,10 @@ config = TrainingConfig(
     latent_channels=2,
     autoencoder_block_out_channels=[16, 32],
     autoencoder_steps=arguments.steps,
+    autoencoder_warmup_steps=arguments.steps // 10,
     denoiser_block_out_channels=[16, 32],
     denoiser_steps=arguments.steps,
+    denoiser_warmup_steps=arguments.steps // 10,
     denoiser_batch_size=32,
 )
 pipe = train(config)

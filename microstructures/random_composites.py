@@ -11,7 +11,7 @@ area of a feature does not depend on it. The pixels where the field is largest a
 volume fraction asks for. The field is periodic because the discrete Fourier transform is.
 
 References:
-    | Random Heterogeneous Materials (Torquato, 2002), section 8.1, on level cuts of Gaussian random fields
+    | Random Heterogeneous Materials (Torquato, 2002), chapter 8, on level cuts of random fields
     | https://doi.org/10.1007/978-1-4757-6355-8
 """
 

@@ -5,11 +5,12 @@ open. Each load case becomes one token: a small network sees its normalised valu
 what is given. A response that is open everywhere becomes the learned null tokens, so that "no response" needs no
 second denoiser: dropping a condition, as classifier-free guidance does, is leaving it open (Ho & Salimans 2021).
 
-This file travels inside checkpoints: it imports torch and diffusers alone.
+This file travels inside checkpoints: it imports torch, numpy and diffusers alone.
 """
 
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -54,22 +55,22 @@ class ResponseEncoder(ModelMixin, ConfigMixin):
         std: list[list[float]] | None = None,
     ):
         super().__init__()
+        if meaning is not None and not {"load_cases", "strains"} <= meaning.keys():
+            raise ValueError(f"meaning must have 'load_cases' and 'strains', got {sorted(meaning)}")
         strains = [] if meaning is None else meaning["strains"]
         #: (L, S), the shape of a response; (0, 0) for an unconditional model.
         self.response_shape = (len(strains), len(strains[0]) if strains else 0)
         self.null_tokens = nn.Parameter(torch.randn(max(len(strains), 1), token_dim))
         if meaning is None:
             return
-        shift, scale = torch.tensor(mean or [], dtype=torch.float32), torch.tensor(std or [], dtype=torch.float32)
-        if len(meaning["load_cases"]) != len(strains) or not shift.shape == scale.shape == self.response_shape:
+        shapes = {np.shape(strains), np.shape(mean), np.shape(std)}
+        if shapes != {self.response_shape} or len(meaning["load_cases"]) != len(strains):
             raise ValueError(
-                f"mean and std must be {self.response_shape[0]} lists of {self.response_shape[1]} numbers, one list "
-                f"for each of the load cases {meaning['load_cases']}, got {mean!r} and {std!r}"
+                f"mean and std must be {self.response_shape[0]} lists of {self.response_shape[1]} numbers, as the "
+                f"strains of the load cases {meaning['load_cases']} are, got {mean!r} and {std!r}"
             )
-        if not (scale > 0).all():
+        if not (np.array(std) > 0).all():
             raise ValueError(f"std must be positive everywhere, got {std!r}")
-        self.register_buffer("shift", shift, persistent=False)
-        self.register_buffer("scale", scale, persistent=False)
         self.case_embedding = nn.Parameter(torch.randn(len(strains), hidden_dim))
         self.proj_in = nn.Linear(2 * self.response_shape[1], hidden_dim)
         self.layers = nn.Sequential(nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU())
@@ -94,7 +95,9 @@ class ResponseEncoder(ModelMixin, ConfigMixin):
         if self.config.meaning is None:
             return null
         given = ~response.isnan()
-        values = torch.where(given, (response.float() - self.shift) / self.scale, 0.0)
+        response = response.float()  # units may need more digits than the weights have
+        mean, std = response.new_tensor(self.config.mean), response.new_tensor(self.config.std)
+        values = torch.where(given, (response - mean) / std, 0.0)
         features = torch.cat([values, given.float()], dim=-1).to(self.null_tokens.dtype)
         tokens = self.proj_out(self.layers(self.proj_in(features) + self.case_embedding))
         return torch.where(given.flatten(1).any(1)[:, None, None], tokens, null)

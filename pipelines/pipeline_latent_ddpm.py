@@ -69,7 +69,6 @@ class LatentDDPMPipeline(PortableCheckpoint):
     """
 
     model_cpu_offload_seq = "response_encoder->unet->vae"
-    _callback_tensor_inputs = ("latents",)
 
     def __init__(
         self,
@@ -271,7 +270,7 @@ class LatentDDPMPipeline(PortableCheckpoint):
                 raise ValueError(f"{name} must be one image, got {len(end)}")
             ends.append(end)
         weights = torch.linspace(0, 1, num, dtype=ends[0].dtype, device=ends[0].device)[:, None, None, None]
-        return self.decode(torch.lerp(*ends, weights), output_type=output_type)
+        return self.decode(torch.lerp(ends[0], ends[1], weights), output_type=output_type)
 
     @property
     def _shift(self) -> float:
@@ -320,10 +319,10 @@ class LatentDDPMPipeline(PortableCheckpoint):
                 f"scheduler must be variance preserving with betas and a prediction type, such as DDPMScheduler, "
                 f"DDIMScheduler or DPMSolverMultistepScheduler, got {name}, which is of another kind"
             )
-        for option in ("clip_sample", "thresholding"):
+        for option in ("clip_sample", "thresholding", "use_flow_sigmas"):
             if config.get(option, False):
                 raise ValueError(
-                    f"scheduler must not clip, as latents are unbounded, got {name} with {option}=True; "
+                    f"scheduler must neither clip nor follow another process, got {name} with {option}=True; "
                     f"make it by {name}.from_config(pipe.scheduler.config, {option}=False)"
                 )
 

@@ -45,7 +45,7 @@ class PortableCheckpoint(DiffusionPipeline):
         max_shard_size: int | str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes weights, configurations and code; the folder is loadable at every moment or not changed at all.
+        """Writes weights, configurations and code, aside first; no file is ever half-written.
 
         Args:
             save_directory: Folder to write to; made if need be. Files of other names in it stay.
@@ -55,14 +55,19 @@ class PortableCheckpoint(DiffusionPipeline):
             **kwargs: Further arguments of ``DiffusionPipeline.save_pretrained``.
 
         Raises:
-            ValueError: If ``safe_serialization`` is false, or ``save_directory`` is a file or cannot be written.
+            ValueError: If ``safe_serialization`` is false, ``push_to_hub`` is set, or ``save_directory`` is a file or
+                cannot be written.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization must be True: a checkpoint meant for sharing holds no pickles")
+        if kwargs.get("push_to_hub"):  # the base class uploads before the code is there
+            raise ValueError("push_to_hub must be left out: call pipe.push_to_hub(repo_id), which ships the code too")
         target = Path(save_directory)
         try:
-            target.mkdir(parents=True, exist_ok=True)
-            staging = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists() and not target.is_dir():
+                raise NotADirectoryError(f"{target} is a file")
+            staging = Path(tempfile.mkdtemp(prefix=f".unfinished-{target.name}-", dir=target.parent))
         except OSError as error:
             raise ValueError(f"save_directory must be a folder that can be written, got {target}: {error}") from error
         try:
@@ -132,9 +137,13 @@ def _check_files(folder: Path) -> None:
         raise ValueError(f"{folder} is no checkpoint: it has no {_INDEX}, which save_pretrained writes")
     for path in [folder / _INDEX, *sorted(folder.glob("*/*config.json"))]:
         try:
-            json.loads(path.read_text())
+            content = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path} is damaged, not JSON: {error}") from error
+        if not (isinstance(content, dict) and "_class_name" in content):
+            raise ValueError(
+                f"{path} is damaged: it must be a mapping with a _class_name, as save_pretrained writes it"
+            )
     for path in sorted(folder.glob("*/*.safetensors")):
         try:
             with safe_open(path, framework="pt"):

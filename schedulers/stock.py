@@ -33,6 +33,19 @@ STOCK_SCHEDULERS: Mapping[str, tuple[type[SchedulerMixin], Mapping[str, Any]]] =
     "deis": (DEISMultistepScheduler, {}),
 }
 
+#: What one solver's configuration hands on to the next.
+_NOISE_SCHEDULE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "timestep_spacing",
+    "steps_offset",
+    "rescale_betas_zero_snr",
+)
+
 
 def stock_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     """The stock scheduler of a name, with the noise schedule of another scheduler's configuration.
@@ -55,6 +68,6 @@ def stock_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
         raise ValueError(f"scheduler must be one of {sorted(STOCK_SCHEDULERS)}, got {name!r}")
     scheduler_class, options = STOCK_SCHEDULERS[name]
     unclipped = {"clip_sample": False} if scheduler_class in (DDPMScheduler, DDIMScheduler) else {}
-    # a note in the configuration would make from_config drop what stands at the default of another class
-    complete = {key: value for key, value in config.items() if not key.startswith("_")}
-    return scheduler_class.from_config(complete, **options, **unclipped)
+    # all of the noise schedule, which from_config drops where it stands at a default, and nothing of the old solver
+    schedule = {key: config[key] for key in _NOISE_SCHEDULE if key in config}
+    return scheduler_class.from_config(schedule, **options, **unclipped)

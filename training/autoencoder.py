@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from mechdiffusers.evaluation.plots import save_image_grid
 from mechdiffusers.pipelines.latent_likelihood import (
     decoder_log_prob,
@@ -69,17 +70,18 @@ class LikelihoodAutoencoder(nn.Module):
         """Scale of the discretised logistic distribution, ``None`` for a Bernoulli decoder."""
         return self.log_scale.exp() if self.likelihood == "discretized_logistic" else None
 
-    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, DiagonalGaussianDistribution]:
         r"""The two terms of the bound for images (B, 1, H, W) in [0, 1] and noise of the latents' shape.
 
         Returns:
-            The reconstruction :math:`\log p(x \mid z)` and the KL divergence, nats, shape ``(B,)`` each; the
-            decoder's output; the mean over the latents of the posterior's variance, shape ``(B,)``.
+            The reconstruction :math:`\log p(x \mid z)` and the KL divergence, nats, shape ``(B,)`` each, and
+            the posterior, of latents (B, C, h, w).
         """
-        posterior = posterior_of(self.vae, images)
+        # half precision has too few digits for a sum of hundreds of nats
+        posterior = DiagonalGaussianDistribution(posterior_of(self.vae, images).parameters.float())
         decoded = decoder_output(self.vae, posterior.mean + posterior.std * noise).float()
         log_prob = decoder_log_prob(decoded, images, self.likelihood, self.decoder_scale)
-        return log_prob.sum((1, 2, 3)), posterior.kl().float(), decoded, posterior.var.float().mean((1, 2, 3))
+        return log_prob.sum((1, 2, 3)), posterior.kl(), posterior
 
 
 def train_autoencoder(accelerator: Accelerator, config: TrainingConfig, designs: Designs) -> LikelihoodAutoencoder:
@@ -93,7 +95,7 @@ def train_autoencoder(accelerator: Accelerator, config: TrainingConfig, designs:
     Returns:
         The autoencoder with averaged weights, on the CPU.
     """
-    autoencoder = LikelihoodAutoencoder(config, designs.size).to(memory_format=torch.channels_last)
+    autoencoder = LikelihoodAutoencoder(config, designs.size).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     latent_shape = (config.latent_channels, *latent_size(autoencoder.vae))
     num_pixels = math.prod(designs.size)
 
@@ -102,7 +104,7 @@ def train_autoencoder(accelerator: Accelerator, config: TrainingConfig, designs:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         images = batch[0].float() / 255
         noise = randomness.normal(len(images), *latent_shape).to(images.device)
-        reconstruction, kl, _, _ = module(images, noise)
+        reconstruction, kl, _ = module(images, noise)
         loss = (config.kl_weight * kl - reconstruction).mean() / num_pixels
         return loss, {"loss": loss, **_bound(reconstruction.mean(), kl.mean(), num_pixels)}
 
@@ -111,11 +113,14 @@ def train_autoencoder(accelerator: Accelerator, config: TrainingConfig, designs:
         assert isinstance(module, LikelihoodAutoencoder)
         heldout = designs.heldout.to(module.vae.device).float() / 255
         noise = StepRandomness((config.seed, "autoencoder validation")).normal(len(heldout), *latent_shape)
-        parts = [
-            (*module(x, eps.to(x.device)), decoder_output(module.vae, posterior_of(module.vae, x).mean))
-            for x, eps in zip(heldout.split(_VALIDATION_BATCH), noise.split(_VALIDATION_BATCH), strict=True)
-        ]
-        reconstruction, kl, _, variance, decoded = (torch.cat(part) for part in zip(*parts, strict=True))
+        parts = []
+        for x, eps in zip(heldout.split(_VALIDATION_BATCH), noise.split(_VALIDATION_BATCH), strict=True):
+            terms_of_bound = module(x, eps.to(x.device))
+            posterior = terms_of_bound[2]
+            parts.append(
+                (*terms_of_bound[:2], posterior.mean, posterior.var, decoder_output(module.vae, posterior.mean))
+            )
+        reconstruction, kl, means, variances, decoded = (torch.cat(part) for part in zip(*parts, strict=True))
         faithful = most_likely_images(decoded, module.likelihood, module.decoder_scale)
         folder = Path(config.output_dir) / "validation"
         pairs = torch.stack([heldout[:16, 0], faithful[:16, 0]], dim=1).flatten(0, 1)
@@ -124,7 +129,7 @@ def train_autoencoder(accelerator: Accelerator, config: TrainingConfig, designs:
         return {
             **{name: value.item() for name, value in bound.items()},
             "wrong_pixels": (faithful != heldout).double().mean().item(),
-            "posterior_std": variance.mean().sqrt().item(),
+            "posterior_over_latent_std": (variances.mean() / (means.var() + variances.mean())).sqrt().item(),
         }
 
     run_stage(accelerator, config, "autoencoder", autoencoder, designs.train, compute_loss, validate)
@@ -132,18 +137,17 @@ def train_autoencoder(accelerator: Accelerator, config: TrainingConfig, designs:
 
 
 def _bound(reconstruction: Tensor, kl: Tensor, num_pixels: int) -> dict[str, Tensor]:
-    """The bound and its terms in nats, and the bound in bits per pixel."""
-    elbo = reconstruction - kl
+    """The bound and its terms in nats, as they are, and in bits per pixel, as costs."""
+    nats = {"reconstruction": reconstruction, "kl": kl, "elbo": reconstruction - kl}
+    cost = {"reconstruction": -reconstruction, "kl": kl, "elbo": kl - reconstruction}
     return {
-        "reconstruction_nats": reconstruction,
-        "kl_nats": kl,
-        "elbo_nats": elbo,
-        "elbo_bits_per_dim": -elbo / (num_pixels * math.log(2)),
+        **{f"{name}_nats": value for name, value in nats.items()},
+        **{f"{name}_bits_per_dim": value / (num_pixels * math.log(2)) for name, value in cost.items()},
     }
 
 
 @torch.no_grad()
-def encode_all(vae: AutoencoderKL, images: Dataset, device: torch.device, num: int | None) -> Tensor:
+def encode_all(vae: AutoencoderKL, images: Dataset, device: torch.device, num: int) -> Tensor:
     """Means and log-variances of the posteriors of all designs.
 
     Args:
@@ -154,20 +158,17 @@ def encode_all(vae: AutoencoderKL, images: Dataset, device: torch.device, num: i
 
     Returns:
         Shape ``(num, 2 C, h, w)``, float32: the means, then the log-variances.
-
-    Raises:
-        ValueError: If ``num`` is not given: a stream has no end.
     """
-    if num is None:
-        raise ValueError("num_train_designs must be set for a stream, which has no end, to cache its latents")
     vae.to(device)
     moments: list[Tensor] = []
+    left = num
     with tqdm(total=num, desc="caching latents", unit="design") as progress:
         for (batch,) in DataLoader(images, batch_size=_VALIDATION_BATCH):
-            posterior = posterior_of(vae, batch[: num - progress.n].to(device).float() / 255)
+            posterior = posterior_of(vae, batch[:left].to(device).float() / 255)
             moments.append(torch.cat([posterior.mean, posterior.logvar], dim=1).cpu())
             progress.update(len(moments[-1]))
-            if progress.n == num:
+            left -= len(moments[-1])
+            if left == 0:
                 break
     vae.cpu()
     return torch.cat(moments)

@@ -20,6 +20,10 @@ from transformers import HfArgumentParser
 __all__ = ["StageConfig", "TrainingConfig", "parse_config"]
 
 
+#: Those of diffusers that need nothing but the number of steps.
+_LR_SCHEDULERS = [s.value for s in SchedulerType if s is not SchedulerType.PIECEWISE_CONSTANT]
+
+
 @dataclass(frozen=True)
 class StageConfig:
     """The settings that both stages have, each with its own value."""
@@ -118,12 +122,14 @@ class TrainingConfig:
                     )
         if self.resume_from_checkpoint not in (None, "latest"):
             raise ValueError(f"resume_from_checkpoint must be 'latest' or unset, got {self.resume_from_checkpoint!r}")
-        accepted = {"validation_scheduler": sorted(STOCK_SCHEDULERS), "lr_scheduler": [s.value for s in SchedulerType]}
+        accepted = {"validation_scheduler": sorted(STOCK_SCHEDULERS), "lr_scheduler": _LR_SCHEDULERS}
         for name, names in accepted.items():
             if getattr(self, name) not in names:
                 raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}")
         if not self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie inside (0, 1), got {self.ema_decay!r}")
+        if self.streaming and self.num_train_designs is None:
+            raise ValueError("num_train_designs must be set with streaming=True: a stream has no known end")
         if self.dataset == "random_composites":
             if self.decoder_likelihood != "bernoulli":
                 raise ValueError("decoder_likelihood must be 'bernoulli' for random_composites, which are binary")
@@ -167,7 +173,7 @@ def parse_config(args: Sequence[str] | None = None) -> TrainingConfig:
 def _yaml_arguments(path: Path) -> list[str]:
     """The settings of a YAML file as command-line arguments."""
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = yaml.load(path.read_text(), Loader=yaml.BaseLoader)  # strings, as the command line has them
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"config must be a YAML file that can be read, got {path}: {error}") from error
     if not isinstance(settings, dict):
@@ -177,6 +183,6 @@ def _yaml_arguments(path: Path) -> list[str]:
         raise ValueError(f"config has unknown settings {unknown} in {path}; known are {sorted(known)}")
     arguments: list[str] = []
     for name, value in settings.items():
-        if value is not None:
-            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        if value not in ("", "null"):
+            arguments += [f"--{name}", *(value if isinstance(value, list) else [value])]
     return arguments

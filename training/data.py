@@ -5,8 +5,10 @@ Every source becomes uint8 images (N, 1, H, W), grey levels 0 to 255, of one siz
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +39,12 @@ class Designs:
     Attributes:
         train: Yields tuples of one uint8 image ``(1, H, W)``; a stream repeats itself without end.
         heldout: uint8 images, shape ``(N, 1, H, W)``.
-        num_train: Number of different training designs, ``None`` for a stream of unknown length.
+        num_train: Number of different training designs.
     """
 
     train: Dataset
     heldout: Tensor
-    num_train: int | None
+    num_train: int
 
     @property
     def size(self) -> tuple[int, int]:
@@ -60,12 +62,11 @@ def load_designs(config: TrainingConfig) -> Designs:
         The designs. Of a source other than the generator, the held-out ones are drawn by the seed (a stream's first).
 
     Raises:
-        ValueError: If the source is missing, empty or mixed, a column is unknown, an image has another size than the
-            first, holds NaN or has values that its decoder likelihood does not cover, or there are too few designs.
+        ValueError: If the source is missing, empty or mixed, a column is unknown, an image cannot be read, has another
+            size than the first, holds NaN or values that its decoder likelihood does not cover, or there are too few.
     """
     if config.dataset == "random_composites":
-        if config.num_train_designs is None:
-            raise ValueError("num_train_designs must be set for random_composites, which are generated")
+        assert config.num_train_designs is not None  # TrainingConfig has checked it
         total = config.num_train_designs + config.num_heldout_designs
         # the held-out designs come first: they stay the same when the number of training designs is changed
         generated, _ = random_composites(total, size=config.resolution, seed=config.seed)
@@ -74,13 +75,17 @@ def load_designs(config: TrainingConfig) -> Designs:
     rows = _rows(config)
     images = _checked_images(rows, config)
     if isinstance(rows, IterableDataset):
-        heldout = [image for image, _ in zip(images, range(config.num_heldout_designs), strict=False)]
-        remaining = rows.skip(config.num_heldout_designs)
-        if config.num_train_designs is not None:
-            remaining = remaining.take(config.num_train_designs)
-        stream = remaining.shuffle(seed=config.seed, buffer_size=_SHUFFLE_BUFFER).repeat(None)
+        heldout = list(islice(images, config.num_heldout_designs))
+        if len(heldout) < config.num_heldout_designs:
+            raise ValueError(
+                f"dataset must have more than the {config.num_heldout_designs} designs to hold out, "
+                f"got {len(heldout)} from {config.dataset!r}"
+            )
+        train = rows.skip(config.num_heldout_designs).take(config.num_train_designs)
+        stream = train.shuffle(seed=config.seed, buffer_size=_SHUFFLE_BUFFER).repeat(None)
+        assert config.num_train_designs is not None  # TrainingConfig has checked it
         return Designs(_Stream(stream, config, heldout[0].shape), torch.stack(heldout), config.num_train_designs)
-    everything = torch.stack(list(tqdm(images, total=len(rows), desc="Reading designs", unit="design")))
+    everything = torch.stack(list(tqdm(images, total=len(rows), desc="reading designs", unit="design")))
     return _split(everything, config, np.random.default_rng(config.seed).permutation(len(everything)))
 
 
@@ -126,14 +131,17 @@ def _rows(config: TrainingConfig) -> Any:
                 f"dataset must be 'random_composites', a folder of images, a parquet file or a dataset on the Hub with "
                 f"the split {split!r}, got {config.dataset!r}: {error}"
             ) from error
-    columns = rows.column_names or list(next(iter(rows)))
+    columns = rows.column_names or list(next(iter(rows), {}))
     if config.image_column not in columns:
         raise ValueError(f"image_column must be one of {columns} of {config.dataset!r}, got {config.image_column!r}")
-    return rows.select_columns([config.image_column])
+    rows = rows.select_columns([config.image_column])
+    if isinstance((rows.features or {}).get(config.image_column), ImageFeature):  # read by us, to name what is unfit
+        rows = rows.cast_column(config.image_column, ImageFeature(decode=False))
+    return rows
 
 
 def _folder(path: Path, config: TrainingConfig) -> Any:
-    """The images of a folder, as rows with the file's name kept for error messages."""
+    """The images of a folder, as rows."""
     files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
     if not files:
         raise ValueError(f"dataset must be a folder of images, got {path}, which is empty")
@@ -151,13 +159,18 @@ def _checked_images(rows: Iterable[Any], config: TrainingConfig, shape: torch.Si
     """The images of rows as uint8 (1, H, W), each checked; all have the shape of the first, or the one given."""
     index = -1
     for index, row in enumerate(rows):
+        value = row[config.image_column]
         where = f"image {index} of {config.dataset!r}"
-        image = _grey_levels(row[config.image_column], where)
+        if isinstance(value, dict):  # a file, not decoded yet
+            where += f" ({Path(value['path']).name})" if value["path"] else ""
+            image = _grey_levels(_decoded(value, where), where)
+        else:
+            image = _grey_levels(_array(value, where), where)
         shape = shape or image.shape
         if image.shape != shape:
             raise ValueError(
-                f"all images must have one size, {tuple(shape[1:])} as the first, got {where} with "
-                f"{tuple(image.shape[1:])}"
+                f"all images must have one size, {tuple(shape[1:])} as the first, "
+                f"got {where} with {tuple(image.shape[1:])}"
             )
         if config.decoder_likelihood == "bernoulli" and not ((image == 0) | (image == 255)).all():
             raise ValueError(
@@ -169,24 +182,42 @@ def _checked_images(rows: Iterable[Any], config: TrainingConfig, shape: torch.Si
         raise ValueError(f"dataset must have rows, got none from {config.dataset!r}")
 
 
-def _grey_levels(image: Any, where: str) -> Tensor:
-    """A PIL image or an array, (H, W) or with one channel, as uint8 grey levels (1, H, W)."""
-    if isinstance(image, Image.Image):
-        if image.mode not in ("1", "L"):
-            channels = np.asarray(image.convert("RGB"))
-            if (channels != channels[..., :1]).any():
-                raise ValueError(f"images must be grey or binary, got {where} in colour")
-        image = image.convert("L")
-    pixels = np.asarray(image)
+def _decoded(file: dict[str, Any], where: str) -> np.ndarray:
+    """The grey levels (H, W) of an image file that datasets has not decoded."""
+    try:
+        with Image.open(io.BytesIO(file["bytes"]) if file["bytes"] else file["path"]) as image:
+            image.load()
+    except OSError as error:
+        raise ValueError(f"images must be files that can be read, got {where}: {error}") from error
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+        raise ValueError(f"images must have 8 bits or 1, got {where} of mode {image.mode!r}")
+    channels = np.asarray(image.convert("RGBA"))
+    if (channels[..., 3] != 255).any():
+        raise ValueError(f"images must be opaque, got {where} with transparent pixels")
+    if (channels[..., :3] != channels[..., :1]).any():
+        raise ValueError(f"images must be grey or binary, got {where} in colour")
+    return channels[..., 0]
+
+
+def _array(value: Any, where: str) -> np.ndarray:
+    """An image that a dataset stores as numbers, as an array."""
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"images must be rectangular, got {where}: {error}") from error
+
+
+def _grey_levels(pixels: np.ndarray, where: str) -> Tensor:
+    """An image (H, W), or with one channel, as uint8 grey levels (1, H, W)."""
     if pixels.ndim == 3 and 1 in (pixels.shape[0], pixels.shape[2]):
         pixels = pixels.reshape(pixels.shape[1:] if pixels.shape[0] == 1 else pixels.shape[:2])
     if pixels.ndim != 2 or pixels.dtype.kind not in "buif":
         raise ValueError(f"images must be (H, W) numbers, got {where} with shape {pixels.shape} of {pixels.dtype}")
     if pixels.dtype.kind in "bf":
         pixels = pixels.astype(np.float64) * 255
-        accepted = "floats in [0, 1] without NaN"
-    else:
-        accepted = "integers in 0 to 255"
     if not ((pixels >= 0) & (pixels <= 255)).all():  # also false for NaN
-        raise ValueError(f"images must be booleans, {accepted}, got {where} with values outside")
+        raise ValueError(
+            f"images must be booleans, floats in [0, 1] without NaN, or integers in 0 to 255, got {where} with "
+            f"values outside"
+        )
     return torch.from_numpy(np.rint(pixels).astype(np.uint8))[None]

@@ -2,8 +2,8 @@ r"""The second stage: a denoiser of cached latents.
 
 The loss is the mean square of the prediction's error at uniform times (Ho et al. 2020, equation 14; Luo 2022, "Three
 Equivalent Interpretations"), the prediction being the noise, the latents, or the velocity
-:math:`\alpha_t \epsilon - \sigma_t z_0` (Salimans & Ho 2022, appendix D). Latents are drawn anew from their posteriors
-each time they are seen.
+:math:`\alpha_t \epsilon - \sigma_t z_0` (Salimans & Ho 2022, section 4 and appendix D). Latents are drawn anew from
+their posteriors each time they are seen.
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ def stage_accelerator(config: TrainingConfig, name: str) -> Accelerator:
     )
     if accelerator.device.type == "cpu":  # accelerate launch leaves a process one thread
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local_processes))
     accelerator.init_trackers(f"logs/{name}")
     set_seed(config.seed)  # the stage's first weights, whether the stage before it ran just now or earlier
     return accelerator
@@ -116,11 +117,11 @@ def run_stage(
     )
     module, optimizer, loader, schedule = accelerator.prepare(module, optimizer, loader, schedule)
     average = EMAModel(module.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=3 / 4, foreach=True)
-    average.to(accelerator.device)
     accelerator.register_for_checkpointing(average)
 
     checkpoints = Path(config.output_dir) / "checkpoints"
     start = _resume(accelerator, checkpoints, name) if config.resume_from_checkpoint else 0
+    average.to(accelerator.device)  # a loaded average is on the CPU
     batches = _batches(accelerator, loader, start * config.gradient_accumulation_steps)
     main = accelerator.is_main_process
     progress = tqdm(initial=start, total=settings.steps, desc=name, unit="step", disable=not main)
@@ -147,7 +148,8 @@ def run_stage(
         progress.update()
 
         done = step + 1
-        if done % config.logging_steps == 0 or done == settings.steps:
+        checkpoint_due = done % config.checkpointing_steps == 0 or done == settings.steps
+        if done % config.logging_steps == 0 or checkpoint_due:
             logs = {key: accelerator.reduce(value, "mean").item() / num_summed for key, value in sums.items()}
             sums, num_summed = {}, 0
             if not all(map(math.isfinite, logs.values())):
@@ -167,15 +169,16 @@ def run_stage(
                 logger.info("%s step %d: %s", name, done, ", ".join(f"{k} {v:.5g}" for k, v in logs.items()))
             average.restore(module.parameters())
             accelerator.wait_for_everyone()
-        if done % config.checkpointing_steps == 0 or done == settings.steps:
+        if checkpoint_due:
             _save(accelerator, checkpoints, name, done)
     progress.close()
     average.copy_to(module.parameters())
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # not end_training, which ends the other processes' connection too
+        tracker.finish()
 
 
 def _batches(accelerator: Accelerator, loader: DataLoader, used: int) -> Iterator[tuple[Tensor, ...]]:
-    """Batches without end, from the one behind the first ``used`` of them; each epoch has its own order."""
+    """Batches without end, from the one behind the first ``used``; each epoch of a dataset has its own order."""
     streamed = isinstance(loader.dataset, IterableDataset)
     epoch, skipped = (0, used) if streamed else divmod(used, len(loader))
     while True:

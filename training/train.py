@@ -20,6 +20,7 @@ import diffusers
 import torch
 import transformers
 import yaml
+from accelerate import PartialState
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.training.autoencoder import encode_all, measure_latents, train_autoencoder
 from mechdiffusers.training.config import TrainingConfig, parse_config
@@ -32,6 +33,17 @@ from torch.utils.data import TensorDataset
 __all__ = ["train"]
 
 logger = logging.getLogger(__name__)
+
+#: Settings that a run may change when it goes on: they do not change what is trained.
+_MAY_CHANGE = {
+    "output_dir",
+    "resume_from_checkpoint",
+    "logging_steps",
+    "validation_steps",
+    "validation_scheduler",
+    "validation_inference_steps",
+    "checkpointing_steps",
+}
 
 
 def train(config: TrainingConfig) -> LatentDDPMPipeline:
@@ -75,17 +87,24 @@ def train(config: TrainingConfig) -> LatentDDPMPipeline:
         pipe.save_pretrained(output_dir / "pipeline")
         logger.info("the pipeline is in %s", output_dir / "pipeline")
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     return pipe
 
 
 def _claim(config: TrainingConfig) -> Path:
-    """Makes the run's folder and writes the settings into it, unless another run is there."""
+    """Makes the run's folder and writes the settings into it, unless it holds a run that this one does not continue."""
     output_dir = Path(config.output_dir)
     if (output_dir / "checkpoints").exists() and config.resume_from_checkpoint is None:
         raise ValueError(
             f"output_dir must be new, got {output_dir}, which holds a run: choose another one, or go on with that run "
             "by --resume_from_checkpoint latest"
         )
+    process = PartialState()
+    if (output_dir / "config.yaml").exists() and config.resume_from_checkpoint is not None:
+        _check_same_run(config, output_dir / "config.yaml")
+    process.wait_for_everyone()  # all have read the old settings before they are written again
+    if not process.is_main_process:
+        return output_dir
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         unfinished = output_dir / ".unfinished-config.yaml"
@@ -94,6 +113,21 @@ def _claim(config: TrainingConfig) -> Path:
     except OSError as error:
         raise ValueError(f"output_dir must be a folder that can be written, got {output_dir}: {error}") from error
     return output_dir
+
+
+def _check_same_run(config: TrainingConfig, path: Path) -> None:
+    """Raises a ``ValueError`` that shows the difference if the run in a folder had other settings."""
+    stored = yaml.safe_load(path.read_text())
+    differences = [
+        f"{name} was {stored.get(name)!r}, is {value!r}"
+        for name, value in asdict(config).items()
+        if name not in _MAY_CHANGE and stored.get(name) != value
+    ]
+    if differences:
+        raise ValueError(
+            f"resume_from_checkpoint must go on with the same settings, got others than {path}: "
+            f"{'; '.join(differences)}; give them back or choose another output_dir"
+        )
 
 
 def main() -> None:
@@ -105,7 +139,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     try:
         train(parse_config())
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from mechdiffusers.evaluation import (
     bootstrap_interval,
     distance_of_means,
@@ -17,6 +18,20 @@ def test_the_two_point_correlation_is_the_probability_that_both_points_are_stiff
     for dy, dx in [(0, 0), (1, 0), (0, 3), (2, 5), (5, 7)]:
         both = designs * np.roll(designs, (-dy, -dx), axis=(1, 2))
         np.testing.assert_allclose(correlation[:, dy, dx], both.mean((1, 2)), atol=1e-12)
+
+
+def test_a_tensor_comes_back_as_a_tensor():
+    designs = torch.rand(3, 4, 6).round()
+    correlation = two_point_correlation(designs)
+    torch.testing.assert_close(correlation, torch.from_numpy(two_point_correlation(designs.numpy())))
+
+
+def test_the_interval_of_a_distance_between_like_sets_does_not_lie_above_the_distance():
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.normal(0, 1, (300, 40)), rng.normal(0, 1, (300, 40))
+    low, high = bootstrap_interval(distance_of_means, ours, theirs, num_resamples=300)
+    assert low < distance_of_means(ours, theirs)
+    assert low < high
 
 
 def test_a_laminate_has_a_triangular_wave_for_a_correlation():

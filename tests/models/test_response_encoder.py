@@ -64,7 +64,12 @@ def test_it_comes_back_from_disk_with_its_meaning(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "name"),
-    [({"mean": None}, "mean"), ({"std": [[1.0] * 2] * 2}, "mean and std"), ({"std": [[0.0] * 3] * 2}, "std")],
+    [
+        ({"mean": None}, "mean"),
+        ({"meaning": {"strains": []}}, "meaning"),
+        ({"std": [[1.0] * 2] * 2}, "mean and std"),
+        ({"std": [[0.0] * 3] * 2}, "std"),
+    ],
 )
 def test_a_meaning_without_fitting_statistics_is_refused(options, name):
     with pytest.raises(ValueError, match=f"^{name}.* must"):

@@ -259,7 +259,7 @@ def test_bad_latents_and_ends_are_refused(pipe):
         (EDMEulerScheduler(), "scheduler must be variance preserving .* got EDMEulerScheduler"),
         (FlowMatchEulerDiscreteScheduler(), "scheduler must be variance preserving .* got FlowMatch"),
         (ScoreSdeVeScheduler(), "scheduler must be variance preserving .* got ScoreSdeVeScheduler"),
-        (DDPMScheduler(prediction_type="v_prediction"), "scheduler must not clip, .* clip_sample=True"),
+        (DDPMScheduler(prediction_type="v_prediction"), "scheduler must neither clip .* clip_sample=True"),
         (DDIMScheduler(clip_sample=False), "scheduler must have prediction_type='v_prediction', .* got DDIMScheduler"),
         (
             DDIMScheduler(clip_sample=False, prediction_type="v_prediction", beta_schedule="scaled_linear"),

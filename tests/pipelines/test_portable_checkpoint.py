@@ -133,7 +133,7 @@ def test_saving_over_a_checkpoint_keeps_files_of_other_names(pipe, folder):
     (folder / "README.md").write_text("a card")
     pipe.save_pretrained(folder)
     assert (folder / "README.md").read_text() == "a card"
-    assert not list(folder.glob(".unfinished*"))
+    assert not list(folder.parent.glob(".unfinished*"))
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint_as_it_was(pipe, folder, monkeypatch):
@@ -167,6 +167,19 @@ def test_truncated_weights_are_named(folder, name):
     weights.write_bytes(weights.read_bytes()[:-7])
     with pytest.raises(ValueError, match=f"{name}/diffusion_pytorch_model.safetensors is truncated or damaged"):
         LatentDDPMPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "3"])
+@pytest.mark.parametrize("name", ["model_index.json", "vae/config.json"])
+def test_json_that_is_no_configuration_is_named(folder, name, content):
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name} is damaged: it must be a mapping with a _class_name"):
+        LatentDDPMPipeline.from_pretrained(folder)
+
+
+def test_an_upload_that_would_lack_the_code_is_refused(pipe, tmp_path):
+    with pytest.raises(ValueError, match=r"^push_to_hub must be left out: call pipe.push_to_hub"):
+        pipe.save_pretrained(tmp_path / "new", push_to_hub=True)
 
 
 def test_garbage_for_weights_is_named(folder):

@@ -50,6 +50,17 @@ def test_the_schedule_and_prediction_type_are_kept_and_nothing_clips():
         torch.testing.assert_close(scheduler.alphas_cumprod, DDPMScheduler.from_config(config).alphas_cumprod)
 
 
+@pytest.mark.parametrize("first", STOCK_SCHEDULERS)
+def test_nothing_of_a_solver_stays_behind_when_it_is_replaced(first):
+    config = DDPMScheduler(prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing").config
+    for second in STOCK_SCHEDULERS:
+        direct = stock_scheduler(second, config)
+        by_way_of_the_first = stock_scheduler(second, stock_scheduler(first, config).config)
+        assert {k: v for k, v in direct.config.items() if k[0] != "_"} == {
+            k: v for k, v in by_way_of_the_first.config.items() if k[0] != "_"
+        }
+
+
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="^scheduler must be one of .* got 'magic'"):
         stock_scheduler("magic", DDPMScheduler().config)

@@ -22,11 +22,17 @@ def test_the_command_line_takes_precedence_over_the_file_and_the_file_over_the_d
 
 
 def test_lists_booleans_empty_values_and_exponents_come_through(tmp_path):
-    text = "output_dir: x\ndataset: somebody/designs\nautoencoder_block_out_channels: [8, 16]\nstreaming: true\n"
-    config = parse_config(["--config", write(tmp_path, text + "num_train_designs:\nautoencoder_learning_rate: 1e-4\n")])
+    text = "output_dir: x\ndataset: somebody/designs\nautoencoder_block_out_channels: [8, 16]\nstreaming: no\n"
+    config = parse_config(
+        [
+            "--config",
+            write(tmp_path, text + "num_train_designs:\nmixed_precision: no\nautoencoder_learning_rate: 1e-4\n"),
+        ]
+    )
     assert config.autoencoder_block_out_channels == [8, 16]
-    assert config.streaming is True
+    assert config.streaming is False
     assert config.num_train_designs is None
+    assert config.mixed_precision == "no"
     assert config.autoencoder_learning_rate == 1e-4
     overridden = parse_config(["--config", write(tmp_path, text), "--autoencoder_block_out_channels", "4", "8", "16"])
     assert overridden.autoencoder_block_out_channels == [4, 8, 16]
@@ -75,6 +81,8 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
             "decoder_likelihood must be 'bernoulli' for random_composites",
         ),
         ({"num_train_designs": None}, "random_composites need num_train_designs"),
+        ({"streaming": True, "num_train_designs": None}, "num_train_designs must be set with streaming=True"),
+        ({"lr_scheduler": "piecewise_constant"}, "lr_scheduler must be one of"),
         ({"streaming": True}, "random_composites need num_train_designs and streaming=False"),
         ({"validation_scheduler": "magic"}, "validation_scheduler must be one of"),
         ({"lr_scheduler": "magic"}, "lr_scheduler must be one of"),

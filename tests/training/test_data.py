@@ -117,6 +117,33 @@ def test_a_grey_image_stored_as_rgb_is_taken(tmp_path):
     assert all_of(designs) == {image.tobytes() for image in BINARY}
 
 
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_images_of_more_than_eight_bits_are_refused(tmp_path, mode):
+    values = np.full((6, 10), 1000, dtype=np.uint16 if mode == "I;16" else np.float32)
+    Image.fromarray(values).save(tmp_path / "deep.tif")
+    with pytest.raises(ValueError, match=r"^images must have 8 bits or 1, got image 0 of .*deep.tif"):
+        load_designs(config(tmp_path))
+
+
+def test_transparent_images_are_refused(tmp_path):
+    Image.fromarray(np.full((6, 10, 4), 128, dtype=np.uint8)).save(tmp_path / "glass.png")
+    with pytest.raises(ValueError, match=r"^images must be opaque, got image 0 of .*glass.png"):
+        load_designs(config(tmp_path))
+
+
+def test_a_damaged_image_file_is_named(tmp_path):
+    write_folder(tmp_path, BINARY)
+    (tmp_path / "007.png").write_bytes((tmp_path / "007.png").read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"^images must be files that can be read, got image 7 of .*007.png"):
+        load_designs(config(tmp_path))
+
+
+def test_a_stream_that_is_too_short_is_refused(tmp_path):
+    path = write_parquet(tmp_path, BINARY[:3])
+    with pytest.raises(ValueError, match="^dataset must have more than the 4 designs to hold out, got 3"):
+        load_designs(config(path, streaming=True, num_train_designs=5))
+
+
 def test_grey_levels_under_a_bernoulli_decoder_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"^images must be binary .* got image 0 of .* 'discretized_logistic' is for those"

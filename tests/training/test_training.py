@@ -92,6 +92,15 @@ def test_the_latents_that_the_denoiser_sees_have_unit_variance_and_no_mean(train
     assert latents.std().item() == pytest.approx(1, abs=0.05)
 
 
+def test_a_run_does_not_go_on_with_other_settings(trained):
+    before = (trained / "config.yaml").read_text()
+    with pytest.raises(
+        ValueError, match="^resume_from_checkpoint must .* kl_weight was 1.0, is 0.5; denoiser_steps was 6"
+    ):
+        train(small(trained, resume_from_checkpoint="latest", kl_weight=0.5, denoiser_steps=8, validation_steps=2))
+    assert (trained / "config.yaml").read_text() == before
+
+
 def test_a_finished_run_is_not_overwritten(trained):
     with pytest.raises(ValueError, match="^output_dir must be new, got .* --resume_from_checkpoint latest"):
         train(small(trained))
@@ -220,7 +229,7 @@ def test_the_bound_is_the_expected_log_weight(likelihood):
     num = 4000
     noise = torch.randn(num, 2, 4, 4, dtype=torch.float64)
     with torch.no_grad():
-        reconstruction, kl, _, _ = autoencoder(image.expand(num, -1, -1, -1), noise)
+        reconstruction, kl, _ = autoencoder(image.expand(num, -1, -1, -1), noise)
         posterior = autoencoder.vae.encode(2 * image - 1).latent_dist
         codes = posterior.mean + posterior.std * noise
         log_prior = torch.distributions.Normal(0.0, 1.0).log_prob(codes).sum((1, 2, 3))
@@ -248,7 +257,7 @@ def test_cached_moments_are_those_of_the_encoder():
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_the_exact_denoiser_of_a_gaussian_has_the_loss_that_theory_gives(prediction_type):
-    r"""For latents N(0, 1) the least mean squares are alpha^2, alpha^2 + sigma^2 - 0 ... of each prediction."""
+    """The least mean square is the variance of what is predicted, given the noisy latents."""
     scheduler = DDPMScheduler(prediction_type=prediction_type, clip_sample=False)
     alphas_cumprod = scheduler.alphas_cumprod.double()
 
