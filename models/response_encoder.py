@@ -63,7 +63,7 @@ class ResponseEncoder(ModelMixin, ConfigMixin):
         self.null_tokens = nn.Parameter(torch.randn(max(len(strains), 1), token_dim))
         if meaning is None:
             return
-        shapes = {np.shape(strains), np.shape(mean), np.shape(std)}
+        shapes = {np.array(entries, dtype=float).shape for entries in (strains, mean, std)}
         if shapes != {self.response_shape} or len(meaning["load_cases"]) != len(strains):
             raise ValueError(
                 f"mean and std must be {self.response_shape[0]} lists of {self.response_shape[1]} numbers, as the "

@@ -121,7 +121,8 @@ def train_denoiser(
         clip_sample=False,
         timestep_spacing="trailing",  # starts where training ends, at pure noise (Lin et al. 2024, section 3.3)
     )
-    denoiser = LatentDenoiser(config, latent_size(vae)).to(memory_format=torch.channels_last)
+    denoiser = LatentDenoiser(config, latent_size(vae))
+    denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     compute_loss = denoising_loss(scheduler, vae.config.shift_factor, vae.config.scaling_factor)
 
     def pipeline(module: nn.Module) -> LatentDDPMPipeline:

@@ -14,11 +14,17 @@ from mechdiffusers.pipelines import LatentDDPMPipeline
 #: Run before anything else in a Python that has to do without our package and without what only training needs.
 WITHOUT_US = """
 import sys
-class Absent:
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("mechdiffusers", "accelerate", "datasets", "tensorboard", "matplotlib", "scipy"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Absent())
+        absent = ("mechdiffusers", "accelerate", "datasets", "tensorboard", "matplotlib", "scipy")
+        return None if name.split(".")[0] in absent else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 """
 
 
