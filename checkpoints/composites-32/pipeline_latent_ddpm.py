@@ -1,0 +1,358 @@
+r"""Latent diffusion of microstructures: generate, encode, decode, interpolate.
+
+A design :math:`x` has latents :math:`z_0 = s (z - m)`, where :math:`z` is the autoencoder's code and the shift
+:math:`m` and scale :math:`s` are those measured on the training data (``shift_factor`` and ``scaling_factor`` of the
+autoencoder). A variance-preserving diffusion :math:`z_t = \alpha_t z_0 + \sigma_t \epsilon` of them is reversed by a
+denoiser (Rombach et al. 2022, section 3; Luo 2022, "Variational Diffusion Models").
+
+This file travels inside checkpoints: it imports torch, numpy, diffusers and its siblings alone.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, ImagePipelineOutput, UNet2DConditionModel
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .latent_likelihood import (
+    check_decoder_likelihood,
+    decoder_output,
+    image_size,
+    latent_size,
+    most_likely_images,
+    posterior_of,
+)
+from .portable_checkpoint import PortableCheckpoint
+
+__all__ = ["LatentDDPMPipeline"]
+
+_OUTPUT_TYPES = ("pil", "np", "pt")
+
+
+class LatentDDPMPipeline(PortableCheckpoint):
+    r"""Generates microstructures with a diffusion model of an autoencoder's latents.
+
+    Images are single-channel, in [0, 1]: PIL images, numpy ``(B, H, W, C)``, torch ``(B, C, H, W)``, or designs
+    ``(B, H, W)`` of either kind. 0 is the soft phase, 1 the stiff one.
+
+    Args:
+        vae ([`AutoencoderKL`]):
+            Autoencoder; ``sample_size`` in its configuration is the size of the designs, which need not be a multiple
+            of its factor: they are padded and cropped.
+        unet ([`UNet2DConditionModel`]):
+            Denoiser of the latents; attends to the tokens of ``response_encoder``.
+        scheduler ([`SchedulerMixin`]):
+            A variance-preserving scheduler with the betas and prediction type that the denoiser was trained with.
+        response_encoder ([`ResponseEncoder`]):
+            Makes tokens of responses, and the null tokens of a sample without one.
+        decoder_likelihood (`str`, defaults to `"bernoulli"`):
+            What the decoder's output means: ``"bernoulli"`` or ``"discretized_logistic"``.
+        decoder_scale (`float`, *optional*):
+            Scale of a ``discretized_logistic`` decoder, on [0, 1].
+
+    Raises:
+        ValueError: If the parts do not fit together or the scheduler does not suit a latent model.
+
+    Example:
+        >>> pipe = LatentDDPMPipeline.from_pretrained("checkpoints/composites-32")  # doctest: +SKIP
+        >>> images = pipe(batch_size=4, generator=torch.manual_seed(0)).images  # doctest: +SKIP
+
+    References:
+        | High-Resolution Image Synthesis with Latent Diffusion Models (Rombach et al., 2022)
+        | https://arxiv.org/abs/2112.10752
+    """
+
+    model_cpu_offload_seq = "response_encoder->unet->vae"
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        unet: UNet2DConditionModel,
+        scheduler: Any,
+        response_encoder: Any,
+        decoder_likelihood: str = "bernoulli",
+        decoder_scale: float | None = None,
+    ):
+        super().__init__()
+        check_decoder_likelihood(decoder_likelihood, decoder_scale)
+        self.register_modules(vae=vae, unet=unet, scheduler=scheduler, response_encoder=response_encoder)
+        self.register_to_config(decoder_likelihood=decoder_likelihood, decoder_scale=decoder_scale)
+        self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_grayscale=True)
+        # the first scheduler, which comes with the weights, says what the denoiser was trained for
+        self._check_variance_preserving(scheduler)
+        self._trained_for = (scheduler.config.prediction_type, scheduler.alphas_cumprod.cpu())
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        response: Tensor | np.ndarray | None = None,
+        num_images_per_response: int = 1,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Any, dict], dict] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        r"""Generates images.
+
+        Args:
+            batch_size (`int`, defaults to 1):
+                Number of images without a ``response``.
+            response (`torch.Tensor` or `np.ndarray`, *optional*):
+                Wanted responses, shape ``(B, L, S)``, in the units of the checkpoint, NaN where open.
+            num_images_per_response (`int`, defaults to 1):
+                Images for each response; the images of one response are neighbours.
+            num_inference_steps (`int`, defaults to 50):
+                Number of denoising steps.
+            guidance_scale (`float`, defaults to 1.0):
+                Weight of classifier-free guidance as in equation 2 of the Imagen paper (Saharia et al. 2022); 1 is
+                none. It acts only with a ``response``.
+            generator (`torch.Generator` or a list of them, *optional*):
+                Source of all random numbers. A list has one for each image. A single one is spread to one for each
+                image first, so that image ``i`` does not depend on how many images follow.
+            latents (`torch.Tensor`, *optional*):
+                Gaussian noise to start from, shape ``(images, C, h, w)``.
+            output_type (`str`, defaults to `"pil"`):
+                ``"pil"``, ``"np"`` (B, H, W, C) or ``"pt"`` (B, C, H, W).
+            return_dict (`bool`, defaults to `True`):
+                Whether to return an [`ImagePipelineOutput`] instead of a tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called as ``callback_on_step_end(pipe, step, timestep, {"latents": latents})`` after every step; what
+                it returns under ``"latents"`` replaces the latents.
+
+        Returns:
+            [`ImagePipelineOutput`], or a tuple of the images.
+
+        Raises:
+            ValueError: If an argument is out of range or does not fit the checkpoint, or the scheduler does not suit.
+        """
+        self._check_scheduler()
+        _check_output_type(output_type)
+        for name, count in (
+            ("batch_size", batch_size),
+            ("num_images_per_response", num_images_per_response),
+            ("num_inference_steps", num_inference_steps),
+        ):
+            if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
+        if not 0 <= guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale must be a non-negative number, got {guidance_scale!r}")
+        device, dtype = self._execution_device, self.unet.dtype
+
+        responses = self._prepare_response(response, batch_size).repeat_interleave(num_images_per_response, dim=0)
+        num_images = len(responses)
+        if isinstance(generator, torch.Generator):
+            generator = _spread(generator, num_images)
+        if isinstance(generator, list) and len(generator) != num_images:
+            raise ValueError(f"generator must be one or a list of {num_images}, one an image, got {len(generator)}")
+        shape = (num_images, self.unet.config.in_channels, *latent_size(self.vae))
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        elif latents.shape != shape:
+            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
+
+        tokens = self.response_encoder(responses.to(device))
+        guided = response is not None and guidance_scale != 1
+        if guided:
+            open_tokens = self.response_encoder(torch.full_like(responses, math.nan).to(device))
+            tokens = torch.cat([open_tokens, tokens])
+
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {"generator": generator} if takes_generator else {}
+        latents = latents.to(device, dtype) * self.scheduler.init_noise_sigma
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            model_input = self.scheduler.scale_model_input(latents, t)
+            prediction = self.unet(
+                torch.cat([model_input] * 2) if guided else model_input, t, encoder_hidden_states=tokens
+            ).sample
+            if guided:
+                unconditional, conditional = prediction.chunk(2)
+                prediction = unconditional + guidance_scale * (conditional - unconditional)
+            latents = self.scheduler.step(prediction, t, latents, **step_kwargs).prev_sample.to(dtype)
+            if callback_on_step_end is not None:
+                latents = callback_on_step_end(self, i, t, {"latents": latents}).get("latents", latents)
+
+        images = self.decode(latents, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        images: PipelineImageInput,
+        sample_posterior: bool = False,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Tensor:
+        """Latents of images: the posterior's mean, or a draw from it.
+
+        Args:
+            images: Images of the checkpoint's size, see the class.
+            sample_posterior: Whether to draw from the posterior instead of taking its mean.
+            generator: Source of the draws; a list has one for each image.
+
+        Returns:
+            Latents, shape ``(B, C, h, w)``, in the space that the denoiser works in.
+
+        Raises:
+            ValueError: If the images have another size, lie outside [0, 1] or hold NaN.
+        """
+        pixels = self._prepare_images(images)
+        posterior = posterior_of(self.vae, pixels.to(self._execution_device, self.vae.dtype))
+        if isinstance(generator, torch.Generator):
+            generator = _spread(generator, len(pixels))
+        codes = posterior.mean
+        if sample_posterior:
+            codes = codes + posterior.std * randn_tensor(
+                codes.shape, generator=generator, device=codes.device, dtype=codes.dtype
+            )
+        return (codes - self._shift) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, output_type: str = "pt") -> Any:
+        """The most likely image of each of the latents: binary, or multiples of 1/255, as the decoder's likelihood is.
+
+        Args:
+            latents: Shape ``(B, C, h, w)``, as :meth:`encode` gives them.
+            output_type: ``"pt"`` (B, C, H, W), ``"np"`` (B, H, W, C) or ``"pil"``.
+
+        Returns:
+            Images in [0, 1].
+
+        Raises:
+            ValueError: If the latents have another shape, or ``output_type`` is unknown.
+        """
+        _check_output_type(output_type)
+        shape = (self.vae.config.latent_channels, *latent_size(self.vae))
+        if latents.ndim != 4 or latents.shape[1:] != shape:
+            raise ValueError(f"latents must have shape (B, {', '.join(map(str, shape))}), got {tuple(latents.shape)}")
+        codes = latents.to(self._execution_device, self.vae.dtype) / self.vae.config.scaling_factor + self._shift
+        # a logistic tail needs more digits than a half-precision decoder has
+        decoded = decoder_output(self.vae, codes).float()
+        images = most_likely_images(decoded, self.config.decoder_likelihood, self.config.decoder_scale)
+        return self.image_processor.postprocess(images, output_type=output_type)
+
+    def interpolate(self, a: PipelineImageInput, b: PipelineImageInput, num: int = 8, output_type: str = "pil") -> Any:
+        """Images along the straight line between the latents of two images.
+
+        Args:
+            a: The image to start from, one, see the class for its kinds.
+            b: The image to end at.
+            num: Number of images, both ends included, at least 2.
+            output_type: ``"pil"``, ``"np"`` (num, H, W, C) or ``"pt"`` (num, C, H, W).
+
+        Returns:
+            ``num`` images.
+
+        Raises:
+            ValueError: If ``num`` is below 2, or ``a`` or ``b`` is not one image of the checkpoint's size.
+
+        References:
+            | Deep generative modeling for mechanistic-based learning and design of metamaterial systems (Wang et al.,
+              2020), on paths through the latent space
+            | https://arxiv.org/abs/2006.15274
+        """
+        if not isinstance(num, int) or num < 2:
+            raise ValueError(f"num must be an integer of at least 2, got {num!r}")
+        ends = []
+        for name, image in (("a", a), ("b", b)):
+            end = self.encode(image)
+            if len(end) != 1:
+                raise ValueError(f"{name} must be one image, got {len(end)}")
+            ends.append(end)
+        weights = torch.linspace(0, 1, num, dtype=ends[0].dtype, device=ends[0].device)[:, None, None, None]
+        return self.decode(torch.lerp(ends[0], ends[1], weights), output_type=output_type)
+
+    @property
+    def _shift(self) -> float:
+        return self.vae.config.shift_factor or 0.0
+
+    def _prepare_images(self, images: PipelineImageInput) -> Tensor:
+        """Images as float32 pixels (B, 1, H, W) in [0, 1], checked."""
+        if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim not in (3, 4):
+            raise ValueError(f"images must be (B, H, W), (B, H, W, C) or (B, C, H, W), got shape {tuple(images.shape)}")
+        pixels = self.image_processor.preprocess(images).float()
+        if pixels.shape[1:] != (1, *image_size(self.vae)):
+            raise ValueError(
+                f"images must have one channel and {image_size(self.vae)} pixels, as this checkpoint's designs have, "
+                f"got {pixels.shape[1]} channels and {tuple(pixels.shape[2:])} pixels"
+            )
+        if not ((pixels >= 0) & (pixels <= 1)).all():  # also false for NaN
+            raise ValueError("images must lie in [0, 1] and hold no NaN")
+        return pixels
+
+    def _prepare_response(self, response: Tensor | np.ndarray | None, batch_size: int) -> Tensor:
+        """The response as float32 (B, L, S); all open, ``batch_size`` times, where there is none."""
+        expected = tuple(self.response_encoder.response_shape)
+        if response is None:
+            return torch.full((batch_size, *expected), math.nan)
+        if expected == (0, 0):
+            raise ValueError("response must be None: this checkpoint was trained without responses")
+        wanted = torch.as_tensor(response).float()
+        if wanted.ndim != 3 or tuple(wanted.shape[1:]) != expected:
+            raise ValueError(
+                f"response must have shape (B, {expected[0]}, {expected[1]}): the load cases "
+                f"{self.response_encoder.config.meaning['load_cases']} at {expected[1]} strains each; "
+                f"got shape {tuple(wanted.shape)}"
+            )
+        if batch_size not in (1, len(wanted)):
+            raise ValueError(f"batch_size must be left out or be the {len(wanted)} responses, got {batch_size}")
+        if wanted.isnan().flatten(1).all(1).any() or wanted.isinf().any():
+            raise ValueError(
+                "response must be finite somewhere in each sample, NaN only where open, and never infinite"
+            )
+        return wanted
+
+    def _check_variance_preserving(self, scheduler: Any) -> None:
+        name, config = type(scheduler).__name__, scheduler.config
+        if not hasattr(scheduler, "alphas_cumprod") or "prediction_type" not in config:
+            raise ValueError(
+                f"scheduler must be variance preserving with betas and a prediction type, such as DDPMScheduler, "
+                f"DDIMScheduler or DPMSolverMultistepScheduler, got {name}, which is of another kind"
+            )
+        for option in ("clip_sample", "thresholding", "use_flow_sigmas"):
+            if config.get(option, False):
+                raise ValueError(
+                    f"scheduler must neither clip nor follow another process, got {name} with {option}=True; "
+                    f"make it by {name}.from_config(pipe.scheduler.config, {option}=False)"
+                )
+
+    def _check_scheduler(self) -> None:
+        """Raises a ``ValueError`` if the scheduler was replaced by one that the denoiser was not trained for."""
+        self._check_variance_preserving(self.scheduler)
+        prediction_type, alphas_cumprod = self._trained_for
+        name, config = type(self.scheduler).__name__, self.scheduler.config
+        remedy = f"make it by {name}.from_config(pipe.scheduler.config)"
+        if config.prediction_type != prediction_type:
+            raise ValueError(
+                f"scheduler must have prediction_type={prediction_type!r}, as the denoiser was trained, "
+                f"got {name} with {config.prediction_type!r}; {remedy}"
+            )
+        betas_differ = self.scheduler.alphas_cumprod.shape != alphas_cumprod.shape or not torch.allclose(
+            self.scheduler.alphas_cumprod.cpu(), alphas_cumprod, atol=1e-6
+        )
+        if betas_differ:
+            raise ValueError(
+                f"scheduler must have the noise schedule that the denoiser was trained with, got {name} with "
+                f"another one ({config.get('beta_schedule')!r}); {remedy}"
+            )
+
+
+def _check_output_type(output_type: str) -> None:
+    if output_type not in _OUTPUT_TYPES:
+        raise ValueError(f"output_type must be one of {_OUTPUT_TYPES}, got {output_type!r}")
+
+
+def _spread(generator: torch.Generator, num: int) -> list[torch.Generator]:
+    """One generator for each image, seeded from ``generator`` in order, so that a longer list starts as a shorter."""
+    seeds = torch.randint(2**62, (num,), generator=generator, device=generator.device).tolist()
+    return [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]

@@ -1,0 +1,103 @@
+r"""From a response to the tokens that a denoiser attends to.
+
+A response is an array (B, L, S): L load cases, S strains, in physical units; NaN marks an entry that the user leaves
+open. Each load case becomes one token: a small network sees its normalised values, zero where open, and the mask of
+what is given. A response that is open everywhere becomes the learned null tokens, so that "no response" needs no
+second denoiser: dropping a condition, as classifier-free guidance does, is leaving it open (Ho & Salimans 2021).
+
+This file travels inside checkpoints: it imports torch, numpy and diffusers alone.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+__all__ = ["ResponseEncoder"]
+
+
+class ResponseEncoder(ModelMixin, ConfigMixin):
+    r"""Encodes responses, NaN where open, as tokens for cross-attention.
+
+    Args:
+        token_dim: D, the denoiser's ``cross_attention_dim``.
+        hidden_dim: Width of the network that makes a token.
+        meaning: What the entries of a response are: ``load_cases`` (L names), ``strains`` (L lists of S magnitudes)
+            and whatever else travels with them (``quantity``, ``units``, ``element_order``, material). ``None`` makes
+            an encoder of no response at all, for an unconditional model.
+        mean: Mean of each entry over the training data, L lists of S numbers in the units of the response.
+        std: Standard deviation likewise, positive.
+
+    Raises:
+        ValueError: If ``meaning``, ``mean`` and ``std`` do not fit together.
+
+    Example:
+        >>> meaning = {"quantity": "stress", "load_cases": ["shear"], "strains": [[0.1, 0.2, 0.3]]}
+        >>> encoder = ResponseEncoder(16, meaning=meaning, mean=[[1.0, 2.0, 3.0]], std=[[0.5, 0.5, 0.5]])
+        >>> encoder(torch.full((4, 1, 3), 1.5)).shape
+        torch.Size([4, 1, 16])
+
+    References:
+        | Classifier-Free Diffusion Guidance (Ho & Salimans, 2021), section 3.2
+        | https://arxiv.org/abs/2207.12598
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        token_dim: int = 32,
+        hidden_dim: int = 128,
+        meaning: dict[str, Any] | None = None,
+        mean: list[list[float]] | None = None,
+        std: list[list[float]] | None = None,
+    ):
+        super().__init__()
+        if meaning is not None and not {"load_cases", "strains"} <= meaning.keys():
+            raise ValueError(f"meaning must have 'load_cases' and 'strains', got {sorted(meaning)}")
+        strains = [] if meaning is None else meaning["strains"]
+        #: (L, S), the shape of a response; (0, 0) for an unconditional model.
+        self.response_shape = (len(strains), len(strains[0]) if strains else 0)
+        self.null_tokens = nn.Parameter(torch.randn(max(len(strains), 1), token_dim))
+        if meaning is None:
+            return
+        shapes = {np.array(entries, dtype=float).shape for entries in (strains, mean, std)}
+        if shapes != {self.response_shape} or len(meaning["load_cases"]) != len(strains):
+            raise ValueError(
+                f"mean and std must be {self.response_shape[0]} lists of {self.response_shape[1]} numbers, as the "
+                f"strains of the load cases {meaning['load_cases']} are, got {mean!r} and {std!r}"
+            )
+        if not (np.array(std) > 0).all():
+            raise ValueError(f"std must be positive everywhere, got {std!r}")
+        self.case_embedding = nn.Parameter(torch.randn(len(strains), hidden_dim))
+        self.proj_in = nn.Linear(2 * self.response_shape[1], hidden_dim)
+        self.layers = nn.Sequential(nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU())
+        self.proj_out = nn.Linear(hidden_dim, token_dim)
+
+    def forward(self, response: Tensor) -> Tensor:
+        """Tokens of a batch of responses.
+
+        Args:
+            response: Shape ``(B, L, S)``, NaN where open; ``(B, 0, 0)`` for an unconditional model.
+
+        Returns:
+            Tokens, shape ``(B, N, D)`` with one token a load case (one for an unconditional model), in the dtype of
+            the weights.
+
+        Raises:
+            ValueError: If the response has another shape.
+        """
+        if response.shape[1:] != self.response_shape:
+            raise ValueError(f"response must have shape (B, *{self.response_shape}), got {tuple(response.shape)}")
+        null = self.null_tokens.expand(len(response), -1, -1)
+        if self.config.meaning is None:
+            return null
+        given = ~response.isnan()
+        response = response.float()  # units may need more digits than the weights have
+        mean, std = response.new_tensor(self.config.mean), response.new_tensor(self.config.std)
+        values = torch.where(given, (response - mean) / std, 0.0)
+        features = torch.cat([values, given.float()], dim=-1).to(self.null_tokens.dtype)
+        tokens = self.proj_out(self.layers(self.proj_in(features) + self.case_embedding))
+        return torch.where(given.flatten(1).any(1)[:, None, None], tokens, null)
