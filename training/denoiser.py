@@ -150,6 +150,7 @@ def train_denoiser(
         return {"loss": loss.item()}
 
     run_stage(accelerator, config, "denoiser", denoiser, TensorDataset(moments), compute_loss, validate)
-    trained = pipeline(denoiser.eval().to(memory_format=torch.contiguous_format)).to("cpu")
+    denoiser.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    trained = pipeline(denoiser).to("cpu")
     trained.set_progress_bar_config(disable=False)
     return trained
