@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.pipelines import LatentDDPMPipeline
@@ -44,6 +45,13 @@ SMALL = {
     "checkpointing_steps": 4,
     "validation_inference_steps": 2,
 }
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps one state a process, with its mixed precision: each test has its own, as each run has."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def small(folder: Path, **settings: object) -> TrainingConfig:
