@@ -17,7 +17,7 @@ from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.training import TrainingConfig, parse_config
 from mechdiffusers.training.autoencoder import LikelihoodAutoencoder, encode_all, measure_latents
 from mechdiffusers.training.denoiser import LatentDenoiser, denoising_loss
-from mechdiffusers.training.loop import StepRandomness
+from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.train import train
 from PIL import Image
 from safetensors.torch import load_file
@@ -44,6 +44,7 @@ SMALL = {
     "validation_steps": 6,
     "checkpointing_steps": 4,
     "validation_inference_steps": 2,
+    "num_validation_images": 4,
 }
 
 

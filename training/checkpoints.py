@@ -1,0 +1,178 @@
+"""The state that an interrupted stage goes on from, never half-written, and torn ones told from whole ones.
+
+A checkpoint is a folder ``STAGE-STEP``. It is written aside by all processes, as sharded models need, closed by a list
+of its files with their digests, and renamed. A folder that a crash of the machine or a full disk has damaged does not
+agree with its list; the one before it is taken then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+__all__ = ["BestWeights", "load_newest", "newest_intact", "save"]
+
+logger = logging.getLogger(__name__)
+
+_FILE_LIST = "files.json"
+
+
+def save(accelerator: Accelerator, average: EMAModel, folder: Path, name: str, step: int, limit: int) -> None:
+    """Writes a checkpoint aside and renames it, then removes the oldest ones of the stage.
+
+    Args:
+        accelerator: Holds the stage's module, optimiser and schedule.
+        average: Averaged weights.
+        folder: Where the run's checkpoints are.
+        name: Stage.
+        step: Steps done.
+        limit: Number of checkpoints of the stage to keep.
+
+    Raises:
+        OSError: If it cannot be written, as on a full disk; nothing of it is left, and the earlier ones are intact.
+    """
+    final, unfinished = folder / f"{name}-{step:08d}", folder / f".unfinished-{name}"
+    main = accelerator.is_main_process
+    try:
+        if main:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(unfinished))
+        shards = [_local(parameter) for parameter in average.shadow_params]
+        if main or _is_sharded(average):
+            save_file(
+                {str(i): shard.contiguous() for i, shard in enumerate(shards)},
+                unfinished / _average_file(accelerator, average),
+                metadata={"optimization_step": str(average.optimization_step)},
+            )
+        accelerator.wait_for_everyone()
+        if main:
+            files = {str(path.relative_to(unfinished)): _digest(path) for path in _files(unfinished)}
+            (unfinished / _FILE_LIST).write_text(json.dumps(files, indent=1))
+            shutil.rmtree(final, ignore_errors=True)
+            unfinished.rename(final)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have kinds of their own
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(
+            f"the checkpoint of {name} at step {step} could not be written to {folder}: {error}; "
+            f"the earlier ones are intact, --resume_from_checkpoint latest goes on from them"
+        ) from error
+    if main:
+        for older in _checkpoints(folder, name)[:-limit]:
+            shutil.rmtree(older)
+
+
+def load_newest(accelerator: Accelerator, average: EMAModel, folder: Path, name: str) -> int:
+    """Loads the newest intact checkpoint of a stage, if there is one.
+
+    Args:
+        accelerator: Holds the stage's module, optimiser and schedule.
+        average: Averaged weights.
+        folder: Where the run's checkpoints are.
+        name: Stage.
+
+    Returns:
+        The number of steps done.
+
+    Raises:
+        ValueError: If it was written by another number of processes and the model is sharded among them.
+    """
+    checkpoint = newest_intact(folder, name)
+    if checkpoint is None:
+        return 0
+    if _is_sharded(average) and len(list(checkpoint.glob("average-*"))) != accelerator.num_processes:
+        raise ValueError(
+            f"resume_from_checkpoint must go on with as many processes as before when the model is sharded, "
+            f"got {accelerator.num_processes} for {checkpoint}"
+        )
+    accelerator.load_state(str(checkpoint))
+    path = checkpoint / _average_file(accelerator, average)
+    for i, shard in load_file(path).items():
+        _local(average.shadow_params[int(i)]).copy_(shard)
+    with safe_open(path, framework="pt") as file:
+        average.optimization_step = int(file.metadata()["optimization_step"])
+    step = int(checkpoint.name.rsplit("-", 1)[1])
+    logger.info("%s goes on from step %d", name, step)
+    return step
+
+
+def newest_intact(folder: Path, name: str) -> Path | None:
+    """The newest checkpoint of a stage that agrees with its own list of files; says which newer ones do not."""
+    for checkpoint in reversed(_checkpoints(folder, name)):
+        try:
+            files = json.loads((checkpoint / _FILE_LIST).read_text())
+            damaged = [file for file, digest in files.items() if _digest(checkpoint / file) != digest]
+        except (OSError, ValueError) as error:
+            damaged = [str(error)]
+        if not damaged:
+            return checkpoint
+        logger.warning("%s is torn (%s): the one before it is taken", checkpoint, damaged[0])
+    return None
+
+
+class BestWeights:
+    """The averaged weights with the least loss on held-out designs so far.
+
+    Args:
+        folder: Where the run's checkpoints are.
+        name: Stage.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        self._path = folder / f"best-{name}.safetensors"
+
+    def offer(self, module: nn.Module, loss: float, step: int) -> None:
+        """Keeps a module's weights if their loss is the least."""
+        if self._path.exists():
+            with safe_open(self._path, framework="pt") as file:
+                if loss >= float(file.metadata()["loss"]):
+                    return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self._path.with_name(f".unfinished-{self._path.name}")
+        weights = {key: value.contiguous() for key, value in module.state_dict().items()}
+        save_file(weights, unfinished, metadata={"loss": repr(loss), "step": str(step)})
+        os.replace(unfinished, self._path)
+
+    def load_into(self, module: nn.Module) -> None:
+        """Gives a module the weights that were kept."""
+        module.load_state_dict(load_file(self._path))
+        with safe_open(self._path, framework="pt") as file:
+            logger.info("%s: the best weights are those of step %s", self._path.stem, file.metadata()["step"])
+
+
+def _checkpoints(folder: Path, name: str) -> list[Path]:
+    return sorted(folder.glob(f"{name}-*"))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def _is_sharded(average: EMAModel) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in average.shadow_params)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _average_file(accelerator: Accelerator, average: EMAModel) -> str:
+    return f"average-{accelerator.process_index if _is_sharded(average) else 0}.safetensors"
