@@ -15,11 +15,11 @@ import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 __all__ = ["BestWeights", "load_newest", "newest_intact", "save"]
 
@@ -44,17 +44,17 @@ def save(accelerator: Accelerator, average: EMAModel, folder: Path, name: str, s
     """
     final, unfinished = folder / f"{name}-{step:08d}", folder / f".unfinished-{name}"
     main = accelerator.is_main_process
+    logger.info("%s step %d: writing a checkpoint", name, step)
     try:
         if main:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
         accelerator.wait_for_everyone()
         accelerator.save_state(str(unfinished))
-        shards = [_local(parameter) for parameter in average.shadow_params]
-        if main or _is_sharded(average):
+        if main or _sharded(accelerator):
             save_file(
-                {str(i): shard.contiguous() for i, shard in enumerate(shards)},
-                unfinished / _average_file(accelerator, average),
+                {str(i): weight.contiguous() for i, weight in enumerate(average.shadow_params)},
+                unfinished / _average_file(accelerator),
                 metadata={"optimization_step": str(average.optimization_step)},
             )
         accelerator.wait_for_everyone()
@@ -92,15 +92,15 @@ def load_newest(accelerator: Accelerator, average: EMAModel, folder: Path, name:
     checkpoint = newest_intact(folder, name)
     if checkpoint is None:
         return 0
-    if _is_sharded(average) and len(list(checkpoint.glob("average-*"))) != accelerator.num_processes:
+    if _sharded(accelerator) and len(list(checkpoint.glob("average-*"))) != accelerator.num_processes:
         raise ValueError(
             f"resume_from_checkpoint must go on with as many processes as before when the model is sharded, "
             f"got {accelerator.num_processes} for {checkpoint}"
         )
     accelerator.load_state(str(checkpoint))
-    path = checkpoint / _average_file(accelerator, average)
-    for i, shard in load_file(path).items():
-        _local(average.shadow_params[int(i)]).copy_(shard)
+    path = checkpoint / _average_file(accelerator)
+    for i, weight in load_file(path).items():
+        average.shadow_params[int(i)].copy_(weight)
     with safe_open(path, framework="pt") as file:
         average.optimization_step = int(file.metadata()["optimization_step"])
     step = int(checkpoint.name.rsplit("-", 1)[1])
@@ -165,14 +165,10 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
-def _is_sharded(average: EMAModel) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in average.shadow_params)
+def _average_file(accelerator: Accelerator) -> str:
+    return f"average-{accelerator.process_index if _sharded(accelerator) else 0}.safetensors"
 
 
-def _local(parameter: Tensor) -> Tensor:
-    """What this process holds of a parameter."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-def _average_file(accelerator: Accelerator, average: EMAModel) -> str:
-    return f"average-{accelerator.process_index if _is_sharded(average) else 0}.safetensors"
+def _sharded(accelerator: Accelerator) -> bool:
+    """Whether each process holds a part of the weights alone."""
+    return accelerator.distributed_type is DistributedType.FSDP

@@ -22,6 +22,7 @@ from mechdiffusers.training import checkpoints
 from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.metrics import peak_memory, update_metrics
 from mechdiffusers.training.randomness import StepRandomness
+from mechdiffusers.training.sharding import local_parameters
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
@@ -84,7 +85,7 @@ def run_stage(
         config.lr_scheduler, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.steps
     )
     module, optimizer, loader, schedule = accelerator.prepare(module, optimizer, loader, schedule)
-    average = EMAModel(module.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=3 / 4, foreach=True)
+    average = EMAModel(local_parameters(module), decay=config.ema_decay, use_ema_warmup=True, power=3 / 4, foreach=True)
 
     folder = Path(config.output_dir) / "checkpoints"
     start = checkpoints.load_newest(accelerator, average, folder, name) if config.resume_from_checkpoint else 0
@@ -111,7 +112,7 @@ def run_stage(
                     optimizer.zero_grad()
                 for key, value in quantities.items():
                     sums[key] = sums.get(key, 0) + value.detach() / config.gradient_accumulation_steps
-            average.step(module.parameters())
+            average.step(local_parameters(module))
             progress.update()
 
             done = step + 1
@@ -192,12 +193,12 @@ def _batches(accelerator: Accelerator, loader: DataLoader, used: int) -> Iterato
 
 def _take_average(accelerator: Accelerator, module: nn.Module, average: EMAModel, averaged: nn.Module) -> None:
     """Loads the averaged weights into a module that no wrapper, compiler or sharding has touched."""
-    average.store(module.parameters())
-    average.copy_to(module.parameters())
+    average.store(local_parameters(module))
+    average.copy_to(local_parameters(module))
     weights = accelerator.get_state_dict(module)  # all processes take part where the model is sharded
     if accelerator.is_main_process:
         averaged.load_state_dict(weights)
-    average.restore(module.parameters())
+    average.restore(local_parameters(module))
 
 
 @contextmanager

@@ -57,7 +57,8 @@ def train(config: TrainingConfig) -> LatentDDPMPipeline:
 def main() -> None:
     """The command line."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for chatty in ("httpx", "accelerate"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     for library in (datasets, diffusers, transformers):
         library.utils.logging.set_verbosity_warning()
     try:
