@@ -1,15 +1,28 @@
-"""What several tests need: a small pipeline with random weights, and the command line of the training script."""
+"""What several tests need: a Hub on this machine, and a small pipeline with random weights."""
 
 import os
+import tempfile
 from collections.abc import Callable
 
 import pytest
-import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from mechdiffusers.models import ResponseEncoder
-from mechdiffusers.pipelines import LatentDDPMPipeline
+from hub_server import OWNER, HubServer
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# huggingface_hub reads these when it is imported: no test, nor what it starts, ever reaches the real Hub
+HUB = HubServer()
+HOME = tempfile.TemporaryDirectory(prefix="huggingface-")
+os.environ.update(
+    HF_ENDPOINT=HUB.url,
+    HF_HOME=HOME.name,
+    HF_TOKEN=OWNER,
+    HF_HUB_OFFLINE="0",
+    HF_HUB_DISABLE_XET="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+)
+
+import torch  # noqa: E402
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel  # noqa: E402
+from mechdiffusers.models import ResponseEncoder  # noqa: E402
+from mechdiffusers.pipelines import LatentDDPMPipeline  # noqa: E402
 
 MEANING = {
     "quantity": "stress",
@@ -69,3 +82,12 @@ def make_pipeline() -> Callable[..., LatentDDPMPipeline]:
 @pytest.fixture
 def pipe() -> LatentDDPMPipeline:
     return tiny_pipeline()
+
+
+@pytest.fixture
+def hub() -> HubServer:
+    """The Hub of this machine, without repositories."""
+    HUB.repositories.clear()
+    HUB.large_files.clear()
+    HUB.requests.clear()
+    return HUB

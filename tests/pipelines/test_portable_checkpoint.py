@@ -56,6 +56,7 @@ def folder(pipe, tmp_path) -> Path:
 
 def test_a_checkpoint_holds_code_weights_and_configurations_and_nothing_else(folder):
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
+        "hub_checkpoint.py",
         "latent_likelihood.py",
         "model_index.json",
         "pipeline_latent_ddpm.py",
@@ -183,9 +184,10 @@ def test_json_that_is_no_configuration_is_named(folder, name, content):
         LatentDDPMPipeline.from_pretrained(folder)
 
 
-def test_an_upload_that_would_lack_the_code_is_refused(pipe, tmp_path):
-    with pytest.raises(ValueError, match=r"^push_to_hub must be left out: call pipe.push_to_hub"):
-        pipe.save_pretrained(tmp_path / "new", push_to_hub=True)
+def test_no_configuration_tells_the_folder_that_a_part_came_from(folder, tmp_path):
+    LatentDDPMPipeline.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    for path in (tmp_path / "again").rglob("*.json"):
+        assert str(tmp_path) not in path.read_text(), path
 
 
 def test_garbage_for_weights_is_named(folder):
