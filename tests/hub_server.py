@@ -71,6 +71,10 @@ class HubServer:
             raise Refusal(403 if user else 401, message="no write permission")
         return found
 
+    def put_large_file(self, oid: str, content: bytes) -> None:
+        assert large_id(content) == oid
+        self.large_files[oid] = content
+
 
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
@@ -159,8 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send({"transfer": "basic", "objects": objects})
 
     def put_large_file(self, oid: str) -> None:
-        assert large_id(self.body) == oid
-        self.hub.large_files[oid] = self.body
+        self.hub.put_large_file(oid, self.body)
         self._send({})
 
     def commit(self, name: str, revision: str) -> None:
@@ -218,6 +221,7 @@ _ROUTES = [
     ("PUT /large-files/([0-9a-f]+)", _Handler.put_large_file),
     (f"POST {_MODEL}/commit/([^/]+)", _Handler.commit),
     (f"GET {_MODEL}", _Handler.info),
+    ("GET /api/models/([^/]+)(?:/revision/[^/]+)?", _Handler.info),  # a name without an owner
     (f"GET {_MODEL}/revision/([^/]+)", _Handler.info),
     (f"GET {_MODEL}/tree/([^/]+)", _Handler.tree),
     ("GET /([^/]+/[^/]+)/resolve/([^/]+)/(.+)", _Handler.file),

@@ -1,8 +1,5 @@
 import json
 import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -11,41 +8,11 @@ from diffusers import DiffusionPipeline
 from mechdiffusers.models import ResponseEncoder
 from mechdiffusers.pipelines import LatentDDPMPipeline
 
-#: Run before anything else in a Python that has to do without our package and without what only training needs.
-WITHOUT_US = """
-import sys
-
-class Without:
-    def __init__(self, finder):
-        self.finder = finder
-    def find_spec(self, name, path=None, target=None):
-        absent = ("mechdiffusers", "accelerate", "datasets", "tensorboard", "matplotlib", "scipy")
-        return None if name.split(".")[0] in absent else self.finder.find_spec(name, path, target)
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-
-sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
-"""
-
 
 def sample(pipe) -> torch.Tensor:
     return pipe(
         batch_size=3, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt"
     ).images
-
-
-def plain_diffusers(script: str, tmp_path: Path) -> None:
-    """Runs a script in a Python that has torch, diffusers and transformers but not us."""
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    environment.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_US + textwrap.dedent(script)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture
@@ -93,7 +60,7 @@ def test_weights_load_in_another_dtype(folder):
 
 
 @pytest.mark.slow
-def test_plain_diffusers_loads_it_bit_identically_and_can_save_it_again(pipe, folder, tmp_path):
+def test_plain_diffusers_loads_it_bit_identically_and_can_save_it_again(pipe, folder, tmp_path, plain_diffusers):
     torch.save(sample(pipe), tmp_path / "expected.pt")
     script = """
         import torch
@@ -107,12 +74,12 @@ def test_plain_diffusers_loads_it_bit_identically_and_can_save_it_again(pipe, fo
             assert torch.equal(images, expected), name
             pipe.save_pretrained({"checkpoint": "again", "again": "and_again"}.get(name, "last"))
     """
-    plain_diffusers(script, tmp_path)
+    plain_diffusers(script)
     assert torch.equal(sample(LatentDDPMPipeline.from_pretrained(tmp_path / "last")), sample(pipe))
 
 
 @pytest.mark.slow
-def test_a_conditional_checkpoint_answers_in_plain_diffusers(make_pipeline, tmp_path):
+def test_a_conditional_checkpoint_answers_in_plain_diffusers(make_pipeline, tmp_path, plain_diffusers):
     pipe = make_pipeline(conditional=True)
     pipe.save_pretrained(tmp_path / "checkpoint")
     response = torch.ones(2, 2, 3)
@@ -128,7 +95,7 @@ def test_a_conditional_checkpoint_answers_in_plain_diffusers(make_pipeline, tmp_
         assert torch.equal(images, torch.load("expected.pt"))
         assert pipe.response_encoder.config.meaning["quantity"] == "stress"
     """
-    plain_diffusers(script, tmp_path)
+    plain_diffusers(script)
 
 
 def test_code_of_a_checkpoint_does_not_run_without_trust(folder):
