@@ -160,6 +160,8 @@ def model_card(output_dir: str | os.PathLike, repo_id: str) -> ModelCard:
         height=height,
         width=width,
         designs=_designs(settings, dataset),
+        sampler=settings["validation_scheduler"],
+        num_inference_steps=settings["validation_inference_steps"],
         num_heldout=settings["num_heldout_designs"],
         is_local=not is_public and dataset != "random_composites",
         settings_yaml=yaml.safe_dump(shown, sort_keys=False).strip(),

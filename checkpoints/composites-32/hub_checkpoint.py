@@ -192,7 +192,7 @@ def claim_repository(repo_id: str, *, private: bool | None = None, token: str | 
 
 
 def upload_checkpoint(
-    folder: str | os.PathLike,
+    folder: str | Path,
     repo_id: str,
     *,
     commit_message: str,

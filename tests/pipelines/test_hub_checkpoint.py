@@ -138,6 +138,14 @@ def test_save_pretrained_pushes_what_it_has_saved(hub, pipe, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_weights_in_several_files_and_of_a_variant_come_back(hub, pipe, tmp_path):
+    pipe.push_to_hub(REPO, max_shard_size="20KB")
+    assert "unet/diffusion_pytorch_model.safetensors.index.json" in hub.repositories[REPO].branches["main"][-1].files
+    assert torch.equal(sample(load(tmp_path)), sample(pipe))
+    pipe.push_to_hub("mechanic/variant", variant="fp32")
+    assert torch.equal(sample(load(tmp_path, "mechanic/variant", variant="fp32")), sample(pipe))
+
+
 def test_a_pull_request_leaves_the_branch_alone(hub, pipe):
     pipe.push_to_hub(REPO, card="# Mine")
     pipe.push_to_hub(REPO, card="# Theirs", create_pr=True, token=READER)
