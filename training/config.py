@@ -140,6 +140,16 @@ class TrainingConfig:
         default=64, metadata={"help": "Samples that are compared with the held-out designs at each look."}
     )
 
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Publish the finished run, with a card, on the Hub (log in by hf auth login)."}
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Its name there, or owner/name; the name of the run's folder if unset."}
+    )
+    hub_private: bool | None = field(
+        default=None, metadata={"help": "Whether a repository that is made is private; as its owner has set if unset."}
+    )
+
     def __post_init__(self) -> None:
         """Checks what a type cannot say.
 
@@ -172,6 +182,9 @@ class TrainingConfig:
             raise ValueError("mixed_precision must be 'no' or 'bf16' without an accelerator, got 'fp16'")
         if self.dry_run and self.resume_from_checkpoint is not None:
             raise ValueError("dry_run must be left out with resume_from_checkpoint: it starts nothing to go on from")
+        for name in ("hub_model_id", "hub_private"):
+            if getattr(self, name) is not None and not self.push_to_hub:
+                raise ValueError(f"{name} must be left out without push_to_hub, got {getattr(self, name)!r}")
         if not self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie inside (0, 1), got {self.ema_decay!r}")
         if self.streaming and self.num_train_designs is None:

@@ -29,6 +29,9 @@ _MAY_CHANGE = {
     "checkpointing_steps",
     "checkpoints_total_limit",
     "gradient_checkpointing",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private",
 }
 #: Settings that a new run may change which starts from another one's checkpoint.
 _MAY_CHANGE_ANEW = _MAY_CHANGE | {

@@ -24,7 +24,7 @@ __all__ = ["model_card", "publish", "write_card"]
 
 _TASK = "unconditional-image-generation"
 #: Settings that say where a run was and went, not what it trained.
-_NOT_ON_THE_CARD = ("output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private")
+_NOT_ON_THE_CARD = ("output_dir", "resume_from_checkpoint", "dry_run", "push_to_hub", "hub_model_id", "hub_private")
 #: What the metrics of the two stages are; others go by their names.
 _DESCRIPTIONS = {
     "autoencoder/elbo_nats": "evidence lower bound of a design, nats",
@@ -35,6 +35,14 @@ _DESCRIPTIONS = {
     "autoencoder/kl_bits_per_dim": "its KL term, bits per pixel",
     "autoencoder/wrong_pixels": "fraction of pixels that the autoencoder reconstructs wrongly",
     "autoencoder/posterior_over_latent_std": "standard deviation of the posteriors over that of the latents",
+    "autoencoder/loss": "loss of the autoencoder, nats per pixel, at the KL weight of the training",
+    "autoencoder/step": "steps of the autoencoder",
+    "autoencoder/seconds_per_step": "time of a step of the autoencoder, seconds",
+    "autoencoder/peak_memory_gib": "memory up to the end of the autoencoder's stage, GiB",
+    "denoiser/two_point_error": "error of the samples' two-point correlation",
+    "denoiser/step": "steps of the denoiser",
+    "denoiser/seconds_per_step": "time of a step of the denoiser, seconds",
+    "denoiser/peak_memory_gib": "memory up to the end of the denoiser's stage, GiB",
     "denoiser/loss": "mean square error of the denoiser's prediction",
 }
 

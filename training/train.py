@@ -12,17 +12,20 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from pathlib import Path
 
 import datasets
 import diffusers
 import torch
 import transformers
 from mechdiffusers.pipelines import LatentDDPMPipeline
+from mechdiffusers.pipelines.hub_checkpoint import claim_repository
 from mechdiffusers.training.accelerators import process_state
 from mechdiffusers.training.config import TrainingConfig, parse_config
 from mechdiffusers.training.data import load_designs
 from mechdiffusers.training.loop import StopRequested
 from mechdiffusers.training.output_folder import claim
+from mechdiffusers.training.publish import publish
 from mechdiffusers.training.rehearsal import rehearse
 from mechdiffusers.training.stages import run_stages
 
@@ -41,17 +44,30 @@ def train(config: TrainingConfig) -> LatentDDPMPipeline:
         The trained pipeline, on the CPU, in the main process.
 
     Raises:
-        ValueError: If a setting or the data are unfit, ``output_dir`` cannot be written or holds another run.
+        ValueError: If a setting or the data are unfit, ``output_dir`` cannot be written or holds another run, or the
+            Hub refuses the repository that the run should be published in.
         FloatingPointError: If a loss is not finite.
-        OSError: If a checkpoint cannot be written; the earlier ones are intact.
+        OSError: If a checkpoint cannot be written, the earlier ones being intact, or the upload to the Hub breaks off.
         StopRequested: If the process got SIGTERM; the state is saved.
     """
-    process = process_state()
+    process, repo_id = process_state(), None
     if process.is_main_process:
+        if config.push_to_hub:  # before any work is done for it
+            name = config.hub_model_id or Path(config.output_dir).absolute().name
+            repo_id = claim_repository(name, private=config.hub_private)
         claim(config)
     process.wait_for_everyone()
     torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
-    return run_stages(config, load_designs(config))
+    pipe = run_stages(config, load_designs(config))
+    if repo_id is not None:
+        try:
+            logger.info("published: %s", publish(config.output_dir, repo_id, private=config.hub_private))
+        except (OSError, RuntimeError) as error:
+            raise OSError(
+                f"{config.output_dir} could not be published: {error}; the run itself is complete, "
+                "--resume_from_checkpoint latest --push_to_hub true publishes it again"
+            ) from error
+    return pipe
 
 
 def main() -> None:

@@ -126,6 +126,8 @@ def test_a_run_leaves_its_newest_figures(tmp_path):
         ({"use_8bit_adam": True}, "use_8bit_adam must ask for what is installed, got True: pip install bitsandbytes"),
         ({"mixed_precision": "fp16"}, "mixed_precision must be 'no' or 'bf16' without an accelerator"),
         ({"dry_run": True, "resume_from_checkpoint": "latest"}, "dry_run must be left out with resume_from_checkpoint"),
+        ({"hub_model_id": "me/x"}, "hub_model_id must be left out without push_to_hub, got 'me/x'"),
+        ({"hub_private": True}, "hub_private must be left out without push_to_hub, got True"),
         ({"snr_gamma": -1.0}, "snr_gamma must be positive, got -1.0"),
         ({"noise_offset": -0.1}, "noise_offset must be at least 0, got -0.1"),
         ({"checkpoints_total_limit": 0}, "checkpoints_total_limit must be positive, got 0"),

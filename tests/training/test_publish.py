@@ -14,6 +14,8 @@ from mechdiffusers.evaluation.plots import save_image_grid
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.training import TrainingConfig, parse_config
 from mechdiffusers.training.publish import model_card, publish
+from mechdiffusers.training.train import train
+from small_runs import small
 
 REPO = "mechanic/composites"
 METRICS = {
@@ -155,3 +157,31 @@ def test_a_token_that_may_not_write_is_refused_before_the_run_is_touched(hub, ru
         publish(run, REPO, token=READER)
     assert not (run / "pipeline" / "README.md").exists()
     assert hub.repositories == {}
+
+
+def test_a_training_ends_on_the_hub_where_that_is_wanted(hub, tmp_path):
+    train(small(tmp_path / "composites", push_to_hub=True))
+    data = ModelCard.load(REPO).data
+    assert {result.metric_type for result in data.eval_results} >= {"denoiser/loss", "denoiser/two_point_error"}
+    loaded = LatentDDPMPipeline.from_pretrained(REPO, cache_dir=tmp_path / "cache")
+    assert loaded.unet.config.block_out_channels == [8, 8]
+
+
+def test_a_training_that_may_not_be_published_does_not_begin(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: READER)
+    with pytest.raises(ValueError, match="^repo_id must be a repository that your token may write to"):
+        train(small(tmp_path / "composites", push_to_hub=True))
+    assert not (tmp_path / "composites").exists()
+
+
+def test_a_run_that_could_not_be_uploaded_is_published_when_it_goes_on(hub, tmp_path, monkeypatch):
+    def break_off(*_, **__):
+        raise OSError("connection lost")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("mechdiffusers.pipelines.hub_checkpoint.upload_folder", break_off)
+        with pytest.raises(OSError, match="could not be published: connection lost; the run itself is complete"):
+            train(small(tmp_path / "composites", push_to_hub=True))
+    assert (tmp_path / "composites" / "pipeline" / "model_index.json").exists()
+    train(small(tmp_path / "composites", push_to_hub=True, resume_from_checkpoint="latest"))
+    assert "model_index.json" in hub.repositories[REPO].branches["main"][-1].files
