@@ -25,6 +25,8 @@ __all__ = ["model_card", "publish", "write_card"]
 _TASK = "unconditional-image-generation"
 #: Settings that say where a run was and went, not what it trained.
 _NOT_ON_THE_CARD = ("output_dir", "resume_from_checkpoint", "dry_run", "push_to_hub", "hub_model_id", "hub_private")
+#: Metrics that say how the run went, not how good the model is.
+_OF_THE_RUN = ("step", "seconds_per_step", "peak_memory_gib")
 #: What the metrics of the two stages are; others go by their names.
 _DESCRIPTIONS = {
     "autoencoder/elbo_nats": "evidence lower bound of a design, nats",
@@ -150,11 +152,12 @@ def model_card(output_dir: str | os.PathLike, repo_id: str) -> ModelCard:
                 dataset_type=dataset,
                 dataset_name=dataset,
                 dataset_split="held out",
-                metric_type=key.rsplit("/", 1)[-1],
+                metric_type=key.replace("/", "_"),
                 metric_name=descriptions[key],
                 metric_value=value,
             )
             for key, value in metrics.items()
+            if key.rpartition("/")[2] not in _OF_THE_RUN
         ],
     )
     shown = {key: value for key, value in settings.items() if key not in _NOT_ON_THE_CARD} | {"dataset": dataset}
