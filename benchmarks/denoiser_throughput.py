@@ -37,10 +37,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="steps of a round, behind the first few")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch_size", type=int, help="by default the preset's")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/denoiser_throughput.json"))
     arguments = parser.parse_args()
 
     config = parse_config(["--config", str(CONFIG), "--seed", "0"])
+    config.denoiser_batch_size = arguments.batch_size or config.denoiser_batch_size
     designs, _ = random_composites(2048, size=config.resolution)
     images = torch.from_numpy(designs)[:, None]
     torch.manual_seed(0)

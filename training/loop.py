@@ -99,9 +99,10 @@ def run_stage(
             begin = time.perf_counter()
             for part in range(config.gradient_accumulation_steps):
                 batch = next(batches)
-                randomness = StepRandomness(
-                    (config.seed, name, step, part), accelerator.process_index, accelerator.num_processes
-                )
+                # a batch that is summed draws what it would as a part of the batch that they make together
+                share = part * accelerator.num_processes + accelerator.process_index
+                num_shares = config.gradient_accumulation_steps * accelerator.num_processes
+                randomness = StepRandomness((config.seed, name, step), share, num_shares)
                 with accelerator.accumulate(module):
                     loss, quantities = compute_loss(module, batch, randomness)
                     accelerator.backward(loss)

@@ -3,8 +3,10 @@
 import resource
 import signal
 
+import datasets
 import pytest
 import torch
+from mechdiffusers.microstructures import random_composites
 from mechdiffusers.training import checkpoints
 from mechdiffusers.training.checkpoints import BestWeights
 from mechdiffusers.training.train import train
@@ -53,6 +55,17 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(trained, tmp_path, stage,
     assert {name for name in names(tmp_path / "run") if name.startswith(stage)} == {f"{stage}-00000004"}
     train(small(tmp_path / "run", resume_from_checkpoint="latest"))
     assert_same_weights(tmp_path / "run", trained)
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
+def test_an_interrupted_run_on_a_stream_ends_as_if_it_had_not_been(tmp_path, stage, monkeypatch):
+    designs, _ = random_composites(80, size=8)
+    datasets.Dataset.from_dict({"image": list(designs)}).to_parquet(tmp_path / "designs.parquet")
+    stream = {"dataset": str(tmp_path / "designs.parquet"), "streaming": True}
+    train(small(tmp_path / "straight", **stream))
+    interrupt(monkeypatch, tmp_path / "run", stage, **stream)
+    train(small(tmp_path / "run", resume_from_checkpoint="latest", **stream))
+    assert_same_weights(tmp_path / "run", tmp_path / "straight")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "unlisted"])
