@@ -19,7 +19,7 @@ from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.rehearsal import rehearse
 from mechdiffusers.training.train import train
 from safetensors.torch import load_file
-from small_runs import SCRIPT, assert_same_weights, command_line, loss_curve, small
+from small_runs import SCRIPT, command_line, loss_curve, small
 from torch import nn
 
 
