@@ -57,17 +57,24 @@ def main() -> None:
         run_until(folder / "straight", None)
         runs = []
         for i in tqdm(range(arguments.runs), desc="runs", unit="run"):
-            kills = [random_moment(rng, i) for _ in range(1 + (i % 3 == 2))]
-            happened = [kill for kill in kills if run_until(folder / str(i), kill)]
+            killed, unfinished = [], 0
+            for _ in range(1 + (i % 3 == 2)):
+                moment = random_moment(rng, i)
+                while not run_until(folder / str(i), moment):  # it lay behind where the first kill had left the run
+                    (folder / str(i)).rename(folder / f"{i} that ended, {len(list(folder.iterdir()))}")
+                    moment = random_moment(rng, i)
+                killed.append(moment)
+                unfinished += any((folder / str(i)).glob("checkpoints/.unfinished-*"))
             run_until(folder / str(i), None)
-            runs.append({"killed": happened, "identical": identical(folder / str(i), folder / "straight")})
+            same = identical(folder / str(i), folder / "straight")
+            runs.append({"killed": killed, "half_written_checkpoints": unfinished, "identical": same})
     record(
         {
             "runs": len(runs),
             "identical": sum(run["identical"] for run in runs),
             "killed": sum(len(run["killed"]) for run in runs),
             "killed_twice": sum(len(run["killed"]) == 2 for run in runs),
-            "killed_while_writing": sum("writing" in kill for run in runs for kill in run["killed"]),
+            "half_written_checkpoints": sum(run["half_written_checkpoints"] for run in runs),
             "each": runs,
         },
         arguments.output,
@@ -89,7 +96,7 @@ def run_until(folder: Path, moment: str | None) -> bool:
         [sys.executable, str(SCRIPT), "--config", str(folder.with_suffix(".yaml"))],
         stderr=subprocess.PIPE,
         text=True,  # which also ends a line where the progress bar returns to its beginning
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_MININTERVAL": "0"},  # every step is shown
     )
     assert process.stderr is not None
     for line in process.stderr:

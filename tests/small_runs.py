@@ -64,8 +64,8 @@ def command_line(folder: Path, **settings: object) -> list[str]:
 
 
 def start(arguments: list[str], **options: object) -> subprocess.Popen:
-    """A process of this Python that runs a script, its messages in ``stderr``, one thread."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    """A process of this Python that runs a script, its messages in ``stderr``, every step shown in its bars."""
+    environment = {**os.environ, "TQDM_MININTERVAL": "0"}
     return subprocess.Popen(
         [sys.executable, *arguments],
         stdout=subprocess.DEVNULL,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ def process_state() -> PartialState:
     Without an accelerator, processes talk by gloo; Accelerate has to be told so before anything else asks it.
     """
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    process = PartialState(cpu=on_cpu)
+    # the main process encodes, validates and publishes while the others wait
+    process = PartialState(cpu=on_cpu, timeout=timedelta(hours=12))
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and process.distributed_type is DistributedType.MULTI_CPU:
         # Accelerate 1.15 turns only accelerators' processes to FSDP, which by itself runs on CPUs too
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -55,7 +57,8 @@ def stage_accelerator(config: TrainingConfig, name: str) -> Accelerator:
             project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / "logs" / name)
         ),
     )
-    if accelerator.device.type == "cpu":  # accelerate launch leaves a process one thread
+    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        # not the user's choice but that of accelerate launch, which leaves a process one thread
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // local_processes))

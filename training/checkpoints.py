@@ -20,8 +20,9 @@ from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
-__all__ = ["BestWeights", "load_newest", "newest_intact", "save"]
+__all__ = ["BestWeights", "damage_of", "load_newest", "newest_intact", "save"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +62,12 @@ def save(accelerator: Accelerator, average: EMAModel, folder: Path, name: str, s
         if main:
             files = {str(path.relative_to(unfinished)): _digest(path) for path in _files(unfinished)}
             (unfinished / _FILE_LIST).write_text(json.dumps(files, indent=1))
+            for path in _files(unfinished):  # on the disk before the name that says that it is whole
+                with path.open("rb") as file:
+                    os.fsync(file)
             shutil.rmtree(final, ignore_errors=True)
             unfinished.rename(final)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have kinds of their own
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:  # each library has its kind
         shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(
             f"the checkpoint of {name} at step {step} could not be written to {folder}: {error}; "
@@ -72,6 +76,7 @@ def save(accelerator: Accelerator, average: EMAModel, folder: Path, name: str, s
     if main:
         for older in _checkpoints(folder, name)[:-limit]:
             shutil.rmtree(older)
+    accelerator.wait_for_everyone()  # a process that ends earlier would have the others killed
 
 
 def load_newest(accelerator: Accelerator, average: EMAModel, folder: Path, name: str) -> int:
@@ -87,17 +92,28 @@ def load_newest(accelerator: Accelerator, average: EMAModel, folder: Path, name:
         The number of steps done.
 
     Raises:
-        ValueError: If it was written by another number of processes and the model is sharded among them.
+        ValueError: If the model is sharded and was not, or was not and is, or among another number of processes.
     """
     checkpoint = newest_intact(folder, name)
     if checkpoint is None:
         return 0
-    if _sharded(accelerator) and len(list(checkpoint.glob("average-*"))) != accelerator.num_processes:
+    was_sharded = not (checkpoint / "model.safetensors").exists()
+    if was_sharded != _sharded(accelerator):
+        raise ValueError(
+            f"resume_from_checkpoint must go on with the weights sharded as before, got {checkpoint}, "
+            f"{'sharded' if was_sharded else 'not sharded'}"
+        )
+    if was_sharded and len(list(checkpoint.glob("average-*"))) != accelerator.num_processes:
         raise ValueError(
             f"resume_from_checkpoint must go on with as many processes as before when the model is sharded, "
             f"got {accelerator.num_processes} for {checkpoint}"
         )
     accelerator.load_state(str(checkpoint))
+    if accelerator.is_main_process:  # torn ones would count as the newest
+        for newer in _checkpoints(folder, name):
+            if newer.name > checkpoint.name:
+                shutil.rmtree(newer)
+    accelerator.wait_for_everyone()
     path = checkpoint / _average_file(accelerator)
     for i, weight in load_file(path).items():
         average.shadow_params[int(i)].copy_(weight)
@@ -109,17 +125,22 @@ def load_newest(accelerator: Accelerator, average: EMAModel, folder: Path, name:
 
 
 def newest_intact(folder: Path, name: str) -> Path | None:
-    """The newest checkpoint of a stage that agrees with its own list of files; says which newer ones do not."""
+    """The newest checkpoint of a stage that is whole; says which newer ones are not."""
     for checkpoint in reversed(_checkpoints(folder, name)):
-        try:
-            files = json.loads((checkpoint / _FILE_LIST).read_text())
-            damaged = [file for file, digest in files.items() if _digest(checkpoint / file) != digest]
-        except (OSError, ValueError) as error:
-            damaged = [str(error)]
-        if not damaged:
+        damage = damage_of(checkpoint)
+        if damage is None:
             return checkpoint
-        logger.warning("%s is torn (%s): the one before it is taken", checkpoint, damaged[0])
+        logger.warning("%s is torn (%s): the one before it is taken", checkpoint, damage)
     return None
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """The first file of a checkpoint that does not agree with its list, or what is wrong with the list."""
+    try:
+        files = json.loads((checkpoint / _FILE_LIST).read_text())
+        return next((file for file, digest in files.items() if _digest(checkpoint / file) != digest), None)
+    except (OSError, ValueError) as error:
+        return str(error)
 
 
 class BestWeights:
@@ -137,7 +158,7 @@ class BestWeights:
         """Keeps a module's weights if their loss is the least."""
         if self._path.exists():
             with safe_open(self._path, framework="pt") as file:
-                if loss >= float(file.metadata()["loss"]):
+                if not loss < float(file.metadata()["loss"]):  # also where it is NaN
                     return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self._path.with_name(f".unfinished-{self._path.name}")
@@ -145,11 +166,11 @@ class BestWeights:
         save_file(weights, unfinished, metadata={"loss": repr(loss), "step": str(step)})
         os.replace(unfinished, self._path)
 
-    def load_into(self, module: nn.Module) -> None:
-        """Gives a module the weights that were kept."""
+    def load_into(self, module: nn.Module) -> int:
+        """Gives a module the weights that were kept; returns their step."""
         module.load_state_dict(load_file(self._path))
         with safe_open(self._path, framework="pt") as file:
-            logger.info("%s: the best weights are those of step %s", self._path.stem, file.metadata()["step"])
+            return int(file.metadata()["step"])
 
 
 def _checkpoints(folder: Path, name: str) -> list[Path]:

@@ -114,7 +114,9 @@ class TrainingConfig:
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
     ema_decay: float = field(default=0.999, metadata={"help": "Largest decay of the averaged weights, after warm-up."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches summed for a step."})
-    mixed_precision: Literal["no", "fp16", "bf16"] = field(default="no", metadata={"help": "As in Accelerate."})
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
+        default=None, metadata={"help": "As in Accelerate; what accelerate launch was told if unset."}
+    )
     allow_tf32: bool = field(default=True, metadata={"help": "Let float32 products on a GPU round to TF32."})
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Compute activations again in the backward pass: less memory, more time."}

@@ -67,14 +67,14 @@ def run_stage(
         The module with averaged weights, on the CPU, in the main process; one of unknown weights in the others.
 
     Raises:
-        ValueError: If there are fewer samples than a batch, or the processes cannot share one evenly.
         FloatingPointError: If the loss is not finite.
         StopRequested: If the process got SIGTERM; the state is saved.
         OSError: If a checkpoint cannot be written; the earlier ones are intact.
     """
     settings = config.stage(name)  # type: ignore[arg-type]
     main = accelerator.is_main_process
-    loader = _loader(accelerator, train, name, settings.batch_size)
+    streamed = isinstance(train, IterableDataset)
+    loader = DataLoader(train, batch_size=settings.batch_size, shuffle=not streamed, drop_last=True)
     averaged = copy.deepcopy(module)
     if accelerator.distributed_type is not DistributedType.FSDP:  # which takes no other format
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -101,8 +101,7 @@ def run_stage(
                 batch = next(batches)
                 # a batch that is summed draws what it would as a part of the batch that they make together
                 share = part * accelerator.num_processes + accelerator.process_index
-                num_shares = config.gradient_accumulation_steps * accelerator.num_processes
-                randomness = StepRandomness((config.seed, name, step), share, num_shares)
+                randomness = StepRandomness((config.seed, name, step), share)
                 with accelerator.accumulate(module):
                     loss, quantities = compute_loss(module, batch, randomness)
                     accelerator.backward(loss)
@@ -119,7 +118,7 @@ def run_stage(
             done = step + 1
             last = done == settings.steps
             seconds.append(time.perf_counter() - begin)
-            stopping = _all_agree(accelerator, stop, done)
+            stopping = _all_agree(accelerator, stop, done, last)
             checkpoint_due = done % config.checkpointing_steps == 0 or last or stopping
             if done % config.logging_steps == 0 or checkpoint_due:
                 logs = {key: accelerator.reduce(value, "mean").item() / len(seconds) for key, value in sums.items()}
@@ -146,32 +145,20 @@ def run_stage(
                 accelerator.wait_for_everyone()
             if checkpoint_due:
                 checkpoints.save(accelerator, average, folder, name, done, config.checkpoints_total_limit)
-            if stopping:
+            if stopping or (last and _all_agree(accelerator, stop, done, last)):  # it may have come in between
                 raise StopRequested(f"{name} has stopped at step {done} of {settings.steps}, as SIGTERM asked")
     progress.close()
     for tracker in accelerator.trackers:  # not end_training, which ends the other processes' connection too
         tracker.finish()
     _take_average(accelerator, module, average, averaged)
-    averaged.eval().cpu()
+    averaged.eval()
     if main and config.load_best_model_at_end:
-        best.load_into(averaged)
-    return averaged
-
-
-def _loader(accelerator: Accelerator, train: Dataset, name: str, batch_size: int) -> DataLoader:
-    """Shuffled batches for all processes together."""
-    if batch_size % accelerator.num_processes:
-        raise ValueError(
-            f"{name}_batch_size must be a multiple of the number of processes, "
-            f"got {batch_size} for {accelerator.num_processes}"
-        )
-    streamed = isinstance(train, IterableDataset)
-    if not streamed and len(train) < batch_size:  # type: ignore[arg-type]
-        raise ValueError(
-            f"{name}_batch_size must be at most the number of training designs, "
-            f"got {batch_size} for {len(train)} designs"  # type: ignore[arg-type]
-        )
-    return DataLoader(train, batch_size=batch_size, shuffle=not streamed, drop_last=True)
+        step = best.load_into(averaged.cpu())
+        metrics = validate(
+            averaged.to(accelerator.device), settings.steps
+        )  # its grid replaces that of the last weights
+        update_metrics(Path(config.output_dir), name, {"step": step, **metrics})
+    return averaged.cpu()
 
 
 def _optimizer(config: TrainingConfig, module: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
@@ -216,11 +203,11 @@ def _sigterm_noticed() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _all_agree(accelerator: Accelerator, stop: threading.Event, done: int) -> bool:
+def _all_agree(accelerator: Accelerator, stop: threading.Event, done: int, last: bool) -> bool:
     """Whether any process was told to stop; the same answer in all of them."""
     if accelerator.num_processes == 1:
         return stop.is_set()
-    if done % _AGREE_STEPS:
+    if done % _AGREE_STEPS and not last:
         return False
     if stop.is_set():
         accelerator.set_trigger()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
-from mechdiffusers.training.checkpoints import newest_intact
+from mechdiffusers.training.checkpoints import damage_of, newest_intact
 from mechdiffusers.training.config import TrainingConfig
 
 __all__ = ["claim"]
@@ -33,19 +33,10 @@ _MAY_CHANGE = {
     "hub_model_id",
     "hub_private",
 }
-#: Settings that a new run may change which starts from another one's checkpoint.
-_MAY_CHANGE_ANEW = _MAY_CHANGE | {
-    "denoiser_steps",
-    "denoiser_learning_rate",
-    "denoiser_warmup_steps",
-    "lr_scheduler",
-    "weight_decay",
-    "max_grad_norm",
-    "ema_decay",
-    "snr_gamma",
-    "noise_offset",
-    "load_best_model_at_end",
-}
+#: What besides a new run may change which starts from a denoiser's checkpoint, whose optimiser goes on with its rates.
+_OF_THE_WAY_ON = {"denoiser_steps", "denoiser_warmup_steps", "lr_scheduler", "max_grad_norm", "ema_decay"}
+#: What only the denoiser depends on, besides all that is called after it.
+_OF_THE_DENOISER = {"prediction_type", "beta_schedule", "snr_gamma", "noise_offset", "token_dim"}
 
 
 def claim(config: TrainingConfig) -> Path:
@@ -90,14 +81,18 @@ def _begin_from(checkpoint: Path, config: TrainingConfig) -> None:
             "resume_from_checkpoint must be 'latest' or a folder such as RUN/checkpoints/denoiser-00001000, "
             f"got {str(checkpoint)!r}"
         )
+    if (damage := damage_of(checkpoint)) is not None:
+        raise ValueError(f"resume_from_checkpoint must be a whole checkpoint, got {checkpoint}, torn ({damage})")
     others = checkpoint.parent
-    _check_same_run(config, others.parent / "config.yaml", _MAY_CHANGE_ANEW if stage == "denoiser" else _MAY_CHANGE)
-    needed = [checkpoint]
+    of_the_denoiser = {field.name for field in fields(config) if field.name.startswith("denoiser_")} | _OF_THE_DENOISER
+    anew = _OF_THE_WAY_ON if stage == "denoiser" else of_the_denoiser
+    _check_same_run(config, others.parent / "config.yaml", _MAY_CHANGE | anew)
+    needed = [checkpoint, *others.glob("best-autoencoder.safetensors")]
     if stage == "denoiser":
         autoencoder, latents = newest_intact(others, "autoencoder"), others / "latents.safetensors"
         if autoencoder is None or not latents.exists():
             raise ValueError(f"resume_from_checkpoint must lie beside its autoencoder and latents, got {checkpoint}")
-        needed += [autoencoder, latents]
+        needed += [autoencoder, latents, *others.glob("best-denoiser.safetensors")]
     folder = Path(config.output_dir) / "checkpoints"
     unfinished = folder.with_name(".unfinished-checkpoints")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -105,6 +100,11 @@ def _begin_from(checkpoint: Path, config: TrainingConfig) -> None:
     for source in needed:
         (shutil.copytree if source.is_dir() else shutil.copyfile)(source, unfinished / source.name)
     unfinished.rename(folder)
+    for source in (others.parent / "metrics.json", *(others.parent / "validation").glob("*.png")):
+        if source.exists():  # what the stages before the checkpoint have reached
+            target = folder.parent / source.relative_to(others.parent)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, target)
 
 
 def _check_same_run(config: TrainingConfig, path: Path, may_change: set[str]) -> None:

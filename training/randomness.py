@@ -1,7 +1,7 @@
-"""Random numbers that depend on the step, not on the way to it.
+"""Random numbers that depend on the step and the sample, not on the way to them.
 
-Those of a step are a function of (seed, stage, step): they are drawn for all its samples, and a process takes its
-share, so that neither an interruption, nor the number of processes, nor summing a batch in parts changes what is drawn.
+Those of a sample are a function of (seed, stage, step, index in the step's batch), so that neither an interruption, nor
+the number of processes, nor summing a batch in parts changes what is drawn.
 """
 
 from __future__ import annotations
@@ -15,26 +15,33 @@ __all__ = ["StepRandomness"]
 
 
 class StepRandomness:
-    """The random numbers of one step, or a share of them.
+    """The random numbers of the samples of one step, or of a share of them.
 
     Args:
-        key: What they are a function of, such as ``(seed, stage, step)``.
-        share: Index of the share.
-        num_shares: Number of equal shares: that of the processes, times that of the batches that a step sums.
+        key: What they are a function of besides the sample, such as ``(seed, stage, step)``.
+        share: Index of the share, when the step's samples are shared evenly, in order.
     """
 
-    def __init__(self, key: tuple[int | str, ...], share: int = 0, num_shares: int = 1):
-        seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
-        self._generator = torch.Generator().manual_seed(seed)
-        self._index, self._num_shares = share, num_shares
+    def __init__(self, key: tuple[int | str, ...], share: int = 0):
+        self._key, self._share = key, share
+        self._generators: list[torch.Generator] = []
 
-    def normal(self, *shape: int) -> Tensor:
-        """Standard normal numbers, the first axis being this share of the samples."""
-        return self._share(torch.randn((shape[0] * self._num_shares, *shape[1:]), generator=self._generator))
+    def normal(self, num: int, *shape: int) -> Tensor:
+        """Standard normal numbers for each of ``num`` samples, shape ``(num, *shape)``."""
+        return torch.stack([torch.randn(shape, generator=generator) for generator in self._of_samples(num)])
 
     def integers(self, high: int, num: int) -> Tensor:
-        """Uniform integers in ``[0, high)``, one a sample of this share."""
-        return self._share(torch.randint(high, (num * self._num_shares,), generator=self._generator))
+        """A uniform integer in ``[0, high)`` for each of ``num`` samples, shape ``(num,)``."""
+        return torch.cat([torch.randint(high, (1,), generator=generator) for generator in self._of_samples(num)])
 
-    def _share(self, drawn: Tensor) -> Tensor:
-        return drawn.chunk(self._num_shares)[self._index]
+    def _of_samples(self, num: int) -> list[torch.Generator]:
+        """The generators of the share, which has ``num`` samples in every draw."""
+        if not self._generators:
+            first = self._share * num
+            self._generators = [_generator((*self._key, index)) for index in range(first, first + num)]
+        return self._generators
+
+
+def _generator(key: tuple[int | str, ...]) -> torch.Generator:
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

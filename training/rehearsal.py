@@ -31,14 +31,14 @@ def rehearse(config: TrainingConfig) -> str:
 
     Raises:
         ValueError: If a setting or the data are unfit.
+        OSError: If the folder in which ``output_dir`` would be made cannot be written.
     """
     designs = load_designs(config)
-    few = max(config.autoencoder_batch_size, config.denoiser_batch_size)
-    if designs.num_train < few:
-        raise ValueError(f"batch sizes must be at most the {designs.num_train} training designs, got {few}")
-    subset = designs.train if isinstance(designs.train, IterableDataset) else Subset(designs.train, range(few))
-    process = process_state()
-    with tempfile.TemporaryDirectory() as own_folder:
+    num = min(designs.num_train, max(config.autoencoder_batch_size, config.denoiser_batch_size))
+    few = designs.train if isinstance(designs.train, IterableDataset) else Subset(designs.train, range(num))
+    process, metrics = process_state(), {}
+    existing = next(folder for folder in Path(config.output_dir).absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=".dry-run-", dir=existing) as own_folder:
         folder = broadcast_object_list([own_folder])[0]  # the main process's
         short = replace(
             config,
@@ -49,9 +49,12 @@ def rehearse(config: TrainingConfig) -> str:
             checkpointing_steps=_STEPS,
             report_to="tensorboard",
         )
-        pipe = run_stages(short, Designs(subset, designs.heldout, few))
-        metrics = json.loads((Path(folder) / "metrics.json").read_text())
+        pipe = run_stages(short, Designs(few, designs.heldout, num))
+        if process.is_main_process:
+            metrics = json.loads((Path(folder) / "metrics.json").read_text())
         process.wait_for_everyone()
+    if not process.is_main_process:
+        return ""
     height, width = designs.size
     lines = [f"{designs.num_train} training designs of {height} x {width} pixels, {len(designs.heldout)} held out"]
     for name, module in (("autoencoder", pipe.vae), ("denoiser", pipe.unet)):

@@ -9,7 +9,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from mechdiffusers.pipelines import LatentDDPMPipeline
-from mechdiffusers.training.accelerators import stage_accelerator
+from mechdiffusers.training.accelerators import process_state, stage_accelerator
 from mechdiffusers.training.autoencoder import encode_all, measure_latents, train_autoencoder
 from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.data import Designs
@@ -32,7 +32,11 @@ def run_stages(config: TrainingConfig, designs: Designs) -> LatentDDPMPipeline:
 
     Returns:
         The trained pipeline, on the CPU, in the main process.
+
+    Raises:
+        ValueError: If there are fewer designs than a batch of either stage, or the processes cannot share one evenly.
     """
+    _check_batches(config, designs)
     output_dir = Path(config.output_dir)
     accelerator = stage_accelerator(config, "autoencoder")
     autoencoder = train_autoencoder(accelerator, config, designs)
@@ -54,8 +58,20 @@ def run_stages(config: TrainingConfig, designs: Designs) -> LatentDDPMPipeline:
         pipe.save_pretrained(output_dir / "pipeline")
         logger.info("the pipeline is in %s", output_dir / "pipeline")
     accelerator.wait_for_everyone()
-    accelerator.end_training()
     return pipe
+
+
+def _check_batches(config: TrainingConfig, designs: Designs) -> None:
+    """Checks both stages before the first begins."""
+    num_processes = process_state().num_processes
+    for stage in ("autoencoder_batch_size", "denoiser_batch_size"):
+        size = getattr(config, stage)
+        if size % num_processes:
+            raise ValueError(f"{stage} must be a multiple of the number of processes, got {size} for {num_processes}")
+        if size > designs.num_train:
+            raise ValueError(
+                f"{stage} must be at most the number of training designs, got {size} for {designs.num_train} designs"
+            )
 
 
 def _cached_latents(accelerator: Accelerator, vae: AutoencoderKL, designs: Designs, path: Path) -> dict[str, Tensor]:

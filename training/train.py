@@ -12,6 +12,8 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -28,6 +30,7 @@ from mechdiffusers.training.output_folder import claim
 from mechdiffusers.training.publish import publish
 from mechdiffusers.training.rehearsal import rehearse
 from mechdiffusers.training.stages import run_stages
+from safetensors import SafetensorError
 
 __all__ = ["train"]
 
@@ -52,28 +55,39 @@ def train(config: TrainingConfig) -> LatentDDPMPipeline:
     """
     process, repo_id = process_state(), None
     if process.is_main_process:
-        if config.push_to_hub:  # before any work is done for it
-            name = config.hub_model_id or Path(config.output_dir).absolute().name
-            repo_id = claim_repository(name, private=config.hub_private)
         claim(config)
     process.wait_for_everyone()
+    designs = load_designs(config)
+    if config.push_to_hub and process.is_main_process:  # before any work is done for it
+        name = config.hub_model_id or Path(config.output_dir).absolute().name
+        with _failures_explained("nothing was trained"):
+            repo_id = claim_repository(name, private=config.hub_private)
     torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
-    pipe = run_stages(config, load_designs(config))
+    torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    pipe = run_stages(config, designs)
     if repo_id is not None:
-        try:
+        again = "the run itself is complete, --resume_from_checkpoint latest --push_to_hub true publishes it again"
+        with _failures_explained(again):
             logger.info("published: %s", publish(config.output_dir, repo_id, private=config.hub_private))
-        except (OSError, RuntimeError) as error:
-            raise OSError(
-                f"{config.output_dir} could not be published: {error}; the run itself is complete, "
-                "--resume_from_checkpoint latest --push_to_hub true publishes it again"
-            ) from error
+    process.wait_for_everyone()
     return pipe
+
+
+@contextmanager
+def _failures_explained(standing: str) -> Iterator[None]:
+    """Makes whatever the network raises, of whichever library, an ``OSError`` that says how things stand."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        raise OSError(f"the Hub could not be reached: {error}; {standing}") from error
 
 
 def main() -> None:
     """The command line."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for chatty in ("httpx", "accelerate"):
+    for chatty in ("httpx", "httpx2", "accelerate"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     for library in (datasets, diffusers, transformers):
         library.utils.logging.set_verbosity_warning()
@@ -85,11 +99,13 @@ def main() -> None:
             logger.info("a dry run; the real one would be:\n%s", rehearse(config))
         else:
             train(config)
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError, SafetensorError) as error:
         sys.exit(f"error: {error}")
     except StopRequested as stopped:
         logger.warning("%s; --resume_from_checkpoint latest goes on", stopped)
         sys.exit(128 + signal.SIGTERM)
+    finally:
+        process_state().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -19,7 +18,7 @@ from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.rehearsal import rehearse
 from mechdiffusers.training.train import train
 from safetensors.torch import load_file
-from small_runs import SCRIPT, command_line, loss_curve, small
+from small_runs import command_line, loss_curve, small
 from torch import nn
 
 
@@ -47,8 +46,8 @@ def test_min_snr_weights_one_error_of_the_latents_alike_whatever_is_predicted(pr
     scheduler = DDPMScheduler(prediction_type=prediction_type, clip_sample=False)
     latents = torch.randn(num, 1, 2, 2, generator=torch.manual_seed(0), dtype=torch.float64)
     moments = torch.cat([latents, torch.full_like(latents, -100.0)], dim=1)  # posteriors of no width
-    randomness = StepRandomness(("test",))
-    loss, _ = denoising_loss(scheduler, 0.0, 1.0, gamma)(Shifted(scheduler, latents), (moments,), randomness)
+    loss_function = denoising_loss(scheduler, 0.0, 1.0, gamma)
+    loss, _ = loss_function(Shifted(scheduler, latents), (moments,), StepRandomness(("test",)))
     again = StepRandomness(("test",))
     again.normal(*latents.shape), again.normal(*latents.shape)
     alpha_squared = scheduler.alphas_cumprod.double()[again.integers(1000, num)]
@@ -132,10 +131,16 @@ def test_the_averaged_weights_are_those_of_the_recursion(tmp_path):
 @pytest.mark.slow
 def test_compiled_networks_train_as_others_do(tmp_path, monkeypatch):
     """Traced and differentiated by the compiler; what generates machine code takes minutes and is left out."""
-    compile_module = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
+    compile_module, compiled = nn.Module.compile, []
+
+    def compile_traced(module):
+        compiled.append(type(module))
+        compile_module(module, backend="aot_eager")
+
+    monkeypatch.setattr(nn.Module, "compile", compile_traced)
     for name, wanted in (("with", True), ("without", False)):
         train(small(tmp_path / name, torch_compile=wanted, logging_steps=1))
+    assert compiled == [LikelihoodAutoencoder, LatentDenoiser]
     for stage in ("autoencoder", "denoiser"):
         expected, curve = loss_curve(tmp_path / "without", stage), loss_curve(tmp_path / "with", stage)
         assert list(curve.values()) == pytest.approx(list(expected.values()), rel=1e-4)
@@ -147,6 +152,7 @@ def test_rounding_to_tf32_is_off_when_it_is_not_wanted(tmp_path, monkeypatch):
         for wanted, precision in ((True, "high"), (False, "highest")):
             train(small(tmp_path / precision, allow_tf32=wanted, autoencoder_steps=1, denoiser_steps=1))
             assert torch.get_float32_matmul_precision() == precision
+            assert torch.backends.cudnn.allow_tf32 == wanted
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -207,10 +213,3 @@ def test_the_script_rehearses(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "a dry run; the real one would be:\n48 training designs" in done.stderr
     assert not (tmp_path / "run").exists()
-
-
-def test_every_setting_of_every_preset_is_accepted():
-    presets = sorted((SCRIPT.parent / "configs").glob("*.yaml"))
-    assert len(presets) >= 3
-    for preset in presets:
-        assert np.isfinite(parse_config(["--config", str(preset)]).denoiser_learning_rate)

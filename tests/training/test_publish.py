@@ -15,7 +15,7 @@ from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.training import TrainingConfig, parse_config
 from mechdiffusers.training.publish import model_card, publish
 from mechdiffusers.training.train import train
-from small_runs import small
+from small_runs import command_line, small, start
 
 REPO = "mechanic/composites"
 METRICS = {
@@ -173,7 +173,16 @@ def test_a_training_that_may_not_be_published_does_not_begin(hub, tmp_path, monk
     monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: READER)
     with pytest.raises(ValueError, match="^repo_id must be a repository that your token may write to"):
         train(small(tmp_path / "composites", push_to_hub=True))
-    assert not (tmp_path / "composites").exists()
+    assert not (tmp_path / "composites" / "checkpoints").exists()
+
+
+def test_a_hub_that_is_not_there_is_said_so(tmp_path, monkeypatch):
+    with monkeypatch.context() as unplugged:
+        unplugged.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+        process = start([*command_line(tmp_path / "run"), "--push_to_hub", "true"])
+        messages = process.communicate()[1]
+    assert process.returncode == 1
+    assert re.match("error: the Hub could not be reached: .*; nothing was trained$", messages.splitlines()[-1])
 
 
 def test_a_run_that_could_not_be_uploaded_is_published_when_it_goes_on(hub, tmp_path, monkeypatch):
@@ -182,7 +191,7 @@ def test_a_run_that_could_not_be_uploaded_is_published_when_it_goes_on(hub, tmp_
 
     with monkeypatch.context() as broken:
         broken.setattr("mechdiffusers.pipelines.hub_checkpoint.upload_folder", break_off)
-        with pytest.raises(OSError, match="could not be published: connection lost; the run itself is complete"):
+        with pytest.raises(OSError, match="the Hub could not be reached: connection lost; the run itself is complete"):
             train(small(tmp_path / "composites", push_to_hub=True))
     assert (tmp_path / "composites" / "pipeline" / "model_index.json").exists()
     train(small(tmp_path / "composites", push_to_hub=True, resume_from_checkpoint="latest"))

@@ -1,6 +1,8 @@
 """A run that was interrupted, in whatever way, ends as if it had not been."""
 
+import json
 import resource
+import shutil
 import signal
 
 import datasets
@@ -11,7 +13,7 @@ from mechdiffusers.training import checkpoints
 from mechdiffusers.training.checkpoints import BestWeights
 from mechdiffusers.training.train import train
 from safetensors.torch import load_file
-from small_runs import SMALL, assert_same_weights, command_line, finish, small, start
+from small_runs import SMALL, assert_same_weights, command_line, finish, small, start, weights
 from torch import nn
 
 
@@ -82,6 +84,25 @@ def test_a_torn_checkpoint_is_recognised_and_the_one_before_it_taken(trained, tm
     assert_same_weights(tmp_path / "run", trained)
 
 
+def test_a_torn_checkpoint_does_not_take_the_place_of_a_whole_one(tmp_path, monkeypatch):
+    interrupt(monkeypatch, tmp_path / "run", "denoiser", checkpointing_steps=2)
+    (tmp_path / "run" / "checkpoints" / "denoiser-00000004" / "files.json").unlink()
+    only_one = {"checkpointing_steps": 1, "checkpoints_total_limit": 1, "resume_from_checkpoint": "latest"}
+    step, calls = torch.optim.AdamW.step, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(None)
+        if len(calls) > 1:
+            raise Interruption
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.AdamW, "step", interrupted)
+        with pytest.raises(Interruption):
+            train(small(tmp_path / "run", **only_one))
+    assert {name for name in names(tmp_path / "run") if name.startswith("denoiser")} == {"denoiser-00000003"}
+
+
 def test_as_many_checkpoints_are_kept_as_wanted(tmp_path):
     train(small(tmp_path, checkpointing_steps=1, checkpoints_total_limit=3))
     kept = {f"{stage}-{step:08d}" for stage in ("autoencoder", "denoiser") for step in (4, 5, 6)}
@@ -98,6 +119,31 @@ def test_a_new_run_from_a_denoisers_checkpoint_may_train_it_further(trained, tmp
     checkpoint = trained / "checkpoints" / "denoiser-00000006"
     train(small(tmp_path / "fork", resume_from_checkpoint=str(checkpoint), denoiser_steps=8))
     assert "denoiser-00000008" in names(tmp_path / "fork")
+
+
+def test_a_new_run_from_an_autoencoders_checkpoint_may_have_another_denoiser(trained, tmp_path):
+    checkpoint = str(trained / "checkpoints" / "autoencoder-00000006")
+    pipe = train(small(tmp_path / "fork", resume_from_checkpoint=checkpoint, denoiser_block_out_channels=[4, 4]))
+    assert pipe.unet.config.block_out_channels == [4, 4]
+    ours, theirs = weights(tmp_path / "fork"), weights(trained)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours if key.startswith("vae"))
+    assert (tmp_path / "fork" / "metrics.json").exists()
+
+
+def test_a_new_run_goes_on_with_the_best_autoencoder(tmp_path):
+    best = {"load_best_model_at_end": True, "validation_steps": 1, "autoencoder_learning_rate": 0.3}
+    train(small(tmp_path / "run", **best))
+    checkpoint = str(tmp_path / "run" / "checkpoints" / "denoiser-00000004")
+    train(small(tmp_path / "fork", resume_from_checkpoint=checkpoint, **best))
+    assert_same_weights(tmp_path / "fork", tmp_path / "run")
+
+
+def test_a_new_run_does_not_start_from_a_torn_checkpoint(trained, tmp_path):
+    torn = tmp_path / "torn" / "checkpoints" / "denoiser-00000004"
+    shutil.copytree(trained, tmp_path / "torn")
+    (torn / "optimizer.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="^resume_from_checkpoint must be a whole checkpoint, got .*optimizer.bin"):
+        train(small(tmp_path / "fork", resume_from_checkpoint=str(torn)))
 
 
 @pytest.mark.parametrize("resume", ["yes", "runs/x/checkpoints/denoiser-00000100", "runs/x/checkpoints"])
@@ -165,10 +211,15 @@ def test_the_best_weights_are_those_of_least_loss(tmp_path):
 
 def test_a_run_may_end_with_its_best_weights(tmp_path):
     # at this learning rate the loss on held-out designs does not fall steadily
-    pipe = train(small(tmp_path, load_best_model_at_end=True, validation_steps=1, denoiser_learning_rate=0.3))
-    kept = load_file(tmp_path / "checkpoints" / "best-denoiser.safetensors")
+    settings = {"validation_steps": 1, "denoiser_learning_rate": 0.3}
+    pipe = train(small(tmp_path / "best", load_best_model_at_end=True, **settings))
+    kept = load_file(tmp_path / "best" / "checkpoints" / "best-denoiser.safetensors")
     for key, value in pipe.unet.state_dict().items():
         assert torch.equal(value, kept[f"unet.{key}"])
+    train(small(tmp_path / "last", **settings))
+    best, last = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("best", "last"))
+    assert best["denoiser/loss"] < last["denoiser/loss"]
+    assert best["denoiser/step"] < last["denoiser/step"]
 
 
 def test_the_newest_intact_checkpoint_of_an_empty_folder_is_none(tmp_path):

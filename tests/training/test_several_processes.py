@@ -2,14 +2,13 @@
 
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from mechdiffusers.training.accelerators import stage_accelerator
-from mechdiffusers.training.loop import run_stage
 from mechdiffusers.training.randomness import StepRandomness
+from mechdiffusers.training.train import train
 from small_runs import SCRIPT, assert_same_weights, command_line, finish, loss_curve, small, start
-from torch import nn
 
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file"]
 CONFIGS = SCRIPT.parent / "configs" / "accelerate"
@@ -48,6 +47,13 @@ def test_two_processes_train_as_one(alone, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_rehearse(tmp_path):
+    messages = finish(launch("one_machine", tmp_path / "run", "--dry_run", "true"))
+    assert messages.count("48 training designs of 8 x 8 pixels, 16 held out") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"run.yaml"}
+
+
+@pytest.mark.slow
 def test_two_processes_with_shards_of_the_weights_train_as_one(alone, sharded):
     # shards are summed in another order than whole gradients, which the second stage amplifies
     assert_same_curves(alone, sharded, {"autoencoder": 1e-4, "denoiser": 1e-3})
@@ -70,7 +76,7 @@ def test_sharded_processes_stop_on_sigterm_and_go_on(sharded, tmp_path):
 
 def test_two_processes_draw_what_one_draws_for_the_same_batch():
     together = StepRandomness((0, "stage", 7))
-    shares = [StepRandomness((0, "stage", 7), rank, 2) for rank in range(2)]
+    shares = [StepRandomness((0, "stage", 7), rank) for rank in range(2)]
     normal, integers = together.normal(6, 3), together.integers(1000, 6)
     assert torch.equal(torch.cat([share.normal(3, 3) for share in shares]), normal)
     assert torch.equal(torch.cat([share.integers(1000, 3) for share in shares]), integers)
@@ -78,8 +84,6 @@ def test_two_processes_draw_what_one_draws_for_the_same_batch():
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path, monkeypatch):
-    config = small(tmp_path)
-    accelerator = stage_accelerator(config, "denoiser")
-    monkeypatch.setattr(type(accelerator), "num_processes", 3)
+    monkeypatch.setattr("mechdiffusers.training.stages.process_state", lambda: SimpleNamespace(num_processes=3))
     with pytest.raises(ValueError, match="^denoiser_batch_size must be a multiple of the number of processes, got 16"):
-        run_stage(accelerator, config, "denoiser", nn.Linear(1, 1), [], lambda *_: None, lambda *_: {})
+        train(small(tmp_path, autoencoder_batch_size=15))

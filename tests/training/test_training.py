@@ -130,9 +130,11 @@ def test_a_bad_setting_ends_the_script_with_one_sentence(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_batch_larger_than_the_data_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="^autoencoder_batch_size must be at most the number of training designs"):
-        train(small(tmp_path, autoencoder_batch_size=64))
+@pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
+def test_a_batch_larger_than_the_data_is_refused_before_any_work(tmp_path, stage):
+    with pytest.raises(ValueError, match=f"^{stage}_batch_size must be at most the number of training designs"):
+        train(small(tmp_path, **{f"{stage}_batch_size": 64}))
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_an_output_that_cannot_be_written_is_named(tmp_path):
