@@ -124,7 +124,7 @@ def test_a_new_run_from_a_denoisers_checkpoint_may_train_it_further(trained, tmp
 def test_a_new_run_from_an_autoencoders_checkpoint_may_have_another_denoiser(trained, tmp_path):
     checkpoint = str(trained / "checkpoints" / "autoencoder-00000006")
     pipe = train(small(tmp_path / "fork", resume_from_checkpoint=checkpoint, denoiser_block_out_channels=[4, 4]))
-    assert pipe.unet.config.block_out_channels == [4, 4]
+    assert list(pipe.unet.config.block_out_channels) == [4, 4]
     ours, theirs = weights(tmp_path / "fork"), weights(trained)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours if key.startswith("vae"))
     assert (tmp_path / "fork" / "metrics.json").exists()
