@@ -1,0 +1,341 @@
+r"""The probability-flow ordinary differential equation by explicit Runge-Kutta methods, both ways.
+
+With :math:`y = x / \alpha` and :math:`\varsigma = \sigma / \alpha` the equation whose solutions have the diffusion's
+densities reads
+
+.. math:: \frac{dy}{d\varsigma} = \hat\epsilon(\alpha y), \qquad
+    \frac{d \log p(y)}{d\varsigma} = -\nabla_y \cdot \hat\epsilon
+
+(Song et al. 2021, section 4.3, in the variables of Karras et al. 2022, section 3; Luo 2022, "Score-based Generative
+Models"). An Euler step of it is a step of DDIM. A method is data, a :class:`Tableau`; a new one costs three lines.
+
+This file travels inside checkpoints: it imports torch, numpy, diffusers and its sibling alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .log_snr_curve import VariancePreservingScheduler, alpha_sigma, predictions
+
+__all__ = ["ProbabilityFlowScheduler", "ProbabilityFlowSchedulerOutput", "Tableau"]
+
+
+class Tableau(NamedTuple):
+    """Explicit Runge-Kutta method (Butcher 2016, section 23).
+
+    Args:
+        stages: For each stage the weights of the slopes before it; their sum is how far into the step it lies.
+        weights: Weights of all slopes at the end of the step.
+        order: Order of convergence.
+    """
+
+    stages: tuple[tuple[float, ...], ...]
+    weights: tuple[float, ...]
+    order: int
+
+
+TABLEAUX: Mapping[str, Tableau] = {
+    "euler": Tableau(((),), (1.0,), 1),
+    "heun": Tableau(((), (1.0,)), (1 / 2, 1 / 2), 2),
+    "rk4": Tableau(((), (1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6), 4),
+}
+
+
+@dataclass
+class ProbabilityFlowSchedulerOutput(BaseOutput):
+    """Output of a step.
+
+    Args:
+        prev_sample (`torch.Tensor`):
+            What the network is to see next, shape ``(B, *)``: the sample at the next timestep, or inside a step its
+            next stage.
+        pred_original_sample (`torch.Tensor`):
+            The clean sample as predicted here, shape ``(B, *)``.
+        log_density_change (`torch.Tensor`, *optional*):
+            Log-density of the last whole step's sample less that of the first, shape ``(B,)``, float64, in nats; if
+            divergences were given.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+    log_density_change: Tensor | None = None
+
+
+class _Evaluation(NamedTuple):
+    """What a step needs to know of one evaluation of the network, in plain numbers."""
+
+    timestep: float
+    step: int
+    stage: int
+    of_clean: tuple[float, float]  # coefficients of the sample and of the network's output
+    of_noise: tuple[float, float]
+    alpha: float
+    sigma: float
+    keep: float  # the sample at the start of the step enters what comes next by this
+    weights: tuple[float, ...]  # and the slopes so far by these
+    churn: float  # standard deviation of the noise added to what comes next
+    ends_step: bool
+    log_alpha_change: float  # over the step, where this evaluation ends it
+    divergence_weights: tuple[float, ...]
+
+
+class ProbabilityFlowScheduler(VariancePreservingScheduler):
+    r"""Solves the probability-flow equation from noise to data, or from data to noise.
+
+    As in the stock Heun scheduler, ``timesteps`` has an entry for each evaluation of the network. The grid is that of
+    ``timestep_spacing``, ``"log_snr"`` suiting the methods of higher order best, unless the configuration or the caller
+    gives one. Defaults are those of ``DDPMScheduler``, except that nothing is clipped unless ``clip_sample`` is set.
+
+    Args:
+        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr, log_snr,
+        log_snr_range, prediction_type, timestep_spacing, steps_offset, clip_sample, clip_sample_range:
+            As in :class:`~mechdiffusers.schedulers.VDMScheduler`.
+        solver (`str`, defaults to `"heun"`):
+            ``"euler"``, ``"heun"`` or ``"rk4"``, of order 1, 2 and 4, with as many evaluations a step.
+        final_sigmas_type (`str`, defaults to `"zero"`):
+            ``"zero"``: an Euler step from the last timestep to clean data ends the way, as in stock schedulers.
+            ``"sigma_min"``: it ends at timestep 0, whose noise is left in, so that the way can be gone back.
+        s_churn (`float`, defaults to 0.0):
+            Stochastic churn: noise is added before each step but the first, to
+            :math:`1 + \min(\text{s\_churn} / N, \sqrt 2 - 1)` times the noise level.
+        optimized_timesteps (`dict[str, list[float]]`, *optional*):
+            Number of timesteps, as a string, to the timesteps that replace ``timestep_spacing`` at that number; see
+            :func:`mechdiffusers.schedulers.optimize_timesteps`.
+
+    Raises:
+        ValueError: If an argument is none of those.
+
+    Example:
+        >>> scheduler = ProbabilityFlowScheduler(solver="heun", timestep_spacing="log_snr")
+        >>> scheduler.set_timesteps(3)
+        >>> scheduler.timesteps.round().tolist()
+        [999.0, 261.0, 261.0, 0.0, 0.0]
+
+    References:
+        | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021)
+        | https://arxiv.org/abs/2011.13456
+        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), algorithms 1 and 2
+        | https://arxiv.org/abs/2206.00364
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
+        log_snr: str | Sequence[float] = "betas",
+        log_snr_range: tuple[float, float] = (13.3, -5.0),
+        prediction_type: str = "epsilon",
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        solver: str = "heun",
+        final_sigmas_type: str = "zero",
+        s_churn: float = 0.0,
+        optimized_timesteps: Mapping[str, Sequence[float]] | None = None,
+    ):
+        self._start_from_config()
+        if solver not in TABLEAUX:
+            raise ValueError(f"solver must be one of {tuple(TABLEAUX)}, got {solver!r}")
+        if final_sigmas_type not in ("zero", "sigma_min"):
+            raise ValueError(f"final_sigmas_type must be one of ('zero', 'sigma_min'), got {final_sigmas_type!r}")
+        if not 0 <= s_churn < math.inf:
+            raise ValueError(f"s_churn must be a non-negative number, got {s_churn!r}")
+        self.order = TABLEAUX[solver].order
+        for number, given in (optimized_timesteps or {}).items():
+            if not number.isdecimal() or len(self._grid(None, given)) != int(number):
+                raise ValueError(f"optimized_timesteps must have {number!r} timesteps under that key, got {given!r}")
+        self._inverse = False
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | None = None,
+        inverse: bool = False,
+    ) -> None:
+        """Lays the grid of timesteps.
+
+        Args:
+            num_inference_steps: Number of timesteps of the grid; each method evaluates the network once a stage.
+            device: Device of ``self.timesteps``.
+            timesteps: The grid itself, falling, in [0, T), instead of its number.
+            inverse: Whether to go from data, taken to be at timestep 0, to the noise of the first timestep.
+
+        Raises:
+            ValueError: If not exactly one of number and grid is given, or it is out of range or order.
+        """
+        optimized = self.config.optimized_timesteps or {}
+        if timesteps is None and str(num_inference_steps) in optimized:
+            num_inference_steps, timesteps = None, optimized[str(num_inference_steps)]
+        self._inverse = inverse
+        self._lay(self._grid(num_inference_steps, timesteps), device)
+
+    def _plan(self, grid: np.ndarray) -> list[Any]:
+        to_clean = self.config.final_sigmas_type == "zero" and not self._inverse
+        if not to_clean and grid[-1] > 0:
+            grid = np.append(grid, 0.0)
+        if self._inverse:
+            grid = grid[::-1]
+        ratio = 1 + min(self.config.s_churn / len(grid), math.sqrt(2) - 1)
+        starts = self._churned(grid, ratio) if ratio > 1 and not self._inverse else grid
+        plan: list[_Evaluation] = []
+        for step, start in enumerate(starts[: len(grid) if to_clean else -1]):
+            if step + 1 < len(grid):
+                method, end, next_start = TABLEAUX[self.config.solver], _noise_level(self.curve.at(grid[step + 1])), 0.0
+                next_start = starts[step + 1]
+            else:
+                method, end, next_start = TABLEAUX["euler"], 0.0, None
+            plan += self._evaluations(step, start, end, next_start, method)
+        return plan
+
+    def _churned(self, grid: np.ndarray, ratio: float) -> np.ndarray:
+        """Timesteps at which the noise is ``ratio`` times as high, for all but the first."""
+        raised = self.curve.timestep(self.curve.at(grid) - 2 * math.log(ratio))
+        return np.append(grid[:1], np.clip(raised[1:], None, grid[0]).astype(np.float32).astype(np.float64))
+
+    def _evaluations(
+        self, step: int, start: float, end_noise: float, next_start: float | None, method: Tableau
+    ) -> list[_Evaluation]:
+        """The stages of one step, from a timestep to a noise level, and on to the next timestep by adding noise."""
+        alpha_start, _ = alpha_sigma(self.curve.at(start))
+        start_noise = _noise_level(self.curve.at(start))
+        length = end_noise - start_noise
+        times = []
+        for stage in method.stages:
+            noise = start_noise + length * sum(stage)
+            # the first stage and one at the end lie on the grid, where rounding must not move them
+            times.append(start if not stage else float(np.float32(self.curve.timestep(-2 * math.log(noise)))))
+        plan = []
+        for stage, time in enumerate(times):
+            alpha, sigma = alpha_sigma(self.curve.at(time))
+            of_clean, of_noise = predictions(self.config.prediction_type, float(alpha), float(sigma))
+            ends_step = stage + 1 == len(times)
+            weights = method.weights if ends_step else method.stages[stage + 1]
+            if not ends_step:
+                alpha_next, churn = alpha_sigma(self.curve.at(times[stage + 1]))[0], 0.0
+            elif next_start is None:
+                alpha_next, churn = 1.0, 0.0
+            else:
+                alpha_next = alpha_sigma(self.curve.at(next_start))[0]
+                added = _noise_level(self.curve.at(next_start)) ** 2 - end_noise**2
+                churn = alpha_next * math.sqrt(added) if added > 1e-12 * end_noise**2 else 0.0
+            plan.append(
+                _Evaluation(
+                    timestep=time,
+                    step=step,
+                    stage=stage,
+                    of_clean=of_clean,
+                    of_noise=of_noise,
+                    alpha=float(alpha),
+                    sigma=float(sigma),
+                    keep=float(alpha_next / alpha_start),
+                    weights=tuple(float(alpha_next * length * weight) for weight in weights),
+                    churn=float(churn),
+                    ends_step=ends_step,
+                    log_alpha_change=math.log(alpha_next / alpha_start) if ends_step and end_noise > 0 else math.nan,
+                    divergence_weights=tuple(length * weight for weight in weights),
+                )
+            )
+        return plan
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+        divergence: Tensor | None = None,
+    ) -> ProbabilityFlowSchedulerOutput | tuple[Tensor, Tensor]:
+        """Goes on to the next stage or, after a step's last stage, to the next timestep.
+
+        Args:
+            model_output: Output of the network, shape ``(B, *)``.
+            timestep: One of ``self.timesteps``, in their order within a step.
+            sample: What the network saw, shape ``(B, *)``.
+            generator: Source of the churn's noise; a list has one for each sample.
+            return_dict: Whether to return a [`ProbabilityFlowSchedulerOutput`] instead of a tuple.
+            divergence: Divergence of the network's output by its input, shape ``(B,)``, exact or an unbiased estimate,
+                at every evaluation or none.
+
+        Returns:
+            [`ProbabilityFlowSchedulerOutput`], or a tuple of its first two fields.
+
+        Raises:
+            ValueError: If the timestep is not one of ``self.timesteps`` or out of order, the shapes differ, or
+                divergences come with clipping, churn or a step to clean data, which have no density, or are missing
+                at some evaluation.
+        """
+        now: _Evaluation = self._rows[self._place(timestep, model_output, sample)]
+        if now.stage == 0:
+            self._start, self._slopes, self._divergences = sample, [], []
+            if now.step == 0:
+                self._log_density_change = None
+        elif (now.step, now.stage) != self._expected:
+            raise ValueError(f"timestep must follow the order of set_timesteps, got {now.timestep:g} out of order")
+        self._expected = (now.step, now.stage + 1)
+
+        clean = self._clean(sample, model_output, now.of_clean)
+        if self.config.clip_sample:
+            noise = (sample - now.alpha * clean) / now.sigma
+        else:
+            noise = now.of_noise[0] * sample + now.of_noise[1] * model_output
+        self._slopes.append(noise)
+        next_sample = now.keep * self._start
+        for weight, slope in zip(now.weights, self._slopes, strict=True):
+            if weight != 0:
+                next_sample = next_sample + weight * slope
+        if now.churn > 0:
+            draw = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+            next_sample = next_sample + now.churn * draw
+        if divergence is not None or self._divergences or self._log_density_change is not None:
+            self._accumulate(now, sample, divergence)
+        if not return_dict:
+            return (next_sample, clean)
+        return ProbabilityFlowSchedulerOutput(next_sample, clean, self._log_density_change)
+
+    def _accumulate(self, now: _Evaluation, sample: Tensor, divergence: Tensor | None) -> None:
+        """Adds the change of the log-density over a step once all its divergences are there."""
+        if divergence is None or divergence.shape != sample.shape[:1]:
+            got = None if divergence is None else tuple(divergence.shape)
+            raise ValueError(f"divergence must have shape ({len(sample)},) at every evaluation or none, got {got}")
+        if self.config.clip_sample or self.config.s_churn > 0 or (now.ends_step and math.isnan(now.log_alpha_change)):
+            raise ValueError(
+                "divergence must be left out with clipping, churn or a step to clean data, which have no density: "
+                "set clip_sample=False, s_churn=0 and final_sigmas_type='sigma_min'"
+            )
+        dims = sample[0].numel()
+        # by y, of the noise: x = alpha y
+        self._divergences.append(now.alpha * (now.of_noise[0] * dims + now.of_noise[1] * divergence.double()))
+        if not now.ends_step:
+            return
+        if self._log_density_change is None:
+            if now.step > 0:
+                raise ValueError("divergence must be given from the first step on, got the first one later")
+            self._log_density_change = torch.zeros_like(self._divergences[0])
+        change = -dims * now.log_alpha_change - sum(
+            weight * value for weight, value in zip(now.divergence_weights, self._divergences, strict=True)
+        )
+        self._log_density_change = self._log_density_change + change
+
+
+def _noise_level(log_snr: Any) -> float:
+    r""":math:`\varsigma = \sigma / \alpha`."""
+    return float(np.exp(-log_snr / 2))
