@@ -343,8 +343,9 @@ def _log_snr_of_betas(config: Any) -> np.ndarray:
         ) from error
     if len(alphas_cumprod) != config.num_train_timesteps:
         raise ValueError(f"trained_betas must be {config.num_train_timesteps} numbers, got {len(alphas_cumprod)}")
-    # where the SNR is zero at the end, the floor that stock solvers put under it
-    alphas_cumprod = alphas_cumprod.double().numpy().clip(2**-24)
+    alphas_cumprod = alphas_cumprod.double().numpy()
+    if alphas_cumprod[-1] == 0:  # rescaled to no signal at all, whose logarithm a curve cannot hold
+        alphas_cumprod[-1] = min(2**-24, alphas_cumprod[-2] / 2)
     with np.errstate(divide="ignore"):
         return np.log(alphas_cumprod) - np.log1p(-alphas_cumprod)
 
