@@ -288,7 +288,8 @@ class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(timestep, Tensor):
             # an element of self.timesteps tells its place by where it lies in memory: the host need not read it
             place = timestep.storage_offset()
-            if place < len(self._times) and self.timesteps[place].is_set_to(timestep):
+            same = timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr()
+            if same and place < len(self._times):
                 self._next = place + 1
                 return place
         value = float(np.float32(float(timestep)))

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import SchedulerMixin  # by this name in this file pipelines know that it can be loaded
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -49,7 +50,7 @@ class PredictorCorrectorSchedulerOutput(BaseOutput):
     pred_original_sample: Tensor
 
 
-class PredictorCorrectorScheduler(VariancePreservingScheduler):
+class PredictorCorrectorScheduler(VariancePreservingScheduler, SchedulerMixin):
     r"""Langevin corrector steps at every noise level, then a predictor step to the next.
 
     ``timesteps`` has each timestep of the grid once for every corrector step and once for the predictor. Defaults are

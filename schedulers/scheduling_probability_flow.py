@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from diffusers import SchedulerMixin  # by this name in this file pipelines know that it can be loaded
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -90,7 +91,7 @@ class _Evaluation(NamedTuple):
     divergence_weights: tuple[float, ...]
 
 
-class ProbabilityFlowScheduler(VariancePreservingScheduler):
+class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
     r"""Solves the probability-flow equation from noise to data, or from data to noise.
 
     As in the stock Heun scheduler, ``timesteps`` has an entry for each evaluation of the network. The grid is that of

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import SchedulerMixin  # by this name in this file pipelines know that it can be loaded
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -49,7 +50,7 @@ class VDMSchedulerOutput(BaseOutput):
     pred_original_sample: Tensor
 
 
-class VDMScheduler(VariancePreservingScheduler):
+class VDMScheduler(VariancePreservingScheduler, SchedulerMixin):
     r"""Ancestral sampling of a variational diffusion model in continuous time.
 
     With a stock beta schedule and stock spacing it takes the steps of ``DDPMScheduler``; timesteps may be fractional.
