@@ -1,4 +1,4 @@
-r"""The probability-flow ordinary differential equation by explicit Runge-Kutta methods, both ways.
+r"""The probability-flow ordinary differential equation by explicit Runge-Kutta and Adams methods, both ways.
 
 With :math:`y = x / \alpha` and :math:`\varsigma = \sigma / \alpha` the equation whose solutions have the diffusion's
 densities reads
@@ -7,7 +7,9 @@ densities reads
     \frac{d \log p(y)}{d\varsigma} = -\nabla_y \cdot \hat\epsilon
 
 (Song et al. 2021, section 4.3, in the variables of Karras et al. 2022, section 3; Luo 2022, "Score-based Generative
-Models"). An Euler step of it is a step of DDIM. A method is data, a :class:`Tableau`; a new one costs three lines.
+Models"). An Euler step of it is a step of DDIM. A Runge-Kutta method is data, a :class:`Tableau`; a new one costs three
+lines. The Adams-Bashforth method integrates the polynomial in :math:`\lambda = -2 \log \varsigma` through the slopes of
+the last steps instead (Zhang & Chen 2023, section 3.3), one evaluation a step.
 
 This file travels inside checkpoints: it imports torch, numpy, diffusers and its sibling alone.
 """
@@ -38,19 +40,19 @@ class Tableau(NamedTuple):
     Args:
         stages: For each stage the weights of the slopes before it; their sum is how far into the step it lies.
         weights: Weights of all slopes at the end of the step.
-        order: Order of convergence.
     """
 
     stages: tuple[tuple[float, ...], ...]
     weights: tuple[float, ...]
-    order: int
 
 
 TABLEAUX: Mapping[str, Tableau] = {
-    "euler": Tableau(((),), (1.0,), 1),
-    "heun": Tableau(((), (1.0,)), (1 / 2, 1 / 2), 2),
-    "rk4": Tableau(((), (1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6), 4),
+    "euler": Tableau(((),), (1.0,)),
+    "heun": Tableau(((), (1.0,)), (1 / 2, 1 / 2)),
+    "rk4": Tableau(((), (1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
 }
+_ADAMS = "adams_bashforth"
+_ADAMS_ORDER = 4
 
 
 @dataclass
@@ -77,18 +79,17 @@ class _Evaluation(NamedTuple):
     """What a step needs to know of one evaluation of the network, in plain numbers."""
 
     timestep: float
-    step: int
-    stage: int
+    starts_step: bool
+    memory: int  # number of the slopes just before it that it builds on
     of_clean: tuple[float, float]  # coefficients of the sample and of the network's output
     of_noise: tuple[float, float]
     alpha: float
     sigma: float
     keep: float  # the sample at the start of the step enters what comes next by this
-    weights: tuple[float, ...]  # and the slopes so far by these
+    weights: tuple[float, ...]  # and the slopes, this one last, by these
     churn: float  # standard deviation of the noise added to what comes next
-    ends_step: bool
-    log_alpha_change: float  # over the step, where this evaluation ends it
-    divergence_weights: tuple[float, ...]
+    divergence_weights: tuple[float, ...] | None  # of the change of log-density over the step that ends here
+    log_alpha_change: float  # over that step; NaN where it ends at clean data
 
 
 class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
@@ -103,7 +104,9 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
         log_snr_range, prediction_type, timestep_spacing, steps_offset, clip_sample, clip_sample_range:
             As in :class:`~mechdiffusers.schedulers.VDMScheduler`.
         solver (`str`, defaults to `"heun"`):
-            ``"euler"``, ``"heun"`` or ``"rk4"``, of order 1, 2 and 4, with as many evaluations a step.
+            ``"euler"``, ``"heun"`` or ``"rk4"``, of order 1, 2 and 4, with as many evaluations a step, or
+            ``"adams_bashforth"``, with one: of order 4 once four slopes are known, of lower order before, where the
+            flow is almost straight.
         final_sigmas_type (`str`, defaults to `"zero"`):
             ``"zero"``: an Euler step from the last timestep to clean data ends the way, as in stock schedulers.
             ``"sigma_min"``: it ends at timestep 0, whose noise is left in, so that the way can be gone back.
@@ -128,6 +131,8 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
         | https://arxiv.org/abs/2011.13456
         | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), algorithms 1 and 2
         | https://arxiv.org/abs/2206.00364
+        | Fast Sampling of Diffusion Models with Exponential Integrator (Zhang & Chen, 2023)
+        | https://arxiv.org/abs/2204.13902
     """
 
     @register_to_config
@@ -152,13 +157,13 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
         optimized_timesteps: Mapping[str, Sequence[float]] | None = None,
     ):
         self._start_from_config()
-        if solver not in TABLEAUX:
-            raise ValueError(f"solver must be one of {tuple(TABLEAUX)}, got {solver!r}")
+        if solver not in (*TABLEAUX, _ADAMS):
+            raise ValueError(f"solver must be one of {(*TABLEAUX, _ADAMS)}, got {solver!r}")
         if final_sigmas_type not in ("zero", "sigma_min"):
             raise ValueError(f"final_sigmas_type must be one of ('zero', 'sigma_min'), got {final_sigmas_type!r}")
         if not 0 <= s_churn < math.inf:
             raise ValueError(f"s_churn must be a non-negative number, got {s_churn!r}")
-        self.order = TABLEAUX[solver].order
+        self.order = 1 if solver == _ADAMS else len(TABLEAUX[solver].stages)  # evaluations a step, as in stock
         for number, given in (optimized_timesteps or {}).items():
             if not number.isdecimal() or len(self._grid(None, given)) != int(number):
                 raise ValueError(f"optimized_timesteps must have {number!r} timesteps under that key, got {given!r}")
@@ -196,14 +201,17 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
             grid = grid[::-1]
         ratio = 1 + min(self.config.s_churn / len(grid), math.sqrt(2) - 1)
         starts = self._churned(grid, ratio) if ratio > 1 and not self._inverse else grid
+        levels = [float(self.curve.at(time)) for time in grid] + ([math.inf] if to_clean else [])
         plan: list[_Evaluation] = []
-        for step, start in enumerate(starts[: len(grid) if to_clean else -1]):
-            if step + 1 < len(grid):
-                method, end, next_start = TABLEAUX[self.config.solver], _noise_level(self.curve.at(grid[step + 1])), 0.0
-                next_start = starts[step + 1]
+        for step, (start, end) in enumerate(zip(starts, levels[1:], strict=False)):
+            next_level = float(self.curve.at(starts[step + 1])) if step + 1 < len(grid) else end
+            if math.isfinite(end) and self.config.solver == _ADAMS:
+                known = self.curve.at(starts[max(step + 1 - _ADAMS_ORDER, 0) : step + 1])
+                weights = _adams_weights(known, float(self.curve.at(start)), end)
+                plan.append(self._evaluation(start, start, len(known) - 1, weights, (end, next_level)))
             else:
-                method, end, next_start = TABLEAUX["euler"], 0.0, None
-            plan += self._evaluations(step, start, end, next_start, method)
+                method = TABLEAUX[self.config.solver if math.isfinite(end) else "euler"]
+                plan += self._runge_kutta(start, method, end, next_level)
         return plan
 
     def _churned(self, grid: np.ndarray, ratio: float) -> np.ndarray:
@@ -211,50 +219,64 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
         raised = self.curve.timestep(self.curve.at(grid) - 2 * math.log(ratio))
         return np.append(grid[:1], np.clip(raised[1:], None, grid[0]).astype(np.float32).astype(np.float64))
 
-    def _evaluations(
-        self, step: int, start: float, end_noise: float, next_start: float | None, method: Tableau
-    ) -> list[_Evaluation]:
-        """The stages of one step, from a timestep to a noise level, and on to the next timestep by adding noise."""
-        alpha_start, _ = alpha_sigma(self.curve.at(start))
+    def _runge_kutta(self, start: float, method: Tableau, end: float, next_level: float) -> list[_Evaluation]:
+        """The stages of a step from a timestep to the log-SNR ``end``, and on to that of the next by adding noise."""
         start_noise = _noise_level(self.curve.at(start))
-        length = end_noise - start_noise
-        times = []
-        for stage in method.stages:
-            noise = start_noise + length * sum(stage)
-            # the first stage and one at the end lie on the grid, where rounding must not move them
-            times.append(start if not stage else float(np.float32(self.curve.timestep(-2 * math.log(noise)))))
+        length = _noise_level(end) - start_noise
+        # the first stage lies on the grid, where rounding must not move it
+        times = [start] + [
+            float(np.float32(self.curve.timestep(-2 * math.log(start_noise + length * sum(stage)))))
+            for stage in method.stages[1:]
+        ]
         plan = []
         for stage, time in enumerate(times):
-            alpha, sigma = alpha_sigma(self.curve.at(time))
-            of_clean, of_noise = predictions(self.config.prediction_type, float(alpha), float(sigma))
             ends_step = stage + 1 == len(times)
-            weights = method.weights if ends_step else method.stages[stage + 1]
-            if not ends_step:
-                alpha_next, churn = alpha_sigma(self.curve.at(times[stage + 1]))[0], 0.0
-            elif next_start is None:
-                alpha_next, churn = 1.0, 0.0
-            else:
-                alpha_next = alpha_sigma(self.curve.at(next_start))[0]
-                added = _noise_level(self.curve.at(next_start)) ** 2 - end_noise**2
-                churn = alpha_next * math.sqrt(added) if added > 1e-12 * end_noise**2 else 0.0
-            plan.append(
-                _Evaluation(
-                    timestep=time,
-                    step=step,
-                    stage=stage,
-                    of_clean=of_clean,
-                    of_noise=of_noise,
-                    alpha=float(alpha),
-                    sigma=float(sigma),
-                    keep=float(alpha_next / alpha_start),
-                    weights=tuple(float(alpha_next * length * weight) for weight in weights),
-                    churn=float(churn),
-                    ends_step=ends_step,
-                    log_alpha_change=math.log(alpha_next / alpha_start) if ends_step and end_noise > 0 else math.nan,
-                    divergence_weights=tuple(length * weight for weight in weights),
-                )
-            )
+            weights = [length * weight for weight in (method.weights if ends_step else method.stages[stage + 1])]
+            target = (end, next_level) if ends_step else (float(self.curve.at(times[stage + 1])),) * 2
+            plan.append(self._evaluation(time, start, stage, weights, target, ends_step))
         return plan
+
+    def _evaluation(
+        self,
+        time: float,
+        start: float,
+        memory: int,
+        weights: Sequence[float],
+        target: tuple[float, float],
+        ends_step: bool = True,
+    ) -> _Evaluation:
+        """One evaluation.
+
+        Args:
+            time: Timestep at which the network is evaluated.
+            start: Timestep at which the step starts.
+            memory: Number of earlier slopes that it builds on.
+            weights: Weights of these and of its own slope in the change of y.
+            target: Log-SNR that the slopes lead to, and the lower one that churn raises it to.
+            ends_step: Whether the step ends here.
+
+        Returns:
+            Its row of the plan.
+        """
+        alpha, sigma = (float(scale) for scale in alpha_sigma(self.curve.at(time)))
+        of_clean, of_noise = predictions(self.config.prediction_type, alpha, sigma)
+        reached, raised = target
+        alpha_start, alpha_next = (float(alpha_sigma(level)[0]) for level in (self.curve.at(start), raised))
+        churn = alpha_next * math.sqrt(max(_noise_level(raised) ** 2 - _noise_level(reached) ** 2, 0.0))
+        return _Evaluation(
+            timestep=time,
+            starts_step=time == start,
+            memory=memory,
+            of_clean=of_clean,
+            of_noise=of_noise,
+            alpha=alpha,
+            sigma=sigma,
+            keep=alpha_next / alpha_start,
+            weights=tuple(float(alpha_next * weight) for weight in weights),
+            churn=churn,
+            divergence_weights=tuple(float(weight) for weight in weights) if ends_step else None,
+            log_alpha_change=math.log(alpha_next / alpha_start) if math.isfinite(reached) else math.nan,
+        )
 
     def step(
         self,
@@ -284,21 +306,24 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
                 divergences come with clipping, churn or a step to clean data, which have no density, or are missing
                 at some evaluation.
         """
-        now: _Evaluation = self._rows[self._place(timestep, model_output, sample)]
-        if now.stage == 0:
-            self._start, self._slopes, self._divergences = sample, [], []
-            if now.step == 0:
-                self._log_density_change = None
-        elif (now.step, now.stage) != self._expected:
+        place = self._place(timestep, model_output, sample)
+        now: _Evaluation = self._rows[place]
+        if now.memory and place != self._expected:
             raise ValueError(f"timestep must follow the order of set_timesteps, got {now.timestep:g} out of order")
-        self._expected = (now.step, now.stage + 1)
+        self._expected = place + 1
+        if place == 0:
+            self._log_density_change = None
+        if now.starts_step:
+            self._start = sample
+        if not now.memory:
+            self._slopes, self._divergences = [], []
 
         clean = self._clean(sample, model_output, now.of_clean)
         if self.config.clip_sample:
             noise = (sample - now.alpha * clean) / now.sigma
         else:
             noise = now.of_noise[0] * sample + now.of_noise[1] * model_output
-        self._slopes.append(noise)
+        self._slopes = [*self._slopes[len(self._slopes) - now.memory :], noise]
         next_sample = now.keep * self._start
         for weight, slope in zip(now.weights, self._slopes, strict=True):
             if weight != 0:
@@ -307,34 +332,42 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
             draw = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
             next_sample = next_sample + now.churn * draw
         if divergence is not None or self._divergences or self._log_density_change is not None:
-            self._accumulate(now, sample, divergence)
+            self._accumulate(now, place, sample, divergence)
         if not return_dict:
             return (next_sample, clean)
         return ProbabilityFlowSchedulerOutput(next_sample, clean, self._log_density_change)
 
-    def _accumulate(self, now: _Evaluation, sample: Tensor, divergence: Tensor | None) -> None:
+    def _accumulate(self, now: _Evaluation, place: int, sample: Tensor, divergence: Tensor | None) -> None:
         """Adds the change of the log-density over a step once all its divergences are there."""
-        if divergence is None or divergence.shape != sample.shape[:1]:
+        if divergence is None or divergence.shape != sample.shape[:1] or (place and self._log_density_change is None):
             got = None if divergence is None else tuple(divergence.shape)
             raise ValueError(f"divergence must have shape ({len(sample)},) at every evaluation or none, got {got}")
-        if self.config.clip_sample or self.config.s_churn > 0 or (now.ends_step and math.isnan(now.log_alpha_change)):
+        if self.config.clip_sample or self.config.s_churn > 0 or math.isnan(now.log_alpha_change):
             raise ValueError(
                 "divergence must be left out with clipping, churn or a step to clean data, which have no density: "
                 "set clip_sample=False, s_churn=0 and final_sigmas_type='sigma_min'"
             )
         dims = sample[0].numel()
-        # by y, of the noise: x = alpha y
-        self._divergences.append(now.alpha * (now.of_noise[0] * dims + now.of_noise[1] * divergence.double()))
-        if not now.ends_step:
-            return
-        if self._log_density_change is None:
-            if now.step > 0:
-                raise ValueError("divergence must be given from the first step on, got the first one later")
-            self._log_density_change = torch.zeros_like(self._divergences[0])
-        change = -dims * now.log_alpha_change - sum(
-            weight * value for weight, value in zip(now.divergence_weights, self._divergences, strict=True)
-        )
-        self._log_density_change = self._log_density_change + change
+        if place == 0:
+            self._log_density_change = sample.new_zeros(len(sample), dtype=torch.float64)
+        # the divergence by y of the noise: x = alpha y
+        own = now.alpha * (now.of_noise[0] * dims + now.of_noise[1] * divergence.double())
+        self._divergences = [*self._divergences[len(self._divergences) - now.memory :], own]
+        if now.divergence_weights is not None and self._log_density_change is not None:
+            along = sum(w * value for w, value in zip(now.divergence_weights, self._divergences, strict=True))
+            self._log_density_change = self._log_density_change - dims * now.log_alpha_change - along
+
+
+def _adams_weights(known: np.ndarray, start: float, end: float) -> np.ndarray:
+    r"""Integrals over :math:`\varsigma` of the Lagrange polynomials in log-SNR through the known slopes."""
+    nodes, shares = np.polynomial.legendre.leggauss(16)
+    log_snr = (start + end) / 2 + (end - start) / 2 * nodes
+    measure = -np.exp(-log_snr / 2) / 2 * (end - start) / 2 * shares  # d varsigma / d lambda
+    weights = []
+    for i, own in enumerate(known):
+        others = np.delete(known, i)
+        weights.append(float((measure * np.prod((log_snr[:, None] - others) / (own - others), axis=1)).sum()))
+    return np.array(weights)
 
 
 def _noise_level(log_snr: Any) -> float:

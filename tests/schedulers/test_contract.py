@@ -31,6 +31,7 @@ VARIANTS = [
     (ProbabilityFlowScheduler, {"solver": "euler"}),
     (ProbabilityFlowScheduler, {"solver": "heun", "s_churn": 2.0}),
     (ProbabilityFlowScheduler, {"solver": "rk4"}),
+    (ProbabilityFlowScheduler, {"solver": "adams_bashforth"}),
     (PredictorCorrectorScheduler, {}),
     (PredictorCorrectorScheduler, {"predictor": "euler_maruyama"}),
     (PredictorCorrectorScheduler, {"predictor": "none", "num_corrector_steps": 2}),

@@ -21,6 +21,7 @@ OURS = {
     "flow-euler": (ProbabilityFlowScheduler, {"solver": "euler"}, 200),
     "flow-heun": (ProbabilityFlowScheduler, {"solver": "heun"}, 40),
     "flow-rk4": (ProbabilityFlowScheduler, {"solver": "rk4"}, 20),
+    "flow-adams": (ProbabilityFlowScheduler, {"solver": "adams_bashforth"}, 60),
     "flow-churn": (ProbabilityFlowScheduler, {"solver": "heun", "s_churn": 10.0}, 60),
     "pc-ancestral": (PredictorCorrectorScheduler, {"corrector_snr": 0.1}, 120),
     "pc-euler-maruyama": (PredictorCorrectorScheduler, {"predictor": "euler_maruyama", "corrector_snr": 0.1}, 200),
