@@ -113,9 +113,10 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
         s_churn (`float`, defaults to 0.0):
             Stochastic churn: noise is added before each step but the first, to
             :math:`1 + \min(\text{s\_churn} / N, \sqrt 2 - 1)` times the noise level.
-        optimized_timesteps (`dict[str, list[float]]`, *optional*):
-            Number of timesteps, as a string, to the timesteps that replace ``timestep_spacing`` at that number; see
-            :func:`mechdiffusers.schedulers.optimize_timesteps`.
+        optimized_steps (`dict[str, dict]`, *optional*):
+            Number of timesteps, as a string, to what :func:`mechdiffusers.schedulers.optimize_steps` found for it:
+            ``"timesteps"``, which replace ``timestep_spacing`` at that number, and for ``"adams_bashforth"``
+            ``"weights"``, which replace the method's own on the way to clean data.
 
     Raises:
         ValueError: If an argument is none of those.
@@ -154,7 +155,7 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
         solver: str = "heun",
         final_sigmas_type: str = "zero",
         s_churn: float = 0.0,
-        optimized_timesteps: Mapping[str, Sequence[float]] | None = None,
+        optimized_steps: Mapping[str, Mapping[str, Any]] | None = None,
     ):
         self._start_from_config()
         if solver not in (*TABLEAUX, _ADAMS):
@@ -164,10 +165,17 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
         if not 0 <= s_churn < math.inf:
             raise ValueError(f"s_churn must be a non-negative number, got {s_churn!r}")
         self.order = 1 if solver == _ADAMS else len(TABLEAUX[solver].stages)  # evaluations a step, as in stock
-        for number, given in (optimized_timesteps or {}).items():
-            if not number.isdecimal() or len(self._grid(None, given)) != int(number):
-                raise ValueError(f"optimized_timesteps must have {number!r} timesteps under that key, got {given!r}")
+        for number, steps in (optimized_steps or {}).items():
+            grid, weights = self._grid(None, steps["timesteps"]), steps.get("weights")
+            lengths = [min(step + 1, _ADAMS_ORDER) for step in range(len(grid))]
+            fits = weights is None or (solver == _ADAMS and [len(row) for row in weights] == lengths)
+            if number != str(len(grid)) or not fits:
+                raise ValueError(
+                    f"optimized_steps must have {number} timesteps under {number!r} and, for {_ADAMS!r} alone, as many "
+                    f"rows of 1, 2, 3, 4, 4, ... weights, got {steps!r}"
+                )
         self._inverse = False
+        self._weights: Sequence[Sequence[float]] | None = None
 
     def set_timesteps(
         self,
@@ -187,9 +195,12 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
         Raises:
             ValueError: If not exactly one of number and grid is given, or it is out of range or order.
         """
-        optimized = self.config.optimized_timesteps or {}
-        if timesteps is None and str(num_inference_steps) in optimized:
-            num_inference_steps, timesteps = None, optimized[str(num_inference_steps)]
+        optimized = (self.config.optimized_steps or {}).get(str(num_inference_steps), {})
+        if timesteps is None and optimized:
+            num_inference_steps, timesteps = None, optimized["timesteps"]
+            self._weights = optimized.get("weights")
+        else:
+            self._weights = None
         self._inverse = inverse
         self._lay(self._grid(num_inference_steps, timesteps), device)
 
@@ -205,7 +216,10 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
         plan: list[_Evaluation] = []
         for step, (start, end) in enumerate(zip(starts, levels[1:], strict=False)):
             next_level = float(self.curve.at(starts[step + 1])) if step + 1 < len(grid) else end
-            if math.isfinite(end) and self.config.solver == _ADAMS:
+            if self._weights and to_clean:
+                weights = self._weights[step]
+                plan.append(self._evaluation(start, start, len(weights) - 1, weights, (end, next_level)))
+            elif math.isfinite(end) and self.config.solver == _ADAMS:
                 known = self.curve.at(starts[max(step + 1 - _ADAMS_ORDER, 0) : step + 1])
                 weights = _adams_weights(known, float(self.curve.at(start)), end)
                 plan.append(self._evaluation(start, start, len(known) - 1, weights, (end, next_level)))
@@ -358,7 +372,7 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
             self._log_density_change = self._log_density_change - dims * now.log_alpha_change - along
 
 
-def _adams_weights(known: np.ndarray, start: float, end: float) -> np.ndarray:
+def _adams_weights(known: np.ndarray, start: float, end: float) -> list[float]:
     r"""Integrals over :math:`\varsigma` of the Lagrange polynomials in log-SNR through the known slopes."""
     nodes, shares = np.polynomial.legendre.leggauss(16)
     log_snr = (start + end) / 2 + (end - start) / 2 * nodes
@@ -367,7 +381,7 @@ def _adams_weights(known: np.ndarray, start: float, end: float) -> np.ndarray:
     for i, own in enumerate(known):
         others = np.delete(known, i)
         weights.append(float((measure * np.prod((log_snr[:, None] - others) / (own - others), axis=1)).sum()))
-    return np.array(weights)
+    return weights
 
 
 def _noise_level(log_snr: Any) -> float:

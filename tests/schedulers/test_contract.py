@@ -163,7 +163,8 @@ def test_a_grid_of_ones_own_is_taken(cls, options):
 
 
 def test_optimised_timesteps_stand_in_the_configuration(tmp_path):
-    scheduler = ProbabilityFlowScheduler(solver="euler", optimized_timesteps={"3": [990.0, 400.5, 30.0]})
+    steps = {"3": {"timesteps": [990.0, 400.5, 30.0]}}
+    scheduler = ProbabilityFlowScheduler(solver="euler", optimized_steps=steps)
     scheduler.save_pretrained(tmp_path)
     loaded = ProbabilityFlowScheduler.from_pretrained(tmp_path)
     loaded.set_timesteps(3)
@@ -289,8 +290,13 @@ def test_bad_curves_are_named(cls, options, message):
         (ProbabilityFlowScheduler, {"solver": "rk45"}, r"solver must be one of \('euler', 'heun', 'rk4'"),
         (ProbabilityFlowScheduler, {"final_sigmas_type": "one"}, "final_sigmas_type must be one of"),
         (ProbabilityFlowScheduler, {"s_churn": -1.0}, "s_churn must be a non-negative number, got -1.0"),
-        (ProbabilityFlowScheduler, {"optimized_timesteps": {"2": [3.0]}}, "optimized_timesteps must have '2' timesteps"),
-        (ProbabilityFlowScheduler, {"optimized_timesteps": {"2": [3.0, 4.0]}}, "timesteps must fall strictly"),
+        (ProbabilityFlowScheduler, {"optimized_steps": {"2": {"timesteps": [3.0]}}}, "optimized_steps must have 2 "),
+        (ProbabilityFlowScheduler, {"optimized_steps": {"2": {"timesteps": [3.0, 4.0]}}}, "timesteps must fall strictly"),
+        (
+            ProbabilityFlowScheduler,
+            {"optimized_steps": {"1": {"timesteps": [3.0], "weights": [[1.0]]}}, "solver": "euler"},
+            "optimized_steps must have 1 timesteps under '1' and, for 'adams_bashforth' alone, as many rows",
+        ),
         (PredictorCorrectorScheduler, {"predictor": "magic"}, "predictor must be one of"),
         (PredictorCorrectorScheduler, {"num_corrector_steps": -1}, "num_corrector_steps must be an integer of at le"),
         (PredictorCorrectorScheduler, {"predictor": "none", "num_corrector_steps": 0}, "num_corrector_steps must be"),
