@@ -3,11 +3,14 @@
     python benchmarks/scheduler_quality.py analytic
     python benchmarks/scheduler_quality.py checkpoint
 
-``analytic``: the sliced Wasserstein distance to exact samples of two densities whose denoiser is exact. ``checkpoint``:
-the released denoiser, all schedulers from the same noise; the root mean square distance of the latents to the same noise
-solved with 1,000 steps (of the probability flow: stochastic schedulers go elsewhere and have none), the share of pixels
-that differ from the design it decodes to, and the two-point and volume-fraction errors against held-out designs. What is
-measured is kept in ``--work`` scheduler by scheduler, so that an interrupted run goes on.
+``analytic``: the sliced Wasserstein distance to exact samples of two densities whose denoiser is exact.
+
+``checkpoint``: the released denoiser, all schedulers from the same noise. The root mean square distance of the latents
+to the same noise solved with 1,000 steps (of the probability flow: stochastic schedulers go elsewhere and have none),
+the share of pixels that differ from the design that solution decodes to, and the two-point and volume-fraction errors
+against held-out designs.
+
+What is measured is kept in ``--work`` scheduler by scheduler, so that an interrupted run goes on.
 
 ``IPNDMScheduler`` of diffusers has a noise schedule of its own and no prediction type, so that it cannot sample such a
 model; ``PNDMScheduler`` without its Runge-Kutta start is the nearest there is.
@@ -157,12 +160,15 @@ class Checkpoint:
 
     @torch.no_grad()
     def denoiser(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """What the network predicts."""
         return self.pipe.unet(x, t, encoder_hidden_states=self.tokens.expand(len(x), -1, -1)).sample
 
     def designs(self, latents: torch.Tensor) -> np.ndarray:
+        """Designs (B, H, W) that latents decode to."""
         return self.pipe.decode(latents, output_type="np")[..., 0]
 
     def clean(self) -> torch.Tensor:
+        """Latents that no training saw."""
         designs, _ = random_composites(64, size=self.pipe.vae.config.sample_size, seed=2_000_000)
         return self.pipe.encode(designs)
 
@@ -178,11 +184,14 @@ class Checkpoint:
             designs = self.designs(latents)
             figures[str(number)] = {"evaluations": used, **self.statistics(designs)}
             if name not in STOCHASTIC:
-                figures[str(number)]["distance_to_1000_steps"] = float((latents - self.reference).square().mean().sqrt())
+                figures[str(number)]["distance_to_1000_steps"] = float(
+                    (latents - self.reference).square().mean().sqrt()
+                )
                 figures[str(number)]["pixels_differing"] = float(np.mean(designs != self.reference_designs))
         return figures
 
     def statistics(self, designs: np.ndarray) -> dict[str, float]:
+        """Errors against the held-out designs."""
         return {
             "two_point_error": two_point_error(designs, self.heldout),
             "volume_fraction_distance": volume_fraction_distance(designs, self.heldout),

@@ -1,9 +1,9 @@
 r"""Densities whose denoiser is known exactly, to prove schedulers and likelihoods on.
 
 Data from a mixture of Gaussians stay one under the diffusion: noisy at log-SNR :math:`\lambda`, component :math:`k` is
-:math:`N(\alpha \mu_k, \alpha^2 C_k + \sigma^2 I)`. So density, score and every prediction that a network could make have
-closed forms (Tweedie's formula: :math:`E[x_0 \mid x_t] = (x_t + \sigma^2 \nabla \log p(x_t)) / \alpha`; Luo 2022, "Three
-Equivalent Interpretations").
+:math:`N(\alpha \mu_k, \alpha^2 C_k + \sigma^2 I)`. So density, score and every prediction that a network could make
+have closed forms (Tweedie's formula: :math:`E[x_0 \mid x_t] = (x_t + \sigma^2 \nabla \log p(x_t)) / \alpha`; Luo 2022,
+"Three Equivalent Interpretations").
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ class GaussianMixture:
         if prediction_type == "score":
             return score
         raise ValueError(
-            "prediction_type must be one of ('epsilon', 'v_prediction', 'sample', 'score'), got " + repr(prediction_type)
+            "prediction_type must be one of ('epsilon', 'v_prediction', 'sample', 'score'), got "
+            + repr(prediction_type)
         )
 
     def _in_axes(self, x: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:

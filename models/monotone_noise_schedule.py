@@ -1,12 +1,12 @@
 r"""A learned log-SNR curve: the noise schedule that makes the variance of the diffusion loss least.
 
 In continuous time the diffusion loss is :math:`L = E_t[-\lambda'(t) \, e(\lambda(t))]`, :math:`t` uniform on [0, 1] and
-:math:`e = \tfrac12 \|\epsilon - \hat\epsilon\|^2`. Between fixed ends it does not depend on the curve, but the variance of
-its estimate at random times does (Kingma et al. 2021, section 5; Luo 2022, "Learning Diffusion Noise Parameters"). With
-:math:`m(\lambda) = E[e^2]` the variance falls with :math:`\int \lambda'^2 m(\lambda) \, dt`, whose variation is, after
-an integration by parts that leaves nothing at the fixed ends,
+:math:`e = \tfrac12 \|\epsilon - \hat\epsilon\|^2`. Between fixed ends it does not depend on the curve, but the variance
+of its estimate at random times does (Kingma et al. 2021, section 5; Luo 2022, "Learning Diffusion Noise Parameters").
+With :math:`m(\lambda) = E[e^2]` the variance falls with :math:`\int \lambda'^2 m(\lambda) \, dt`, whose variation is,
+after an integration by parts that leaves nothing at the fixed ends,
 
-.. math:: \delta \int \lambda'^2 m \, dt = E_t\left[m \, (\lambda' \, \delta\lambda' - \lambda'' \, \delta\lambda)\right],
+.. math:: \delta \int \lambda'^2 m \, dt = E_t\left[m \, (\lambda' \delta\lambda' - \lambda'' \delta\lambda)\right],
 
 an expectation of :math:`e^2` itself and not of its derivative: no gradient has to go through the denoiser.
 

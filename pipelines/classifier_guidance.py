@@ -1,9 +1,9 @@
 r"""Classifier guidance: samples drawn towards a target by the gradient of its log-likelihood.
 
-By Bayes' rule the score given a target is :math:`\nabla \log p(x_t \mid y) = \nabla \log p(x_t) + \nabla \log p(y \mid x_t)`
-(Dhariwal & Nichol 2021, section 4; Luo 2022, "Guidance"). Both terms enter a step linearly, so the second one can be added
-after the step that the scheduler takes with the first: over a step of the log-SNR from :math:`\lambda_t` to
-:math:`\lambda_s`, up to the step's own error,
+By Bayes' rule :math:`\nabla \log p(x_t \mid y) = \nabla \log p(x_t) + \nabla \log p(y \mid x_t)` (Dhariwal & Nichol
+2021, section 4; Luo 2022, "Guidance"). Both terms enter a step linearly, so the second one can be added after the step
+that the scheduler takes with the first: over a step of the log-SNR from :math:`\lambda_t` to :math:`\lambda_s`, up to
+the step's own error,
 
 .. math:: x_s \leftarrow x_s + w \, \frac{\alpha_s}{\alpha_t} \sigma_t^2 \, k \, \nabla \log p(y \mid x_s),
 
@@ -30,8 +30,8 @@ class ClassifierGuidance:
     r"""A ``callback_on_step_end`` that draws samples towards a target.
 
     Args:
-        log_likelihood: Function of noisy latents ``(B, C, h, w)`` and a timestep ``()``: the log-likelihood of the target
-            given each, shape ``(B,)``, differentiable in the latents.
+        log_likelihood: Function of noisy latents ``(B, C, h, w)`` and a timestep ``()``: the log-likelihood of the
+            target given each, shape ``(B,)``, differentiable in the latents.
         guidance_scale: Weight w of its gradient; 1 is Bayes' rule.
 
     Raises:

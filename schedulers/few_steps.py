@@ -2,10 +2,10 @@ r"""Few steps for one's own model: the timesteps, and the weights of a multistep
 
 A solver's error in few steps depends on where they lie (Sabour et al. 2024, "Align Your Steps"; Chen et al. 2024,
 "GITS"). Here the end of the way is compared with that of the same noise solved finely, and the squared distance is made
-least over the timesteps by the Levenberg-Marquardt method, derivatives by differences: no gradient through the network is
-needed, one iteration costs as many short solutions as there are timesteps. A multistep method's weights enter each step
-linearly, so that for given timesteps the best ones follow by least squares, step by step along the fine solution (in the
-spirit of Shaul et al. 2024, "Bespoke Non-Stationary Solvers").
+least over the timesteps by the Levenberg-Marquardt method, derivatives by differences: no gradient through the network
+is needed, one iteration costs as many short solutions as there are timesteps. A multistep method's weights enter each
+step linearly, so that for given timesteps the best ones follow by least squares, step by step along the fine solution
+(in the spirit of Shaul et al. 2024, "Bespoke Non-Stationary Solvers").
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def optimize_steps(
     num = num_inference_steps
     if isinstance(num, bool) or not isinstance(num, int) or num < 2:
         raise ValueError(f"num_inference_steps must be an integer of at least 2, got {num!r}")
-    config = getattr(scheduler, "config", {})
+    config: Any = scheduler.config
     if not isinstance(scheduler, ProbabilityFlowScheduler) or config.s_churn or config.final_sigmas_type != "zero":
         raise ValueError(
             "scheduler must be a ProbabilityFlowScheduler with final_sigmas_type='zero' and s_churn=0, got "
@@ -90,9 +90,8 @@ def optimize_steps(
         found, _ = _coarse_solution(denoiser, trial, noise, grid(shares), way, end)
         return (found - end).double().flatten().cpu().numpy() / end.numel() ** 0.5
 
-    starts = [_shares(trial, spacing, num) for spacing in ("log_snr", "trailing")]
-    starts.append(sum(starts) / 2)
-    start = min(starts, key=lambda shares: float((error(shares) ** 2).sum()))
+    uniform, trailing = (_shares(trial, spacing, num) for spacing in ("log_snr", "trailing"))
+    start = min((uniform, trailing, (uniform + trailing) / 2), key=lambda shares: float((error(shares) ** 2).sum()))
     solution = least_squares(error, start, diff_step=0.02, max_nfev=iterations)
     best = grid(solution.x)
     _, weights = _coarse_solution(denoiser, trial, noise, best, way, end)
@@ -146,9 +145,10 @@ def _coarse_solution(
     x = noise
     if scheduler.config.solver != "adams_bashforth":
         for t in scheduler.timesteps:
-            x = scheduler.step(denoiser(x, t), t, x).prev_sample
+            x = scheduler.step(denoiser(x, t), t, x, return_dict=False)[0]
         return x, None
-    weights, slopes = [], []
+    weights: list[list[float]] = []
+    slopes: list[Tensor] = []
     levels = scheduler.curve.at(np.array(timesteps))
     for i, (row, t) in enumerate(zip(scheduler._rows, scheduler.timesteps, strict=True)):
         slopes = [*slopes[-3:], row.of_noise[0] * x + row.of_noise[1] * denoiser(x, t)]

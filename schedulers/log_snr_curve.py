@@ -66,7 +66,8 @@ class LogSnrCurve:
         values = np.asarray(table, dtype=np.float64)
         if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all() or not (np.diff(values) < 0).all():
             raise ValueError(
-                f"log_snr must be at least two finite numbers that fall strictly from one to the next, got {_short(table)}"
+                "log_snr must be at least two finite numbers that fall strictly from one to the next, "
+                f"got {_short(table)}"
             )
         self._values = np.append(values, 2 * values[-1] - values[-2])
         self._spacing = (num_train_timesteps - 1) / (len(values) - 1)
@@ -119,7 +120,7 @@ def predictions(prediction_type: str, alpha: Any, sigma: Any) -> tuple[tuple[Any
         sigma: :math:`\sigma_t`, likewise.
 
     Returns:
-        Two pairs :math:`(a, b)`, of :math:`\hat x_0 = a x_t + b \, \text{output}` and of :math:`\hat \epsilon` likewise.
+        Two pairs :math:`(a, b)`: of :math:`\hat x_0 = a x_t + b \, \text{output}`, and of :math:`\hat\epsilon`.
     """
     if prediction_type == "epsilon":
         return (1 / alpha, -sigma / alpha), (0.0, 1.0)
@@ -199,7 +200,7 @@ class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
         return alpha * original_samples + sigma * noise
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        r"""The velocity :math:`\alpha_t \epsilon - \sigma_t x_0` of clean samples; arguments as in :meth:`add_noise`."""
+        r"""The velocity :math:`\alpha_t \epsilon - \sigma_t x_0`; arguments and errors as in :meth:`add_noise`."""
         alpha, sigma = self._alpha_sigma_like(sample, noise, timesteps)
         return alpha * noise - sigma * sample
 
@@ -207,7 +208,9 @@ class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
         if noise.shape != sample.shape:
             raise ValueError(f"noise must have the samples' shape {tuple(sample.shape)}, got {tuple(noise.shape)}")
         if timesteps.ndim > 1 or (timesteps.ndim == 1 and len(timesteps) not in (1, len(sample))):
-            raise ValueError(f"timesteps must be one or {len(sample)}, one a sample, got shape {tuple(timesteps.shape)}")
+            raise ValueError(
+                f"timesteps must be one or {len(sample)}, one a sample, got shape {tuple(timesteps.shape)}"
+            )
         self._check_range(timesteps)
         shape = (-1,) + (1,) * (sample.ndim - 1)
         scales = alpha_sigma(self.curve(timesteps.to(sample.device)))
@@ -257,7 +260,7 @@ class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
         if timesteps is not None:
             grid = np.asarray(timesteps, dtype=np.float32).astype(np.float64)
             in_order = grid.ndim == 1 and len(grid) and (np.diff(grid) < 0).all()
-            if not (in_order and 0 <= grid[-1] and grid[0] < len(self)):
+            if not (in_order and grid[-1] >= 0 and grid[0] < len(self)):
                 raise ValueError(f"timesteps must fall strictly and lie in [0, {len(self)}), got {_short(timesteps)}")
             return grid
         num, last = num_inference_steps, len(self) - 1
@@ -265,8 +268,8 @@ class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"num_inference_steps must be an integer of at least 1, got {num!r}")
         spacing = self.config.timestep_spacing
         if spacing == "log_snr":
-            ends = self.curve.at([last, 0])
-            grid = self.curve.timestep(np.linspace(*ends, num)) if num > 1 else np.array([last])
+            low, high = self.curve.at([last, 0])
+            grid = self.curve.timestep(np.linspace(low, high, num)) if num > 1 else np.array([last])
         elif num > len(self):
             raise ValueError(f"num_inference_steps must be at most {len(self)} in {spacing!r} spacing, got {num}")
         elif spacing == "linspace":
@@ -287,7 +290,7 @@ class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
             )
         if isinstance(timestep, Tensor):
             # an element of self.timesteps tells its place by where it lies in memory: the host need not read it
-            place = timestep.storage_offset()
+            place = int(timestep.storage_offset())
             same = timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr()
             if same and place < len(self._times):
                 self._next = place + 1
@@ -311,8 +314,9 @@ class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
 
 
 def _curve(config: Any) -> LogSnrCurve:
-    num, kind = config.num_train_timesteps, config.log_snr
-    if isinstance(num, bool) or not isinstance(num, (int, np.integer)) or num < 2:
+    num: Any = config.num_train_timesteps
+    kind = config.log_snr
+    if isinstance(num, bool) or not isinstance(num, int) or num < 2:
         raise ValueError(f"num_train_timesteps must be an integer of at least 2, got {num!r}")
     if kind == "betas":
         return LogSnrCurve(_log_snr_of_betas(config), num)

@@ -6,10 +6,10 @@ The corrector leaves the density of a noise level where it is and repairs what t
 .. math:: x \leftarrow x + \delta_t \hat s(x) + \sqrt{2 \delta_t} z, \qquad \delta_t = 2 (r \sigma_t)^2, \quad
     \hat s = -\hat\epsilon / \sigma_t .
 
-This is the step of Song et al. for a signal-to-noise ratio :math:`r` with the norms of noise and score at their expected
-values, :math:`\sqrt D` and :math:`\sqrt D / \sigma_t`: a sample's step then depends neither on its own draw nor on its
-neighbours. Without a predictor the sample is only rescaled from level to level, which is annealed Langevin dynamics
-(Song & Ermon 2019).
+This is the step of Song et al. for a signal-to-noise ratio :math:`r` with the norms of noise and score at their
+expected values, :math:`\sqrt D` and :math:`\sqrt D / \sigma_t`: a sample's step then depends neither on its own draw
+nor on its neighbours. Without a predictor the sample is only rescaled from level to level, which is annealed Langevin
+dynamics (Song & Ermon 2019).
 
 This file travels inside checkpoints: it imports torch, numpy, diffusers and its sibling alone.
 """
@@ -115,7 +115,9 @@ class PredictorCorrectorScheduler(VariancePreservingScheduler, SchedulerMixin):
                 f"got {num_corrector_steps!r}"
             )
         if not 0 < corrector_snr < 1:
-            raise ValueError(f"corrector_snr must lie inside (0, 1), where Langevin steps are stable, got {corrector_snr!r}")
+            raise ValueError(
+                f"corrector_snr must lie inside (0, 1), where Langevin steps are stable, got {corrector_snr!r}"
+            )
 
     def _plan(self, grid: np.ndarray) -> list[Any]:
         """One row an evaluation: timestep, coefficients of the clean sample, then of sample, clean sample and noise."""

@@ -176,6 +176,10 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
                 )
         self._inverse = False
         self._weights: Sequence[Sequence[float]] | None = None
+        self._expected = 0
+        self._slopes: list[Tensor] = []
+        self._divergences: list[Tensor] = []
+        self._log_density_change: Tensor | None = None
 
     def set_timesteps(
         self,

@@ -103,5 +103,7 @@ def test_it_can_be_saved_and_loaded(tmp_path):
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"^log_snr_min must be below log_snr_max=1.0, got 1.0"):
         MonotoneNoiseSchedule(1.0, 1.0)
-    with pytest.raises(ValueError, match=r"^times and squared_error must both have shape \(B,\), got \(2,\) and \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"^times and squared_error must both have shape \(B,\), got \(2,\) and \(3,\)"
+    ):
         MonotoneNoiseSchedule().variance_loss(torch.zeros(2), torch.zeros(3))

@@ -89,5 +89,7 @@ def test_what_cannot_be_guided_is_named():
             ClassifierGuidance(log_likelihood)(SimpleNamespace(scheduler=scheduler), 0, 999, {"latents": x})
     scheduler = VDMScheduler()
     scheduler.set_timesteps(4)
-    with pytest.raises(ValueError, match=r"^log_likelihood must give one number a sample, shape \(2,\), got shape \(2, 1"):
+    with pytest.raises(
+        ValueError, match=r"^log_likelihood must give one number a sample, shape \(2,\), got shape \(2, 1"
+    ):
         ClassifierGuidance(lambda x, t: x)(SimpleNamespace(scheduler=scheduler), 0, 999, {"latents": x})

@@ -291,7 +291,11 @@ def test_bad_curves_are_named(cls, options, message):
         (ProbabilityFlowScheduler, {"final_sigmas_type": "one"}, "final_sigmas_type must be one of"),
         (ProbabilityFlowScheduler, {"s_churn": -1.0}, "s_churn must be a non-negative number, got -1.0"),
         (ProbabilityFlowScheduler, {"optimized_steps": {"2": {"timesteps": [3.0]}}}, "optimized_steps must have 2 "),
-        (ProbabilityFlowScheduler, {"optimized_steps": {"2": {"timesteps": [3.0, 4.0]}}}, "timesteps must fall strictly"),
+        (
+            ProbabilityFlowScheduler,
+            {"optimized_steps": {"2": {"timesteps": [3.0, 4.0]}}},
+            "timesteps must fall strictly",
+        ),
         (
             ProbabilityFlowScheduler,
             {"optimized_steps": {"1": {"timesteps": [3.0], "weights": [[1.0]]}}, "solver": "euler"},
