@@ -172,11 +172,11 @@ class Checkpoint:
         designs, _ = random_composites(64, size=self.pipe.vae.config.sample_size, seed=2_000_000)
         return self.pipe.encode(designs)
 
-    def measure(self, name: str, evaluations: tuple[int, ...]) -> dict[str, Any]:
+    def measure(self, name: str) -> dict[str, Any]:
         """Figures of a scheduler, by evaluations."""
         scheduler = make(name, self.config, self.denoiser, self.learning, self.clean())
         figures: dict[str, Any] = {}
-        for number in evaluations:
+        for number in EVALUATIONS:
             steps = num_steps(name, number)
             if steps is None:
                 continue
@@ -203,7 +203,6 @@ def main() -> None:
     parser.add_argument("part", choices=("analytic", "checkpoint"))
     parser.add_argument("--checkpoint", default="checkpoints/composites-32")
     parser.add_argument("--num", type=int, help="samples; 4,000 analytic ones and 64 designs unless given")
-    parser.add_argument("--evaluations", type=int, nargs="+", default=EVALUATIONS)
     parser.add_argument("--schedulers", nargs="+", default=[*STOCK, *OURS], choices=[*STOCK, *OURS])
     parser.add_argument("--work", type=Path, default=Path("runs/scheduler_quality"))
     parser.add_argument("--output", type=Path)
@@ -217,7 +216,7 @@ def main() -> None:
     for name in tqdm(arguments.schedulers, desc=arguments.part, unit="scheduler"):
         kept = arguments.work / f"{arguments.part}-{num}-{name}.json"
         if not kept.exists():
-            measured = model.measure(name, tuple(arguments.evaluations)) if model else analytic(name, num)
+            measured = model.measure(name) if model else analytic(name, num)
             kept.write_text(json.dumps(measured))
         figures[name] = json.loads(kept.read_text())
     if model:
