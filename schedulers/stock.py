@@ -8,6 +8,7 @@ and the prediction type of the configuration it is made from.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -18,6 +19,7 @@ from diffusers import (
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
+from mechdiffusers.schedulers.scheduling_vdm import VDMScheduler
 
 __all__ = ["STOCK_SCHEDULERS", "stock_scheduler"]
 
@@ -53,7 +55,8 @@ def stock_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
 
     Args:
         name: A key of :data:`STOCK_SCHEDULERS`.
-        config: Configuration of a variance-preserving scheduler, such as ``pipe.scheduler.config``.
+        config: Configuration of a variance-preserving scheduler, such as ``pipe.scheduler.config``, of ours too: a
+            log-SNR curve that no stock schedule is goes along as ``trained_betas``.
 
     Returns:
         A scheduler that does not clip, as latents are unbounded.
@@ -71,4 +74,9 @@ def stock_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     unclipped = {"clip_sample": False} if scheduler_class in (DDPMScheduler, DDIMScheduler) else {}
     # all of the noise schedule, which from_config drops where it stands at a default, and nothing of the old solver
     schedule = {key: config[key] for key in _NOISE_SCHEDULE if key in config}
+    if config.get("log_snr", "betas") != "betas":  # a curve of ours, as the betas between its integer timesteps
+        ours = VDMScheduler.from_config(config, variance_type="fixed_small")
+        alphas_cumprod = torch.sigmoid(ours.curve(torch.arange(len(ours))))
+        previous = torch.cat([torch.ones(1), alphas_cumprod[:-1]])
+        schedule["trained_betas"] = (1 - alphas_cumprod / previous).tolist()
     return scheduler_class.from_config(schedule, **options, **unclipped)
