@@ -240,8 +240,10 @@ class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
         self._lay(self._grid(num_inference_steps, timesteps), device)
 
     def _lay(self, grid: np.ndarray, device: str | torch.device | None) -> None:
-        self.num_inference_steps = len(grid)
-        self._rows = self._plan(grid)
+        rows = self._plan(grid)
+        if not rows:
+            raise ValueError(f"timesteps must leave a step to go before the end of the way, got {grid.tolist()}")
+        self.num_inference_steps, self._rows = len(grid), rows
         self._times = [row[0] for row in self._rows]
         self.timesteps = torch.tensor(self._times, dtype=torch.float32, device=device)
         self._next = 0
@@ -323,9 +325,10 @@ def _curve(config: Any) -> LogSnrCurve:
     if not isinstance(kind, str):
         return LogSnrCurve(kind, num)
     _check_one_of("log_snr", kind, ("betas", "linear", "cosine"))
-    high, low = config.log_snr_range
-    if not math.inf > high > low > -math.inf:
-        raise ValueError(f"log_snr_range must be the log-SNR at data and a lower one at noise, got {(high, low)!r}")
+    ends = tuple(config.log_snr_range)
+    if len(ends) != 2 or not math.inf > ends[0] > ends[1] > -math.inf:
+        raise ValueError(f"log_snr_range must be the log-SNR at data and a lower one at noise, got {ends!r}")
+    high, low = ends
     if kind == "linear":
         return LogSnrCurve([high, low], num)
     first, last = math.atan(math.exp(-high / 2)), math.atan(math.exp(-low / 2))

@@ -166,7 +166,7 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
             raise ValueError(f"s_churn must be a non-negative number, got {s_churn!r}")
         self.order = 1 if solver == _ADAMS else len(TABLEAUX[solver].stages)  # evaluations a step, as in stock
         for number, steps in (optimized_steps or {}).items():
-            grid, weights = self._grid(None, steps["timesteps"]), steps.get("weights")
+            grid, weights = self._grid(None, steps.get("timesteps")), steps.get("weights")
             lengths = [min(step + 1, _ADAMS_ORDER) for step in range(len(grid))]
             fits = weights is None or (solver == _ADAMS and [len(row) for row in weights] == lengths)
             if number != str(len(grid)) or not fits:

@@ -359,6 +359,11 @@ def test_stages_out_of_order_are_refused():
         scheduler.step(x, scheduler.timesteps[2], x)
 
 
+def test_a_grid_without_a_step_is_refused():
+    with pytest.raises(ValueError, match=r"^timesteps must leave a step to go before the end of the way, got \[0.0\]"):
+        ProbabilityFlowScheduler(final_sigmas_type="sigma_min").set_timesteps(timesteps=[0.0])
+
+
 def test_divergences_that_cannot_give_a_density_are_refused():
     x, divergence = torch.zeros(2, 3), torch.zeros(2)
     for options in ({"clip_sample": True}, {"s_churn": 1.0}, {"final_sigmas_type": "zero"}):

@@ -143,7 +143,7 @@ def flow_error(solver: str, num: int, reference: torch.Tensor) -> float:
     return (solve(scheduler, GAUSSIAN, noise(64)) - reference).norm(dim=1).mean().item()
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("rk4", 4)])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("rk4", 4), ("adams_bashforth", 4)])
 def test_a_solver_converges_at_its_order(solver, order):
     scheduler = ProbabilityFlowScheduler(solver="rk4", timestep_spacing="log_snr", final_sigmas_type="sigma_min")
     scheduler.set_timesteps(600)
