@@ -202,13 +202,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("analytic", "checkpoint"))
     parser.add_argument("--checkpoint", default="checkpoints/composites-32")
-    parser.add_argument("--num", type=int, help="samples; 4,000 analytic ones and 64 designs unless given")
+    parser.add_argument("--num", type=int, help="samples; 4,000 analytic ones and 32 designs unless given")
     parser.add_argument("--schedulers", nargs="+", default=[*STOCK, *OURS], choices=[*STOCK, *OURS])
     parser.add_argument("--work", type=Path, default=Path("runs/scheduler_quality"))
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    num = arguments.num or (4000 if arguments.part == "analytic" else 64)
+    num = arguments.num or (4000 if arguments.part == "analytic" else 32)
     model = None
     if arguments.part == "checkpoint":
         model = Checkpoint(arguments.checkpoint, num, arguments.work / f"reference-{num}.npy")

@@ -80,8 +80,14 @@ def assert_distributed_as(samples: torch.Tensor, density: GaussianMixture, bias:
     assert ((shares.mean(0) - density.weights).abs() < error + bias * density.weights).all()
 
 
-@pytest.mark.parametrize("density", ["gaussian", "mixture", pytest.param("moons", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [*OURS, *STOCK_SCHEDULERS])
+@pytest.mark.parametrize(
+    ("name", "density"),
+    [
+        *((name, "gaussian") for name in OURS),  # of the stock ones in test_stock
+        *((name, "mixture") for name in [*OURS, *STOCK_SCHEDULERS]),
+        *(pytest.param(name, "moons", marks=pytest.mark.slow) for name in [*OURS, "ddpm", "dpmsolver++"]),
+    ],
+)
 def test_samples_of_an_exact_denoiser_have_the_densitys_moments_and_weights(name, density):
     scheduler, num = make(name)
     scheduler.set_timesteps(num)
