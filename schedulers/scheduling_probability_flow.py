@@ -172,7 +172,7 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
             if number != str(len(grid)) or not fits:
                 raise ValueError(
                     f"optimized_steps must have {number} timesteps under {number!r} and, for {_ADAMS!r} alone, as many "
-                    f"rows of 1, 2, 3, 4, 4, ... weights, got {steps!r}"
+                    f"rows of 1, 2, 3, 4, 4, ... weights, or be None, got {steps!r}"
                 )
         self._inverse = False
         self._weights: Sequence[Sequence[float]] | None = None

@@ -62,7 +62,7 @@ def stock_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
         A scheduler that does not clip, as latents are unbounded.
 
     Raises:
-        ValueError: If the name is unknown.
+        ValueError: If the name is unknown, or the network predicts the score, which no stock scheduler takes.
 
     Example:
         >>> stock_scheduler("ddim", DDPMScheduler(beta_schedule="squaredcos_cap_v2").config).config.beta_schedule
@@ -70,10 +70,16 @@ def stock_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     """
     if name not in STOCK_SCHEDULERS:
         raise ValueError(f"scheduler must be one of {sorted(STOCK_SCHEDULERS)}, got {name!r}")
+    if config.get("prediction_type") == "score":
+        raise ValueError(
+            "config must have a prediction_type that stock schedulers take, epsilon, v_prediction or sample, got 'score'"
+        )
     scheduler_class, options = STOCK_SCHEDULERS[name]
     unclipped = {"clip_sample": False} if scheduler_class in (DDPMScheduler, DDIMScheduler) else {}
     # all of the noise schedule, which from_config drops where it stands at a default, and nothing of the old solver
     schedule = {key: config[key] for key in _NOISE_SCHEDULE if key in config}
+    if schedule.get("timestep_spacing") == "log_snr":  # of ours alone; the stock one that starts at pure noise too
+        schedule["timestep_spacing"] = "trailing"
     if config.get("log_snr", "betas") != "betas":  # a curve of ours, as the betas between its integer timesteps
         ours = VDMScheduler.from_config(config, variance_type="fixed_small")
         alphas_cumprod = torch.sigmoid(ours.curve(torch.arange(len(ours))))
