@@ -78,7 +78,7 @@ def stock_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     unclipped = {"clip_sample": False} if scheduler_class in (DDPMScheduler, DDIMScheduler) else {}
     # all of the noise schedule, which from_config drops where it stands at a default, and nothing of the old solver
     schedule = {key: config[key] for key in _NOISE_SCHEDULE if key in config}
-    if schedule.get("timestep_spacing") == "log_snr":  # of ours alone; the stock one that starts at pure noise too
+    if schedule.get("timestep_spacing") == "log_snr":  # ours alone; this one starts at pure noise too
         schedule["timestep_spacing"] = "trailing"
     if config.get("log_snr", "betas") != "betas":  # a curve of ours, as the betas between its integer timesteps
         ours = VDMScheduler.from_config(config, variance_type="fixed_small")
