@@ -72,7 +72,8 @@ def stock_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
         raise ValueError(f"scheduler must be one of {sorted(STOCK_SCHEDULERS)}, got {name!r}")
     if config.get("prediction_type") == "score":
         raise ValueError(
-            "config must have a prediction_type that stock schedulers take, epsilon, v_prediction or sample, got 'score'"
+            "config must have a prediction_type that stock schedulers take, epsilon, v_prediction or sample, "
+            "got 'score'"
         )
     scheduler_class, options = STOCK_SCHEDULERS[name]
     unclipped = {"clip_sample": False} if scheduler_class in (DDPMScheduler, DDIMScheduler) else {}

@@ -22,7 +22,7 @@ def log_likelihood(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return -((TARGET - clean) ** 2) / (2 * variance)
 
 
-@pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("guidance_scale", [0.0, 1.0])
 @pytest.mark.parametrize(
     ("cls", "options"),
     [
@@ -36,11 +36,9 @@ def log_likelihood(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_guided_samples_follow_bayes_rule(cls, options, guidance_scale):
-    if guidance_scale == 2.0 and cls not in (DDIMScheduler, VDMScheduler):
-        pytest.skip("one scheduler of each kind is enough")
     scheduler = cls(timestep_spacing="trailing", **options)
     num = 3000
-    scheduler.set_timesteps(250)
+    scheduler.set_timesteps(200)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(num, 1, generator=generator, dtype=torch.float64)
     pipe = SimpleNamespace(scheduler=scheduler)
@@ -49,12 +47,9 @@ def test_guided_samples_follow_bayes_rule(cls, options, guidance_scale):
     for i, t in enumerate(scheduler.timesteps):
         x = scheduler.step(DATA.predict(x, CURVE(t)), t, x, **stochastic).prev_sample
         x = guidance(pipe, i, t, {"latents": x}).get("latents", x)
-    if guidance_scale == 2.0:  # not a posterior of anything, but nearer to the target than Bayes' rule
-        assert x.mean() > (MEAN / SPREAD**2 + TARGET / ERROR**2) / (1 / SPREAD**2 + 1 / ERROR**2)
-        return
     precision = 1 / SPREAD**2 + guidance_scale / ERROR**2
     mean, spread = (MEAN / SPREAD**2 + guidance_scale * TARGET / ERROR**2) / precision, precision**-0.5
-    # 4.5 standard errors and the 250 steps' own bias
+    # 4.5 standard errors and the 200 steps' own bias
     assert x.mean().item() == pytest.approx(mean, abs=4.5 * spread / math.sqrt(num) + 0.02)
     assert x.std().item() == pytest.approx(spread, abs=4.5 * spread / math.sqrt(2 * num) + 0.02)
 
