@@ -29,7 +29,8 @@ class GaussianMixture:
 
     Example:
         >>> gaussian = GaussianMixture([1.0], [[2.0]], [[[1.0]]])
-        >>> gaussian.predict(torch.tensor([[0.0]]), torch.tensor(0.0), "sample").item()  # half way to the mean
+        >>> half_way = gaussian.predict(torch.tensor([[0.0]]), torch.tensor(0.0), "sample")
+        >>> round(half_way.item(), 6)
         1.0
     """
 

@@ -125,7 +125,7 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
         >>> scheduler = ProbabilityFlowScheduler(solver="heun", timestep_spacing="log_snr")
         >>> scheduler.set_timesteps(3)
         >>> scheduler.timesteps.round().tolist()
-        [999.0, 261.0, 261.0, 0.0, 0.0]
+        [999.0, 302.0, 302.0, 0.0, 0.0]
 
     References:
         | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021)

@@ -91,7 +91,7 @@ class VDMScheduler(VariancePreservingScheduler, SchedulerMixin):
         >>> scheduler = VDMScheduler(log_snr="cosine", prediction_type="v_prediction", timestep_spacing="log_snr")
         >>> scheduler.set_timesteps(4)
         >>> scheduler.timesteps.round().tolist()
-        [999.0, 830.0, 160.0, 0.0]
+        [999.0, 351.0, 17.0, 0.0]
 
     References:
         | Variational Diffusion Models (Kingma et al., 2021)

@@ -1,5 +1,7 @@
 """What stock pipelines, checkpoints and users ask of a scheduler, whatever it computes."""
 
+import doctest
+import importlib
 import math
 import re
 
@@ -58,6 +60,16 @@ def run(scheduler: SchedulerMixin, x: torch.Tensor, generator: object = None, nu
         output = torch.tanh(scheduler.scale_model_input(x, t)) + t.to(x.dtype) / 1000
         x = scheduler.step(output, t, x, generator=generator, return_dict=False)[0]
     return x
+
+
+@pytest.mark.parametrize(
+    "name", ["log_snr_curve", "scheduling_vdm", "scheduling_probability_flow", "scheduling_predictor_corrector"]
+)
+def test_the_examples_of_the_docstrings_are_true(name):
+    module = importlib.import_module(f"mechdiffusers.schedulers.{name}")
+    failed, attempted = doctest.testmod(module)
+    assert attempted
+    assert not failed
 
 
 @pytest.mark.parametrize("cls", CLASSES)
