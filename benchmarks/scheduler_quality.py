@@ -46,10 +46,11 @@ from mechdiffusers.schedulers import (
 from record import record
 from tqdm.auto import tqdm
 
-EVALUATIONS = (4, 8, 16, 32, 64)
+EVALUATIONS = {"analytic": (4, 8, 16, 32, 64), "checkpoint": (4, 8, 16, 32)}
 OPTIMIZED = (4, 8, 16)
-STOCK = ("ddpm", "ddim", "dpmsolver++", "dpmsolver++3m", "unipc", "heun", "euler-karras", "deis", "pndm")
+STOCK = ("deis", "dpmsolver++", "dpmsolver++3m", "unipc", "ddim", "heun", "euler-karras", "pndm", "ddpm")
 OURS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "flow-adams-optimized": (ProbabilityFlowScheduler, {"solver": "adams_bashforth"}),
     "vdm": (VDMScheduler, {}),
     "vdm-optimal-variance": (VDMScheduler, {"variance_type": "optimal"}),
     "flow-euler": (ProbabilityFlowScheduler, {"solver": "euler"}),
@@ -57,7 +58,6 @@ OURS: dict[str, tuple[Any, dict[str, Any]]] = {
     "flow-rk4": (ProbabilityFlowScheduler, {"solver": "rk4"}),
     "flow-adams": (ProbabilityFlowScheduler, {"solver": "adams_bashforth"}),
     "flow-adams-log-snr": (ProbabilityFlowScheduler, {"solver": "adams_bashforth", "timestep_spacing": "log_snr"}),
-    "flow-adams-optimized": (ProbabilityFlowScheduler, {"solver": "adams_bashforth"}),
     "predictor-corrector": (PredictorCorrectorScheduler, {}),
 }
 STOCHASTIC = ("ddpm", "vdm", "vdm-optimal-variance", "predictor-corrector")
@@ -127,7 +127,7 @@ def analytic(name: str, num: int) -> dict[str, Any]:
         learning = torch.randn(64, 2, generator=generator, dtype=torch.float64)
         scheduler = make(name, config, denoiser, learning, density.sample(1000, generator))
         figures[kind] = {}
-        for evaluations in EVALUATIONS:
+        for evaluations in EVALUATIONS["analytic"]:
             steps = num_steps(name, evaluations)
             if steps is not None:
                 samples, used = solve(scheduler, denoiser, noise, steps)
@@ -176,7 +176,7 @@ class Checkpoint:
         """Figures of a scheduler, by evaluations."""
         scheduler = make(name, self.config, self.denoiser, self.learning, self.clean())
         figures: dict[str, Any] = {}
-        for number in EVALUATIONS:
+        for number in EVALUATIONS["checkpoint"]:
             steps = num_steps(name, number)
             if steps is None:
                 continue
@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("part", choices=("analytic", "checkpoint"))
     parser.add_argument("--checkpoint", default="checkpoints/composites-32")
     parser.add_argument("--num", type=int, help="samples; 4,000 analytic ones and 32 designs unless given")
-    parser.add_argument("--schedulers", nargs="+", default=[*STOCK, *OURS], choices=[*STOCK, *OURS])
+    parser.add_argument("--schedulers", nargs="+", default=[*OURS, *STOCK], choices=[*OURS, *STOCK])
     parser.add_argument("--work", type=Path, default=Path("runs/scheduler_quality"))
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
