@@ -47,7 +47,7 @@ from record import record
 from tqdm.auto import tqdm
 
 EVALUATIONS = {"analytic": (4, 8, 16, 32, 64), "checkpoint": (4, 8, 16, 32)}
-OPTIMIZED = (4, 8, 16)
+OPTIMIZED = {"analytic": (4, 8, 16), "checkpoint": (4, 8)}
 STOCK = ("deis", "dpmsolver++", "dpmsolver++3m", "unipc", "ddim", "heun", "euler-karras", "pndm", "ddpm")
 OURS: dict[str, tuple[Any, dict[str, Any]]] = {
     "flow-adams-optimized": (ProbabilityFlowScheduler, {"solver": "adams_bashforth"}),
@@ -64,7 +64,9 @@ STOCHASTIC = ("ddpm", "vdm", "vdm-optimal-variance", "predictor-corrector")
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def make(name: str, config: Any, denoiser: Denoiser, noise: torch.Tensor, clean: torch.Tensor) -> Any:
+def make(
+    part: str, name: str, config: Any, denoiser: Denoiser, noise: torch.Tensor, clean: Callable[[], torch.Tensor]
+) -> Any:
     """A scheduler by name; what has to be learned of the denoiser is learned from ``noise`` and ``clean``."""
     if name == "pndm":  # not among our stock schedulers, as it cannot take a network that predicts the sample
         return PNDMScheduler.from_config(config, skip_prk_steps=True)
@@ -73,10 +75,10 @@ def make(name: str, config: Any, denoiser: Denoiser, noise: torch.Tensor, clean:
     scheduler_class, options = OURS[name]
     if name == "vdm-optimal-variance":
         generator = torch.Generator().manual_seed(2)
-        options = {**options, "velocity_error": estimate_velocity_error(denoiser, _vdm(config), clean, 20, generator)}
+        options = {**options, "velocity_error": estimate_velocity_error(denoiser, _vdm(config), clean(), 20, generator)}
     scheduler = scheduler_class.from_config(config, **options)
     if name == "flow-adams-optimized":
-        for num in OPTIMIZED:
+        for num in OPTIMIZED[part]:
             scheduler = optimize_steps(denoiser, scheduler, noise, num, iterations=4 if num < 16 else 2)
     return scheduler
 
@@ -125,7 +127,8 @@ def analytic(name: str, num: int) -> dict[str, Any]:
         noise = torch.randn(num, 2, generator=generator, dtype=torch.float64)
         exact = density.sample(num, generator)
         learning = torch.randn(64, 2, generator=generator, dtype=torch.float64)
-        scheduler = make(name, config, denoiser, learning, density.sample(1000, generator))
+        clean = density.sample(1000, generator)
+        scheduler = make("analytic", name, config, denoiser, learning, lambda clean=clean: clean)
         figures[kind] = {}
         for evaluations in EVALUATIONS["analytic"]:
             steps = num_steps(name, evaluations)
@@ -148,7 +151,7 @@ class Checkpoint:
         generator = torch.Generator().manual_seed(0)
         channels, size = self.pipe.unet.config.in_channels, self.pipe.unet.config.sample_size
         self.noise = torch.randn(num, channels, size, size, generator=generator)
-        self.learning = torch.randn(16, channels, size, size, generator=generator)
+        self.learning = torch.randn(8, channels, size, size, generator=generator)
         self.heldout, _ = random_composites(2048, size=self.pipe.vae.config.sample_size, seed=1_000_000)
         if not reference.exists():
             fine = ProbabilityFlowScheduler.from_config(
@@ -169,12 +172,12 @@ class Checkpoint:
 
     def clean(self) -> torch.Tensor:
         """Latents that no training saw."""
-        designs, _ = random_composites(64, size=self.pipe.vae.config.sample_size, seed=2_000_000)
+        designs, _ = random_composites(32, size=self.pipe.vae.config.sample_size, seed=2_000_000)
         return self.pipe.encode(designs)
 
     def measure(self, name: str) -> dict[str, Any]:
         """Figures of a scheduler, by evaluations."""
-        scheduler = make(name, self.config, self.denoiser, self.learning, self.clean())
+        scheduler = make("checkpoint", name, self.config, self.denoiser, self.learning, self.clean)
         figures: dict[str, Any] = {}
         for number in EVALUATIONS["checkpoint"]:
             steps = num_steps(name, number)
@@ -202,13 +205,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("analytic", "checkpoint"))
     parser.add_argument("--checkpoint", default="checkpoints/composites-32")
-    parser.add_argument("--num", type=int, help="samples; 4,000 analytic ones and 32 designs unless given")
+    parser.add_argument("--num", type=int, help="samples; 4,000 analytic ones and 16 designs unless given")
     parser.add_argument("--schedulers", nargs="+", default=[*OURS, *STOCK], choices=[*OURS, *STOCK])
     parser.add_argument("--work", type=Path, default=Path("runs/scheduler_quality"))
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    num = arguments.num or (4000 if arguments.part == "analytic" else 32)
+    num = arguments.num or (4000 if arguments.part == "analytic" else 16)
     model = None
     if arguments.part == "checkpoint":
         model = Checkpoint(arguments.checkpoint, num, arguments.work / f"reference-{num}.npy")
