@@ -23,7 +23,11 @@ MAY_IMPORT = {
     "evaluation": {"pipelines", "schedulers", "microstructures"},
     "training": {"evaluation", "microstructures", "models", "pipelines", "schedulers"},
 }
-TRAVELS = [path for room in ("pipelines", "models") for path in (ROOT / room).glob("*.py") if path.stem != "__init__"]
+TRAVELS = [
+    *(path for room in ("pipelines", "models") for path in (ROOT / room).glob("*.py") if path.stem != "__init__"),
+    *(ROOT / "schedulers").glob("scheduling_*.py"),
+    ROOT / "schedulers" / "log_snr_curve.py",
+]
 
 
 def imports(path: Path) -> set[str]:
@@ -90,10 +94,11 @@ def test_links_and_pictures_of_the_pages_exist():
 
 
 def test_the_released_checkpoint_holds_the_code_of_this_version():
-    checkpoint = ROOT / "checkpoints" / "composites-32"
-    for path in TRAVELS:
-        (shipped,) = checkpoint.rglob(path.name)
-        assert shipped.read_text() == path.read_text(), f"save {shipped} again"
+    sources = {path.name: path for path in TRAVELS}
+    shipped = list((ROOT / "checkpoints" / "composites-32").rglob("*.py"))
+    assert {"pipeline_latent_ddpm.py", "response_encoder.py"} <= {path.name for path in shipped}
+    for path in shipped:
+        assert path.read_text() == sources[path.name].read_text(), f"save {path} again"
 
 
 @pytest.mark.slow

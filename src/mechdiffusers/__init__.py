@@ -9,17 +9,31 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mechdiffusers.microstructures import random_composites
     from mechdiffusers.models import ResponseEncoder
-    from mechdiffusers.pipelines import LatentDDPMPipeline
+    from mechdiffusers.pipelines import ClassifierGuidance, LatentDDPMPipeline
+    from mechdiffusers.schedulers import PredictorCorrectorScheduler, ProbabilityFlowScheduler, VDMScheduler
 
 __version__ = "0.1.0"
 
 _ROOMS = {
+    "ClassifierGuidance": "mechdiffusers.pipelines",
     "LatentDDPMPipeline": "mechdiffusers.pipelines",
+    "PredictorCorrectorScheduler": "mechdiffusers.schedulers",
+    "ProbabilityFlowScheduler": "mechdiffusers.schedulers",
     "ResponseEncoder": "mechdiffusers.models",
+    "VDMScheduler": "mechdiffusers.schedulers",
     "random_composites": "mechdiffusers.microstructures",
 }
 
-__all__ = ["LatentDDPMPipeline", "ResponseEncoder", "__version__", "random_composites"]
+__all__ = [
+    "ClassifierGuidance",
+    "LatentDDPMPipeline",
+    "PredictorCorrectorScheduler",
+    "ProbabilityFlowScheduler",
+    "ResponseEncoder",
+    "VDMScheduler",
+    "__version__",
+    "random_composites",
+]
 
 
 def __getattr__(name: str) -> Any:

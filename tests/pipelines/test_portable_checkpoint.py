@@ -7,6 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 from mechdiffusers.models import ResponseEncoder
 from mechdiffusers.pipelines import LatentDDPMPipeline
+from mechdiffusers.schedulers import PredictorCorrectorScheduler, ProbabilityFlowScheduler, VDMScheduler
 
 
 def sample(pipe) -> torch.Tensor:
@@ -96,6 +97,32 @@ def test_a_conditional_checkpoint_answers_in_plain_diffusers(make_pipeline, tmp_
         assert pipe.response_encoder.config.meaning["quantity"] == "stress"
     """
     plain_diffusers(script)
+
+
+@pytest.mark.slow
+def test_our_schedulers_travel_with_a_checkpoint(make_pipeline, tmp_path):
+    pipe = make_pipeline()
+    table = torch.linspace(9, -9, 50).tolist()
+    for cls in (VDMScheduler, ProbabilityFlowScheduler, PredictorCorrectorScheduler):
+        scheduler = cls.from_config(pipe.scheduler.config, log_snr=table)
+        checkpoint = LatentDDPMPipeline(pipe.vae, pipe.unet, scheduler, pipe.response_encoder)
+        checkpoint.set_progress_bar_config(disable=True)
+        checkpoint.save_pretrained(tmp_path / cls.__name__)
+        torch.save(sample(checkpoint), tmp_path / f"{cls.__name__}.pt")
+    script = """
+        import torch
+        from diffusers import DiffusionPipeline
+
+        for name in ("VDMScheduler", "ProbabilityFlowScheduler", "PredictorCorrectorScheduler"):
+            for folder in (name, f"{name}-again"):
+                pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, use_safetensors=True)
+                assert type(pipe.scheduler).__name__ == name
+                generator = torch.Generator().manual_seed(0)
+                images = pipe(batch_size=3, num_inference_steps=3, generator=generator, output_type="pt").images
+                assert torch.equal(images, torch.load(f"{name}.pt")), folder
+                pipe.save_pretrained(f"{name}-again")
+    """
+    plain_diffusers(script, tmp_path)
 
 
 def test_code_of_a_checkpoint_does_not_run_without_trust(folder):
