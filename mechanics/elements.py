@@ -7,7 +7,7 @@ Fields over elements have the elements last, ``(..., B * H * W)``: whatever is d
 contiguous memory.
 
 Young's modulus enters as a factor per pixel. A quadrature point with the law of :mod:`mechdiffusers.mechanics.materials`
-contributes to an element's stiffness :math:`h'` times a constant matrix and :math:`h''` times the ten products of
+contributes to an element's stiffness :math:`g'` times a constant matrix and :math:`g''` times the ten products of
 cofactors with constant matrices: the stiffness of all elements is one product of a feature matrix with a constant one.
 
 References:
@@ -72,15 +72,15 @@ def _gradients(order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 class State:
     """What the elements know of a displacement, for a Young's modulus of 1; quadrature points first, elements last."""
 
-    gradient: tuple[Tensor, Tensor, Tensor, Tensor]  #: xx, xy, yx and yy of F, shape (q, N) each
-    jacobian: Tensor  #: shape (q, N)
-    volumetric: tuple[Tensor, Tensor, Tensor]  #: h, h' and h'', shape (q, N) each
+    gradient: tuple[Tensor, Tensor, Tensor, Tensor]  #: xx, xy, yx and yy of F - I, shape (q, N) each
+    dilation: Tensor  #: J - 1, shape (q, N)
+    volumetric: tuple[Tensor, Tensor, Tensor]  #: g, g' and g'', shape (q, N) each
 
     @property
     def cofactor(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The derivative of the Jacobian with respect to F."""
+        """The derivative of J with respect to F."""
         xx, xy, yx, yy = self.gradient
-        return yy, -yx, -xy, xx
+        return 1 + yy, -yx, -xy, 1 + xx
 
 
 class Elements:
@@ -102,36 +102,41 @@ class Elements:
         self._position = torch.as_tensor(nodes[:, 0] * (order + 1) + nodes[:, 1], device=device)
         self._gradients = torch.as_tensor(gradients.reshape(-1, len(nodes)), device=device)
         self._weights = torch.as_tensor(weights, device=device)[:, None]
-        self._divergence = torch.as_tensor((gradients * weights[:, None, None]).reshape(-1, len(nodes)).T, device=device)
+        self._divergence = torch.as_tensor(
+            (gradients * weights[:, None, None]).reshape(-1, len(nodes)).T, device=device
+        )
         self._stiffness = torch.as_tensor(_stiffness_features(gradients, weights, law.a), device=device)
+
+    def nodal_values(self, field: Tensor) -> Tensor:
+        """Values of a field ``(B, *lattice, 2)`` at the nodes of each element, shape ``(n, 2, N)``."""
+        k = self.order
+        windows = field.unfold(1, k + 1, k).unfold(2, k + 1, k)  # (B, H, W, 2, k + 1, k + 1)
+        return windows.permute(4, 5, 3, 0, 1, 2).reshape((k + 1) ** 2, 2, -1)[self._position]
 
     def state(self, displacement: Tensor) -> State:
         """Deformation gradient and its law at all quadrature points of displacements ``(B, *lattice, 2)``."""
-        k = self.order
-        windows = displacement.unfold(1, k + 1, k).unfold(2, k + 1, k)  # (B, H, W, 2, k + 1, k + 1)
-        nodal = windows.permute(4, 5, 3, 0, 1, 2).reshape((k + 1) ** 2, -1)[self._position]
-        rows = (self._gradients @ nodal).view(len(self._weights), 2, 2, -1)
-        xx, yy = rows[:, 0, 0] + 1, rows[:, 1, 1] + 1
-        xy, yx = rows[:, 1, 0], rows[:, 0, 1]
-        jacobian = xx * yy - xy * yx
-        return State((xx, xy, yx, yy), jacobian, self.law.volumetric(jacobian))
+        rows = (self._gradients @ self.nodal_values(displacement).flatten(1)).view(len(self._weights), 2, 2, -1)
+        xx, xy, yx, yy = rows[:, 0, 0], rows[:, 1, 0], rows[:, 0, 1], rows[:, 1, 1]
+        dilation = xx + yy + (xx * yy - xy * yx)
+        return State((xx, xy, yx, yy), dilation, self.law.volumetric(dilation))
 
     def least_jacobian(self, state: State) -> Tensor:
         """The smallest Jacobian of each design, shape ``(B,)``."""
-        return state.jacobian.amin(0).view(-1, self.height * self.width).amin(1)
+        return 1 + state.dilation.amin(0).view(-1, self.height * self.width).amin(1)
 
     def energy(self, state: State) -> Tensor:
         """Strain energy of each pixel for a Young's modulus of 1, shape ``(B, H, W)``."""
-        squared = sum(component**2 for component in state.gradient)
-        density = self.law.a / 2 * squared + state.volumetric[0]
+        xx, xy, yx, yy = state.gradient
+        density = self.law.a / 2 * ((xx - yy) ** 2 + (xy + yx) ** 2) + state.volumetric[0]  # F : F - 2 J is a square
         return (self._weights * density).sum(0).view(-1, self.height, self.width)
 
     def stress(self, state: State) -> Tensor:
         """First Piola-Kirchhoff stress for a Young's modulus of 1 at the points, ``(q, 2, 2, N)``: J, then i, of P_iJ."""
-        xx, xy, yx, yy = (
-            self.law.a * f + state.volumetric[1] * c for f, c in zip(state.gradient, state.cofactor, strict=True)
-        )
-        return torch.stack([xx, yx, xy, yy], dim=1).view(len(xx), 2, 2, -1)
+        xx, xy, yx, yy = state.gradient
+        stretch, shear = self.law.a * (xx - yy), self.law.a * (xy + yx)  # of F - cof F
+        first = state.volumetric[1]
+        xx, xy, yx, yy = (first * cofactor for cofactor in state.cofactor)
+        return torch.stack([xx + stretch, yx + shear, xy + shear, yy - stretch], dim=1).view(len(xx), 2, 2, -1)
 
     def mean_stress(self, stress: Tensor) -> Tensor:
         """Mean over each pixel of ``stress``, shape ``(B, H, W, 2, 2)``: i, then J, of P_iJ."""
@@ -169,7 +174,7 @@ class Elements:
 
 
 def _stiffness_features(gradients: np.ndarray, weights: np.ndarray, a: float) -> np.ndarray:
-    """The constant matrices of an element's stiffness, one a row: of E, of E h', and of E h'' times pairs of cofactors."""
+    """The constant matrices of an element's stiffness, one a row: of E, of E g', and of E g'' times pairs of cofactors."""
     points, _, nodes = gradients.shape
     strain = np.zeros((points, 4, nodes, 2))  # components xx, xy, yx, yy of F by nodal displacement
     for i in range(2):
@@ -177,7 +182,7 @@ def _stiffness_features(gradients: np.ndarray, weights: np.ndarray, a: float) ->
             strain[:, 2 * i + j, :, i] = gradients[:, j]
     strain = strain.reshape(points, 4, 2 * nodes)
     outer = np.einsum("q,qcm,qdn->cdqmn", weights, strain, strain)
-    linear = a * sum(outer[c, c] for c in range(4)).sum(0, keepdims=True)
-    geometric = outer[0, 3] + outer[3, 0] - outer[1, 2] - outer[2, 1]  # the second derivative of the Jacobian
+    geometric = outer[0, 3] + outer[3, 0] - outer[1, 2] - outer[2, 1]  # the second derivative of J
+    linear = a * (sum(outer[c, c] for c in range(4)) - geometric).sum(0, keepdims=True)
     material = [outer[c, d] + (outer[d, c] if c != d else 0) for c, d in _PAIRS]
     return np.concatenate([linear, geometric, *material]).reshape(-1, (2 * nodes) ** 2)

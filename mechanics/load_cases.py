@@ -27,6 +27,7 @@ class LoadCase:
     gradient: tuple[tuple[float, float], tuple[float, float]]  #: rows: x and y displacement; columns: along x and y
     prescribed: Mapping[str, str]  #: the components, "x", "y" or "xy", by edge: "top", "bottom", "left" or "right"
     origin: tuple[float, float] = (0.0, 0.0)  #: X_0 as fractions of width and height from the lower left corner
+    reach: float = 0.3  #: the largest strain unless told otherwise
 
     def free(self, lattice: tuple[int, int], device: torch.device) -> Tensor:
         """Which displacements of a lattice of nodes are unknown, bool, shape ``(*lattice, 2)``."""
@@ -51,10 +52,10 @@ _SLIDING = {"bottom": "y", "top": "y", "left": "x", "right": "x"}
 
 LOAD_CASES = {
     "uniaxial_extension": LoadCase(((0, 0), (0, 1)), _CLAMPED),
-    "uniaxial_compression": LoadCase(((0, 0), (0, -1)), _CLAMPED),
+    "uniaxial_compression": LoadCase(((0, 0), (0, -1)), _CLAMPED, reach=0.1),
     "equibiaxial_extension": LoadCase(((1, 0), (0, 1)), _SLIDING, origin=(0.5, 0.5)),
     "shear": LoadCase(((0, 1), (0, 0)), _CLAMPED),
-    "confined_compression": LoadCase(((0, 0), (0, -1)), _SLIDING),
+    "confined_compression": LoadCase(((0, 0), (0, -1)), _SLIDING, reach=0.1),
 }
 
 

@@ -2,14 +2,16 @@ r"""Hyperelastic laws in plane strain, for energies linear in the first invarian
 
 Such a law has the energy density
 
-.. math:: \psi(F) = E \left( \frac{a}{2} F : F + h(J) \right), \qquad J = \det F,
+.. math:: \psi(F) = E \left( a \left( \tfrac{1}{2} F : F - J \right) + g(J) \right), \qquad J = \det F,
 
 with the in-plane deformation gradient :math:`F`, Young's modulus :math:`E`, and a number :math:`a` and a function
-:math:`h` that depend on Poisson's ratio alone. With the cofactor :math:`\operatorname{cof} F = \partial J / \partial F`,
-which in the plane is linear in :math:`F`, the first Piola-Kirchhoff stress and the tangent are
+:math:`g` that depend on Poisson's ratio alone; the first bracket vanishes for rotations, and :math:`g` and :math:`g'`
+vanish at :math:`J = 1`. With the cofactor :math:`\operatorname{cof} F = \partial J / \partial F`, which in the plane is
+linear in :math:`F`, the first Piola-Kirchhoff stress and the tangent are
 
-.. math:: P = E \left( a F + h' \operatorname{cof} F \right), \qquad
-          \mathbb{A} = E \left( a \mathbb{I} + h' \mathbb{D} + h'' \operatorname{cof} F \otimes \operatorname{cof} F \right),
+.. math:: P = E \left( a (F - \operatorname{cof} F) + g' \operatorname{cof} F \right), \qquad
+          \mathbb{A} = E \left( a (\mathbb{I} - \mathbb{D}) + g' \mathbb{D}
+                     + g'' \operatorname{cof} F \otimes \operatorname{cof} F \right),
 
 where :math:`\mathbb{D} = \partial^2 J / \partial F^2` is constant. So a second law costs one short class: ``a`` and
 ``volumetric``. (In plane strain the second invariant is :math:`F : F + J^2`, so Mooney-Rivlin laws are of this form too.)
@@ -31,10 +33,10 @@ class Law(Protocol):
 
     @property
     def a(self) -> float:
-        """Factor of ``F : F / 2`` in the energy density."""
+        """The factor of the part of the energy that no rotation changes and no volume enters: the shear modulus."""
 
-    def volumetric(self, jacobian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``h``, its first and its second derivative at ``jacobian``, shape ``(*)`` each; NaN where undefined."""
+    def volumetric(self, dilation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``g``, ``g'`` and ``g''`` where ``J - 1`` is ``dilation``, shape ``(*)`` each; not finite for ``J <= 0``."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,9 @@ class CompressibleNeoHookean:
 
     .. math:: \psi = \frac{\mu}{2} (F : F - 2 - 2 \ln J)
                    + \frac{\lambda}{2} \left( \frac{J^2 - 1}{2} - \ln J \right),
-              \quad \mu = \frac{E}{2 (1 + \nu)}, \quad \lambda = \frac{E \nu}{(1 + \nu)(1 - 2 \nu)},
+              \quad \mu = \frac{E}{2 (1 + \nu)}, \quad \lambda = \frac{E \nu}{(1 + \nu)(1 - 2 \nu)}.
 
-    which vanishes unloaded. (The published energies have the constant that the third direction brings, and are given
-    as changes.)
+    This vanishes unloaded; the published density has a constant beside it, which changes in energy do not show.
 
     Args:
         poisson: Poisson's ratio of the small-strain limit, within (0, 0.5).
@@ -68,12 +69,11 @@ class CompressibleNeoHookean:
         """Lamé's first parameter."""
         return self.poisson / ((1 + self.poisson) * (1 - 2 * self.poisson))
 
-    def volumetric(self, jacobian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``h``, ``h'`` and ``h''``; the energy is shifted so that the density vanishes unloaded."""
-        mu, lame = self.a, self.lame
-        inverse = 1 / jacobian
-        logarithm = torch.log(jacobian)
-        energy = lame / 4 * (jacobian**2 - 1) - (mu + lame / 2) * logarithm - mu
-        first = lame / 2 * jacobian - (mu + lame / 2) * inverse
-        second = lame / 2 + (mu + lame / 2) * inverse**2
+    def volumetric(self, dilation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``g``, ``g'`` and ``g''``, written so that small strains keep their digits."""
+        logarithmic, quadratic = self.a + self.lame / 2, self.lame / 2
+        inverse = 1 / (1 + dilation)
+        energy = logarithmic * (dilation - torch.log1p(dilation)) + quadratic / 2 * dilation**2
+        first = (logarithmic * inverse + quadratic) * dilation
+        second = logarithmic * inverse**2 + quadratic
         return energy, first, second

@@ -32,7 +32,7 @@ MAX_EVALUATIONS = 60  #: of the energy, in one attempt at a step
 MAX_HALVINGS = 6  #: of a step of the path, and of a step of the line search
 SLOW = 0.3  #: a new factorisation pays where an iteration leaves more than this of the out-of-balance forces
 SUFFICIENT = 1e-4  #: share of the predicted decrease of the energy that a step must make
-ROUNDING = 1e-13  #: relative changes of the energy below this are rounding
+ROUNDING = 1e-8  #: below this relative change of the energy the forces tell better whether a step is good
 MEMORY = 8  #: pairs that BFGS remembers
 SHIFTS = (0.05, 0.2, 1.0, 5.0)  #: of a tangent that is not positive definite, in tangents of the unloaded state
 
@@ -62,14 +62,21 @@ class Cell:
         energy = (self.elements.energy(state) * modulus).sum((1, 2))
         stress = self.elements.stress(state) * modulus.flatten()
         forces = self.elements.assembled(self.elements.nodal_forces(stress))
-        return Evaluation(state, energy, forces, self.elements.least_jacobian(state) > 0)
+        return Evaluation(energy, forces, self.elements.least_jacobian(state) > 0)
+
+    def path_tangent(self, state: State, modulus: Tensor) -> Tensor:
+        """Derivative of the displacements in equilibrium with respect to the strain, shape ``(B, *lattice, 2)``."""
+        stiffness = self.elements.stiffness(state, modulus)
+        affine = self.elements.nodal_values(self.affine[None]).permute(2, 0, 1).reshape(1, *modulus.shape[1:], -1, 1)
+        forces = (stiffness @ affine).view(modulus.numel(), -1, 2).permute(1, 2, 0)
+        unbalanced = self.elements.assembled(forces) * self.free
+        return self.affine - self.solver.solve(self.solver.factorise(stiffness), unbalanced)
 
 
 @dataclass
 class Evaluation:
     """Energy (B,) and nodal forces (B, *lattice, 2) of a state, and whether it is admissible (B,)."""
 
-    state: State
     energy: Tensor
     forces: Tensor
     admissible: Tensor
@@ -137,11 +144,11 @@ def equilibrate(cell: Cell, modulus: Tensor, start: Tensor) -> Equilibrium:
         trial = work.displacement + _per_node(work.step) * work.direction
         now = cell.evaluate(trial, work.modulus)
         slope = _dot(work.gradient, work.direction)
-        bound = work.energy + SUFFICIENT * work.step * slope + ROUNDING * work.energy.abs()
-        accepted = now.admissible & (now.energy <= bound)
-        work.step = torch.where(accepted, 1.0, work.step / 2)
-
         gradient = now.forces * cell.free
+        decreased = now.energy <= work.energy + SUFFICIENT * work.step * slope
+        near = (slope.abs() <= ROUNDING * work.energy) & (_norm(gradient) < _norm(work.gradient))
+        accepted = now.admissible & (decreased | near)
+        work.step = torch.where(accepted, 1.0, work.step / 2)
         place, change = _per_node(accepted) * (trial - work.displacement), gradient - work.gradient
         product = _dot(place, change)
         weight = torch.where(accepted & (product > 0), 1 / product, 0.0)
@@ -204,13 +211,13 @@ def _factorise(cell: Cell, displacement: Tensor, modulus: Tensor) -> tuple[Facto
         if not len(bad):
             break
         unloaded = cell.elements.state(torch.zeros_like(displacement[bad]))
-        factor[bad] = cell.solver.factorise(
-            stiffness[bad] + shift * cell.elements.stiffness(unloaded, modulus[bad])
-        )
+        factor[bad] = cell.solver.factorise(stiffness[bad] + shift * cell.elements.stiffness(unloaded, modulus[bad]))
     return factor, shifted
 
 
-def _store(cell: Cell, result: Equilibrium, index: Tensor, displacement: Tensor, energy: Tensor, forces: Tensor) -> None:
+def _store(
+    cell: Cell, result: Equilibrium, index: Tensor, displacement: Tensor, energy: Tensor, forces: Tensor
+) -> None:
     """Writes what is in equilibrium to its place in the result."""
     result.displacement[index], result.energy[index] = displacement, energy
     result.stress[index] = (forces * ~cell.free * cell.affine).flatten(1).sum(1) / cell.area

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mechdiffusers.mechanics import SimulationResult, simulate
     from mechdiffusers.microstructures import random_composites
     from mechdiffusers.models import ResponseEncoder
     from mechdiffusers.pipelines import LatentDDPMPipeline
@@ -16,10 +17,12 @@ __version__ = "0.1.0"
 _ROOMS = {
     "LatentDDPMPipeline": "mechdiffusers.pipelines",
     "ResponseEncoder": "mechdiffusers.models",
+    "SimulationResult": "mechdiffusers.mechanics",
     "random_composites": "mechdiffusers.microstructures",
+    "simulate": "mechdiffusers.mechanics",
 }
 
-__all__ = ["LatentDDPMPipeline", "ResponseEncoder", "__version__", "random_composites"]
+__all__ = ["LatentDDPMPipeline", "ResponseEncoder", "SimulationResult", "__version__", "random_composites", "simulate"]
 
 
 def __getattr__(name: str) -> Any:
