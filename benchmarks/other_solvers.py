@@ -57,7 +57,7 @@ def extend_with_torch_fem(designs: Tensor, order: int, strains: Sequence[float])
         iweights = torch.outer(weights, weights).flatten()
 
         @classmethod
-        def N(cls, xi: Tensor) -> Tensor:  # noqa: N802, as torch-fem has it
+        def N(cls, xi: Tensor) -> Tensor:
             def lagrange(x: Tensor, node: Tensor) -> Tensor:
                 return torch.where(node == 0, 1 - x**2, x * (x + node) / 2)
 

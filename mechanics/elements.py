@@ -1,14 +1,15 @@
 r"""Quadrilaterals of order 1 or 2, one a pixel, all at once.
 
-Nodes form a lattice of :math:`(kH + 1) \times (kW + 1)` points for order :math:`k`, row 0 at the top like the designs;
-displacements are ``(B, kH + 1, kW + 1, 2)`` with x to the right and y upwards, in units of a pixel. All pixels are equal
-squares, so the shape functions' gradients are one small matrix, and everything over elements is a few matrix products.
-Fields over elements have the elements last, ``(..., B * H * W)``: whatever is done point by point then runs along
-contiguous memory.
+Nodes form a lattice of :math:`(kH + 1) \times (kW + 1)` points for order :math:`k`, row 0 at the top like the
+designs; displacements are ``(B, kH + 1, kW + 1, 2)`` with x to the right and y upwards, in units of a pixel. All pixels
+are equal squares, so the shape functions' gradients are one small matrix, and everything over elements is a few matrix
+products. Fields over elements have the elements last, ``(..., B * H * W)``: whatever is done point by point then runs
+along contiguous memory.
 
-Young's modulus enters as a factor per pixel. A quadrature point with the law of :mod:`mechdiffusers.mechanics.materials`
-contributes to an element's stiffness :math:`g'` times a constant matrix and :math:`g''` times the ten products of
-cofactors with constant matrices: the stiffness of all elements is one product of a feature matrix with a constant one.
+Young's modulus enters as a factor per pixel. With the laws of :mod:`mechdiffusers.mechanics.materials` a point of
+quadrature contributes to an element's stiffness :math:`g'` times a constant matrix and :math:`g''` times the ten
+products of cofactors with constant matrices: the stiffness of all elements is one product of a feature matrix with a
+constant one.
 
 References:
     | Nonlinear Finite Elements for Continua and Structures (Belytschko, Liu, Moran, Elkhodary, 2014), chapter 4
@@ -48,7 +49,7 @@ def loop(rows: int, columns: int) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _gradients(order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Nodes ``(n, 2)``, gradients ``(q, 2, n)`` of their shape functions and quadrature weights ``(q,)`` of a unit square.
+    """A unit square's nodes ``(n, 2)``, gradients of their shape functions ``(q, 2, n)``, quadrature weights ``(q,)``.
 
     The nodes go around the square, then come the inner ones.
     """
@@ -131,7 +132,7 @@ class Elements:
         return (self._weights * density).sum(0).view(-1, self.height, self.width)
 
     def stress(self, state: State) -> Tensor:
-        """First Piola-Kirchhoff stress for a Young's modulus of 1 at the points, ``(q, 2, 2, N)``: J, then i, of P_iJ."""
+        """First Piola-Kirchhoff stress P_iJ for a Young's modulus of 1, shape ``(q, 2, 2, N)``: J, then i."""
         xx, xy, yx, yy = state.gradient
         stretch, shear = self.law.a * (xx - yy), self.law.a * (xy + yx)  # of F - cof F
         first = state.volumetric[1]
@@ -174,14 +175,14 @@ class Elements:
 
 
 def _stiffness_features(gradients: np.ndarray, weights: np.ndarray, a: float) -> np.ndarray:
-    """The constant matrices of an element's stiffness, one a row: of E, of E g', and of E g'' times pairs of cofactors."""
+    """Constant matrices of an element's stiffness, a row each: of E, of E g', and of E g'' times pairs of cofactors."""
     points, _, nodes = gradients.shape
     strain = np.zeros((points, 4, nodes, 2))  # components xx, xy, yx, yy of F by nodal displacement
     for i in range(2):
         for j in range(2):
             strain[:, 2 * i + j, :, i] = gradients[:, j]
-    strain = strain.reshape(points, 4, 2 * nodes)
-    outer = np.einsum("q,qcm,qdn->cdqmn", weights, strain, strain)
+    flat = strain.reshape(points, 4, 2 * nodes)
+    outer = np.einsum("q,qcm,qdn->cdqmn", weights, flat, flat)
     geometric = outer[0, 3] + outer[3, 0] - outer[1, 2] - outer[2, 1]  # the second derivative of J
     linear = a * (sum(outer[c, c] for c in range(4)) - geometric).sum(0, keepdims=True)
     material = [outer[c, d] + (outer[d, c] if c != d else 0) for c, d in _PAIRS]

@@ -8,11 +8,11 @@ the inside of their common side, is eliminated as soon as they are merged,
 
 so that a patch is known by the stiffness :math:`S` of its boundary. All patches of a level and all designs of the batch
 are one batched product. Boundary conditions enter at the very end alone, where the degrees of freedom left are those of
-the last separator and of the domain's boundary. For ``n x n`` pixels this takes :math:`O(n^3)` operations instead of the
-:math:`O(n^4)` of a factorisation by rows of nodes.
+the last separator and of the domain's boundary. For ``n x n`` pixels this takes :math:`O(n^3)` operations, where a
+factorisation by rows of nodes takes :math:`O(n^4)`.
 
-A boundary is numbered around the patch (see :func:`mechdiffusers.mechanics.elements.loop`): then merging copies a handful
-of contiguous slices. The stiffness is positive definite if and only if every :math:`A` and the last block are.
+A boundary is numbered around the patch (see :func:`mechdiffusers.mechanics.elements.loop`): then merging copies a few
+contiguous slices. The stiffness is positive definite if and only if every :math:`A` and the last block are.
 
 References:
     | Nested dissection of a regular finite element mesh (George, 1973)
@@ -42,7 +42,7 @@ class _Merge:
     count: int  #: patches along the axis of which each group is merged, one after another
     turn: int  #: which of them is merged now
     shared: tuple[slice, slice]  #: the common side on the first patch and, in reverse order, on the second
-    segments: tuple[list[_Segment], list[_Segment]]
+    segments: tuple[list[_Segment], ...]  #: of the first and of the second patch
     size: int  #: degrees of freedom around the merged patch
     inside: Tensor  #: degrees of freedom to eliminate, shape (patches, s)
     around: Tensor  #: degrees of freedom around the merged patches, shape (patches, m)
@@ -111,7 +111,7 @@ class NestedDissection:
     def _merge(
         self, axis: int, count: int, turn: int, first: tuple[int, int], second: tuple[int, int], corners: np.ndarray
     ) -> _Merge:
-        """Tables for a patch of ``first`` lattice steps and its neighbour of ``second``; see ``loop`` for the numbers."""
+        """Tables for a patch of ``first`` lattice steps and its neighbour of ``second``; ``loop`` has the numbers."""
         if axis == 1:
             rows, one, two = first[0], first[1], second[1]
             merged = (rows, one + two)
@@ -134,8 +134,8 @@ class NestedDissection:
             axis,
             count,
             turn,
-            tuple(slice(2 * start, 2 * stop) for start, stop in sides),
-            tuple([(slice(2 * start, 2 * stop), 2 * to) for start, stop, to in child] for child in segments),
+            (_dofs(*sides[0]), _dofs(*sides[1])),
+            tuple([(_dofs(start, stop), 2 * to) for start, stop, to in child] for child in segments),
             4 * sum(merged),
             self._table(corners, between),
             self._table(corners, loop(*merged)),
@@ -148,7 +148,7 @@ class NestedDissection:
             stiffness: Stiffness of each element, shape ``(B, H, W, 2n, 2n)``, the nodes around an element first.
         """
         definite = torch.ones(len(stiffness), dtype=torch.bool, device=stiffness.device)
-        levels = []
+        levels: list[tuple[Tensor, Tensor]] = []
         boundary = self._around.shape[1]
         patches = stiffness[..., :boundary, :boundary]
         if self._inner.shape[1]:
@@ -222,6 +222,11 @@ def _front(merge: _Merge, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor
             for rows, row in segments:
                 around[..., row : row + rows.stop - rows.start, here] += child[..., rows, columns]
     return inside, side, around
+
+
+def _dofs(start: int, stop: int) -> slice:
+    """The degrees of freedom of nodes ``start`` to ``stop``."""
+    return slice(2 * start, 2 * stop)
 
 
 def _reversed(block: Tensor, dim: int) -> Tensor:

@@ -2,7 +2,7 @@ r"""Equilibrium of a batch of designs along a path of strains.
 
 Each step starts from an extrapolation of the path so far, whose tangent is factorised once. From there on the direction
 comes from limited-memory BFGS with that factor as its initial Hessian, so that one factorisation and a few cheap
-solutions make a step, with nearly the convergence of Newton's method; where that is slow the tangent is factorised anew.
+solutions make a step; where that converges slowly the tangent is factorised anew.
 Every direction is one of descent of the strain energy, along which a line search keeps :math:`\det F > 0`. A tangent
 that is not positive definite is shifted towards that of the unloaded state, so the iteration follows the energy down to
 a stable state, and the state it arrives at is checked. What cannot be solved is tried in half the step, a few times.
@@ -110,9 +110,9 @@ class _Iterate:
     pairs: list[tuple[Tensor, Tensor, Tensor]]  #: BFGS: changes of place and gradient, and 1 over their product or 0
 
     def __getitem__(self, index: Tensor) -> _Iterate:
+        chosen = {name: value[index] for name, value in vars(self).items() if name != "pairs"}
         pairs = [(place[index], change[index], weight[index]) for place, change, weight in self.pairs]
-        fields = (getattr(self, name)[index] for name in list(self.__dataclass_fields__)[:-1])
-        return _Iterate(*fields, pairs)
+        return _Iterate(**chosen, pairs=pairs)
 
 
 def equilibrate(cell: Cell, modulus: Tensor, start: Tensor) -> Equilibrium:
@@ -138,9 +138,19 @@ def equilibrate(cell: Cell, modulus: Tensor, start: Tensor) -> Equilibrium:
         return result
     factor, shifted = _factorise(cell, start[left], modulus[left])
     work = _Iterate(
-        index[left], modulus[left], start[left], energy[left], forces[left], gradient[left],
-        -cell.solver.solve(factor, gradient[left]), torch.ones_like(energy[left]), factor, shifted, torch.zeros_like(shifted), [],
-    )  # fmt: skip
+        index=index[left],
+        modulus=modulus[left],
+        displacement=start[left],
+        energy=energy[left],
+        forces=forces[left],
+        gradient=gradient[left],
+        direction=-cell.solver.solve(factor, gradient[left]),
+        step=torch.ones_like(energy[left]),
+        factor=factor,
+        shifted=shifted,
+        left=torch.zeros_like(shifted),
+        pairs=[],
+    )
     for _ in range(MAX_EVALUATIONS):
         trial = work.displacement + _per_node(work.step) * work.direction
         now = cell.evaluate(trial, work.modulus)
@@ -200,7 +210,8 @@ def _direction(cell: Cell, work: _Iterate) -> Tensor:
 def _factorise(cell: Cell, displacement: Tensor, modulus: Tensor) -> tuple[Factor, Tensor]:
     """A positive definite tangent, shifted where it has to be, and where that was.
 
-    It only leads the way, so single precision, at half the cost, serves; what that finds indefinite may be so by rounding.
+    It only leads the way, so single precision serves, at half the cost. What that finds indefinite may be so by
+    rounding.
     """
     stiffness = cell.elements.stiffness(cell.elements.state(displacement), modulus)
     factor = cell.solver.factorise(stiffness.float())
