@@ -1,4 +1,4 @@
-"""Pictures of simulations: a design, its deformed mesh coloured by a stress, its curves, and the path as a moving picture.
+"""Pictures of simulations: a design, its deformed mesh coloured by a stress, its curves, and its path as a GIF.
 
 Fields come from ``simulate(..., return_fields=True)``, here for one design under one load case.
 """
@@ -20,8 +20,6 @@ from mechdiffusers.mechanics.elements import loop
 from PIL import Image
 
 __all__ = ["draw_deformed", "save_path_animation", "save_simulation_figure"]
-
-_STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def draw_deformed(axes: Axes, displacement: Any, values: Any, limit: float) -> PolyCollection:
@@ -63,7 +61,7 @@ def save_simulation_figure(
         component: Of the first Piola-Kirchhoff stress, ``"xx"``, ``"xy"``, ``"yx"`` or ``"yy"``.
     """
     displacement, stress, limit = _fields(result, index, 0, component)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(9, 3), layout="constrained")
         left, middle, right = figure.subplots(1, 3)
         left.imshow(np.asarray(design), cmap="gray_r", vmin=0, vmax=1.15)
@@ -105,8 +103,12 @@ def save_path_animation(
         canvas.draw()
         frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
     film = frames + frames[-2:0:-1]
-    options = {"format": "GIF", "save_all": True, "append_images": film[1:], "duration": milliseconds, "loop": 0}
-    _write(path, lambda unfinished: film[0].save(unfinished, **options))
+    _write(
+        path,
+        lambda unfinished: film[0].save(
+            unfinished, format="GIF", save_all=True, append_images=film[1:], duration=milliseconds, loop=0
+        ),
+    )
 
 
 def _fields(result: Any, index: int, load_case: int, component: str) -> tuple[np.ndarray, np.ndarray, float]:
