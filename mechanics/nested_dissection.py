@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from mechdiffusers.mechanics.elements import loop
+from mechdiffusers.mechanics.elements import loop, square
 from torch import Tensor
 
 __all__ = ["Factor", "NestedDissection"]
@@ -71,19 +71,18 @@ class NestedDissection:
     """The order of elimination for designs of one size, and the two passes over it.
 
     Args:
-        height: Pixels from top to bottom.
-        width: Pixels from left to right.
-        order: Polynomial order of the elements.
-        free: Which degrees of freedom are not prescribed, bool, shape ``(kH + 1, kW + 1, 2)``.
+        height: Patches to begin with, from top to bottom; pixels, or groups of them.
+        width: The same from left to right.
+        steps: Steps of the lattice of nodes along a patch to begin with.
+        free: Which degrees of freedom are not prescribed, bool, shape ``(*lattice, 2)``.
     """
 
-    def __init__(self, height: int, width: int, order: int, free: Tensor):
+    def __init__(self, height: int, width: int, steps: int, free: Tensor):
         self._numbers = np.arange(free.numel()).reshape(free.shape)
         self._device = free.device
-        patch, count = (order, order), (height, width)
-        corners = np.stack(np.meshgrid(np.arange(height) * order, np.arange(width) * order, indexing="ij"), -1)
-        inner = np.array([(r, c) for r in range(1, order) for c in range(1, order)], dtype=int).reshape(-1, 2)
-        self._inner = self._table(corners, inner)
+        patch, count = (steps, steps), (height, width)
+        corners = np.stack(np.meshgrid(np.arange(height) * steps, np.arange(width) * steps, indexing="ij"), -1)
+        self._inner = self._table(corners, square(steps)[4 * steps :])
         self._around = self._table(corners, loop(*patch))
         self._merges: list[_Merge] = []
         while count != (1, 1):
@@ -145,7 +144,8 @@ class NestedDissection:
         """Eliminates everything.
 
         Args:
-            stiffness: Stiffness of each element, shape ``(B, H, W, 2n, 2n)``, the nodes around an element first.
+            stiffness: Stiffness of each patch to begin with, shape ``(B, height, width, 2n, 2n)``; the nodes as in
+                :func:`mechdiffusers.mechanics.elements.square`.
         """
         definite = torch.ones(len(stiffness), dtype=torch.bool, device=stiffness.device)
         levels: list[tuple[Tensor, Tensor]] = []
@@ -188,7 +188,7 @@ class NestedDissection:
         return around
 
     def solve(self, factor: Factor, right: Tensor) -> Tensor:
-        """Solution for right-hand sides ``(B, kH + 1, kW + 1, 2)``; 0 where prescribed."""
+        """Solution for right-hand sides ``(B, *lattice, 2)``; 0 where prescribed."""
         batch = len(right)
         residual = right.flatten(1).to(factor.root.dtype, copy=True)
         tables = [(self._inner, self._around)] if self._inner.shape[1] else []

@@ -53,7 +53,8 @@ class Cell:
         self.elements = Elements(height, width, order, law, device)
         self.free = case.free(self.elements.lattice, device)
         self.affine = case.affine(self.elements.lattice, (height, width), device)
-        self.solver = NestedDissection(height, width, order, self.free)
+        patches = self.elements.patches
+        self.solver = NestedDissection(patches.height, patches.width, patches.steps, self.free)
         self.area = height * width
 
     def evaluate(self, displacement: Tensor, modulus: Tensor) -> Evaluation:
@@ -61,15 +62,16 @@ class Cell:
         state = self.elements.state(displacement)
         energy = (self.elements.energy(state) * modulus).sum((1, 2))
         stress = self.elements.stress(state) * modulus.flatten()
-        forces = self.elements.assembled(self.elements.nodal_forces(stress))
+        forces = self.elements.grid.assembled(self.elements.nodal_forces(stress))
         return Evaluation(energy, forces, self.elements.least_jacobian(state) > 0)
 
     def path_tangent(self, state: State, modulus: Tensor) -> Tensor:
         """Derivative of the displacements in equilibrium with respect to the strain, shape ``(B, *lattice, 2)``."""
         stiffness = self.elements.stiffness(state, modulus)
-        affine = self.elements.nodal_values(self.affine[None]).permute(2, 0, 1).reshape(1, *modulus.shape[1:], -1, 1)
-        forces = (stiffness @ affine).view(modulus.numel(), -1, 2).permute(1, 2, 0)
-        unbalanced = self.elements.assembled(forces) * self.free
+        patches = self.elements.patches
+        affine = patches.gathered(self.affine[None]).permute(2, 0, 1).reshape(1, *stiffness.shape[1:3], -1, 1)
+        forces = (stiffness @ affine).reshape(-1, len(patches.nodes), 2).permute(1, 2, 0).contiguous()
+        unbalanced = patches.assembled(forces) * self.free
         return self.affine - self.solver.solve(self.solver.factorise(stiffness), unbalanced)
 
 
@@ -213,15 +215,18 @@ def _factorise(cell: Cell, displacement: Tensor, modulus: Tensor) -> tuple[Facto
     It only leads the way, so single precision serves, at half the cost. What that finds indefinite may be so by
     rounding.
     """
-    stiffness = cell.elements.stiffness(cell.elements.state(displacement), modulus)
-    factor = cell.solver.factorise(stiffness.float())
+    state = cell.elements.state(displacement)
+    factor = cell.solver.factorise(cell.elements.stiffness(state, modulus, torch.float32))
     shifted = torch.zeros_like(factor.definite)
     for shift in (0.0, *SHIFTS):
         bad = (~factor.definite).nonzero()[:, 0]
         if not len(bad):
             break
-        unloaded = cell.elements.stiffness(cell.elements.state(torch.zeros_like(displacement[bad])), modulus[bad])
-        factor[bad] = cell.solver.factorise(stiffness[bad] + shift * unloaded)
+        here, unloaded = (
+            cell.elements.stiffness(cell.elements.state(place), modulus[bad])
+            for place in (displacement[bad], torch.zeros_like(displacement[bad]))
+        )
+        factor[bad] = cell.solver.factorise(here + shift * unloaded)
         shifted[bad] = shift > 0
     return factor, shifted
 

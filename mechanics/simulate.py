@@ -186,7 +186,7 @@ def _responses(cell: Cell, modulus: Tensor, strains: Tensor, fields: bool, slope
         if slopes:
             tangent = cell.path_tangent(state, modulus)
             forces = cell.elements.nodal_forces(unit_stress)
-            work = (cell.elements.nodal_values(tangent) * forces).sum((0, 1)).view(modulus.shape) / cell.area
+            work = (cell.elements.grid.gathered(tangent) * forces).sum((0, 1)).view(modulus.shape) / cell.area
             # 0, not NaN, so that the gradient of what is chosen from the solved is not spoilt by the rest
             for name, value in (("stress_slope", work), ("energy_slope", cell.elements.energy(state))):
                 found[name] = torch.where(_like(now.solved, value), value, 0.0)
