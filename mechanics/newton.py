@@ -246,7 +246,7 @@ def _balanced(cell: Cell, forces: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a.flatten(1)[:, None] @ b.flatten(1)[:, :, None])[:, 0, 0]
+    return torch.linalg.vecdot(a.flatten(1), b.flatten(1))
 
 
 def _norm(a: Tensor) -> Tensor:
