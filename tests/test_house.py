@@ -13,10 +13,11 @@ import pytest
 import mechdiffusers
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("evaluation", "microstructures", "models", "pipelines", "schedulers", "training")
+ROOMS = ("evaluation", "mechanics", "microstructures", "models", "pipelines", "schedulers", "training")
 #: What each room may import of ours; the journey of the data has no way back.
 MAY_IMPORT = {
     "microstructures": set(),
+    "mechanics": set(),
     "models": set(),
     "schedulers": set(),
     "pipelines": set(),

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mechdiffusers.mechanics import SimulationResult, simulate
     from mechdiffusers.microstructures import random_composites
     from mechdiffusers.models import ResponseEncoder
     from mechdiffusers.pipelines import ClassifierGuidance, LatentDDPMPipeline
@@ -20,8 +21,10 @@ _ROOMS = {
     "PredictorCorrectorScheduler": "mechdiffusers.schedulers",
     "ProbabilityFlowScheduler": "mechdiffusers.schedulers",
     "ResponseEncoder": "mechdiffusers.models",
+    "SimulationResult": "mechdiffusers.mechanics",
     "VDMScheduler": "mechdiffusers.schedulers",
     "random_composites": "mechdiffusers.microstructures",
+    "simulate": "mechdiffusers.mechanics",
 }
 
 __all__ = [
@@ -30,9 +33,11 @@ __all__ = [
     "PredictorCorrectorScheduler",
     "ProbabilityFlowScheduler",
     "ResponseEncoder",
+    "SimulationResult",
     "VDMScheduler",
     "__version__",
     "random_composites",
+    "simulate",
 ]
 
 

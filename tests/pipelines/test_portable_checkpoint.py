@@ -100,7 +100,7 @@ def test_a_conditional_checkpoint_answers_in_plain_diffusers(make_pipeline, tmp_
 
 
 @pytest.mark.slow
-def test_our_schedulers_travel_with_a_checkpoint(make_pipeline, tmp_path):
+def test_our_schedulers_travel_with_a_checkpoint(make_pipeline, tmp_path, plain_diffusers):
     pipe = make_pipeline()
     table = torch.linspace(9, -9, 50).tolist()
     for cls in (VDMScheduler, ProbabilityFlowScheduler, PredictorCorrectorScheduler):
@@ -122,7 +122,7 @@ def test_our_schedulers_travel_with_a_checkpoint(make_pipeline, tmp_path):
                 assert torch.equal(images, torch.load(f"{name}.pt")), folder
                 pipe.save_pretrained(f"{name}-again")
     """
-    plain_diffusers(script, tmp_path)
+    plain_diffusers(script)
 
 
 def test_code_of_a_checkpoint_does_not_run_without_trust(folder):

@@ -1,0 +1,5 @@
+"""Mechanics: batched hyperelastic finite elements."""
+
+from mechdiffusers.mechanics.simulate import SimulationResult, simulate
+
+__all__ = ["SimulationResult", "simulate"]

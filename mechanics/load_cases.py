@@ -1,0 +1,72 @@
+r"""Load cases: which displacements are prescribed on the boundary of the cell.
+
+A load case is a displacement gradient :math:`G` for a strain of 1 and the components prescribed on each edge: there,
+:math:`u = \varepsilon\, G (X - X_0)`. Everything else on the boundary is free of traction. ``NAME_x`` is load case
+``NAME`` of the transposed design: what acted along y acts along x.
+
+References:
+    | Mechanical MNIST: a benchmark dataset for mechanical metamodels (Lejeune, 2020)
+    | https://doi.org/10.1016/j.eml.2020.100659
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["LOAD_CASES", "LoadCase", "load_case"]
+
+
+@dataclass(frozen=True)
+class LoadCase:
+    """Prescribed displacements of a strain of 1; lengths in units of the cell's sides."""
+
+    gradient: tuple[tuple[float, float], tuple[float, float]]  #: rows: x and y displacement; columns: along x and y
+    prescribed: Mapping[str, str]  #: the components, "x", "y" or "xy", by edge: "top", "bottom", "left" or "right"
+    origin: tuple[float, float] = (0.0, 0.0)  #: X_0 as fractions of width and height from the lower left corner
+    reach: float = 0.3  #: the largest strain unless told otherwise
+
+    def free(self, lattice: tuple[int, int], device: torch.device) -> Tensor:
+        """Which displacements of a lattice of nodes are unknown, bool, shape ``(*lattice, 2)``."""
+        free = torch.ones(*lattice, 2, dtype=torch.bool, device=device)
+        edges = {"top": free[0], "bottom": free[-1], "left": free[:, 0], "right": free[:, -1]}
+        for edge, components in self.prescribed.items():
+            for component in components:
+                edges[edge][:, "xy".index(component)] = False
+        return free
+
+    def affine(self, lattice: tuple[int, int], size: tuple[int, int], device: torch.device) -> Tensor:
+        """The affine displacement of a strain of 1 on a cell of ``size`` (height, width), shape ``(*lattice, 2)``."""
+        x = torch.linspace(0, size[1], lattice[1], dtype=torch.float64, device=device) - self.origin[0] * size[1]
+        y = torch.linspace(size[0], 0, lattice[0], dtype=torch.float64, device=device) - self.origin[1] * size[0]
+        (xx, xy), (yx, yy) = self.gradient
+        y, x = torch.meshgrid(y, x, indexing="ij")
+        return torch.stack([xx * x + xy * y, yx * x + yy * y], dim=-1)
+
+
+_CLAMPED = {"bottom": "xy", "top": "xy"}
+_SLIDING = {"bottom": "y", "top": "y", "left": "x", "right": "x"}
+
+LOAD_CASES = {
+    "uniaxial_extension": LoadCase(((0, 0), (0, 1)), _CLAMPED),
+    "uniaxial_compression": LoadCase(((0, 0), (0, -1)), _CLAMPED, reach=0.1),
+    "equibiaxial_extension": LoadCase(((1, 0), (0, 1)), _SLIDING, origin=(0.5, 0.5)),
+    "shear": LoadCase(((0, 1), (0, 0)), _CLAMPED),
+    "confined_compression": LoadCase(((0, 0), (0, -1)), _SLIDING, reach=0.1),
+}
+
+
+def load_case(name: str) -> tuple[LoadCase, bool]:
+    """The load case of a name and whether the design is to be transposed.
+
+    Raises:
+        ValueError: If there is no such load case.
+    """
+    base = name.removesuffix("_x") if isinstance(name, str) else name
+    if base not in LOAD_CASES:
+        known = ", ".join(LOAD_CASES)
+        raise ValueError(f"load_cases must be among {known}, each also with the suffix _x, got {name!r}")
+    return LOAD_CASES[base], base != name

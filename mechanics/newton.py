@@ -1,0 +1,318 @@
+r"""Equilibrium of a batch of designs along a path of strains.
+
+Each step starts from an extrapolation of the path so far, whose tangent is factorised once. From there on the direction
+comes from limited-memory BFGS with that factor as its initial Hessian, so that one factorisation and a few cheap
+solutions make a step; where that converges slowly the tangent is factorised anew.
+Every direction is one of descent of the strain energy, along which a line search keeps :math:`\det F > 0`. A tangent
+that is not positive definite is shifted towards that of the unloaded state, so the iteration follows the energy down to
+a stable state, and the state it arrives at is checked. What cannot be solved is tried in half the step, a few times.
+
+All of that is decided for each design by itself; designs that are done leave the batch.
+
+References:
+    | Numerical Optimization (Nocedal & Wright, 2006), sections 3.1, 3.4 and 7.2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from mechdiffusers.mechanics.elements import Elements, State
+from mechdiffusers.mechanics.load_cases import LoadCase
+from mechdiffusers.mechanics.materials import Law
+from mechdiffusers.mechanics.nested_dissection import Factor, NestedDissection
+from torch import Tensor
+
+__all__ = ["Cell", "Equilibrium", "follow"]
+
+TOLERANCE = 1e-10  #: of the out-of-balance forces, relative to those that hold the boundary
+MAX_EVALUATIONS = 60  #: of the energy, in one attempt at a step
+MAX_HALVINGS = 6  #: of a step of the path, and of a step of the line search
+SLOW = 0.3  #: a new factorisation pays where an iteration leaves more than this of the out-of-balance forces
+SUFFICIENT = 1e-4  #: share of the predicted decrease of the energy that a step must make
+ROUNDING = 1e-8  #: below this relative change of the energy the forces tell better whether a step is good
+MEMORY = 8  #: pairs that BFGS remembers
+SHIFTS = (0.05, 0.2, 1.0, 5.0)  #: of a tangent that is not positive definite, in tangents of the unloaded state
+
+
+class Cell:
+    """Designs of one size under one load case, and what does not depend on the design.
+
+    Args:
+        height: Pixels from top to bottom.
+        width: Pixels from left to right.
+        order: Polynomial order of the elements.
+        case: The load case.
+        law: The hyperelastic law.
+        device: Where to compute.
+    """
+
+    def __init__(self, height: int, width: int, order: int, case: LoadCase, law: Law, device: torch.device):
+        self.elements = Elements(height, width, order, law, device)
+        self.free = case.free(self.elements.lattice, device)
+        self.affine = case.affine(self.elements.lattice, (height, width), device)
+        patches = self.elements.patches
+        self.solver = NestedDissection(patches.height, patches.width, patches.steps, self.free)
+        self.area = height * width
+
+    def evaluate(self, displacement: Tensor, modulus: Tensor) -> Evaluation:
+        """Energy and forces at displacements ``(B, *lattice, 2)`` for moduli ``(B, H, W)``."""
+        state = self.elements.state(displacement)
+        energy = (self.elements.energy(state) * modulus).sum((1, 2))
+        stress = self.elements.stress(state) * modulus.flatten()
+        forces = self.elements.grid.assembled(self.elements.nodal_forces(stress))
+        return Evaluation(energy, forces, self.elements.least_jacobian(state) > 0)
+
+    def path_tangent(self, state: State, modulus: Tensor) -> Tensor:
+        """Derivative of the displacements in equilibrium with respect to the strain, shape ``(B, *lattice, 2)``."""
+        stiffness = self.elements.stiffness(state, modulus)
+        patches = self.elements.patches
+        affine = patches.gathered(self.affine[None]).permute(2, 0, 1).reshape(1, *stiffness.shape[1:3], -1, 1)
+        forces = (stiffness @ affine).reshape(-1, len(patches.nodes), 2).permute(1, 2, 0).contiguous()
+        unbalanced = patches.assembled(forces) * self.free
+        return self.affine - self.solver.solve(self.solver.factorise(stiffness), unbalanced)
+
+
+@dataclass
+class Evaluation:
+    """Energy (B,) and nodal forces (B, *lattice, 2) of a state, and whether it is admissible (B,)."""
+
+    energy: Tensor
+    forces: Tensor
+    admissible: Tensor
+
+
+@dataclass
+class Equilibrium:
+    """Designs at one strain of their path."""
+
+    displacement: Tensor  #: shape (B, *lattice, 2)
+    energy: Tensor  #: shape (B,)
+    stress: Tensor  #: conjugate to the strain per unit area, shape (B,)
+    solved: Tensor  #: bool, shape (B,); what is not solved is meaningless
+
+
+@dataclass
+class _Iterate:
+    """Designs on their way to equilibrium; every field has the batch first."""
+
+    index: Tensor  #: place in the batch that was started with
+    modulus: Tensor
+    displacement: Tensor
+    energy: Tensor
+    forces: Tensor
+    gradient: Tensor  #: out-of-balance forces, (B, *lattice, 2)
+    direction: Tensor
+    step: Tensor  #: of the line search
+    factor: Factor
+    shifted: Tensor  #: whether some tangent was not positive definite
+    left: Tensor  #: whether it is done, or given up
+    pairs: list[tuple[Tensor, Tensor, Tensor]]  #: BFGS: changes of place and gradient, and 1 over their product or 0
+
+    def __getitem__(self, index: Tensor) -> _Iterate:
+        chosen = {name: value[index] for name, value in vars(self).items() if name != "pairs"}
+        pairs = [(place[index], change[index], weight[index]) for place, change, weight in self.pairs]
+        return _Iterate(**chosen, pairs=pairs)
+
+
+def equilibrate(cell: Cell, modulus: Tensor, start: Tensor) -> Equilibrium:
+    """Finds the equilibrium near ``start``, whose prescribed displacements hold.
+
+    Args:
+        cell: The designs' size and load case.
+        modulus: Young's moduli, shape ``(B, H, W)``.
+        start: Displacements, shape ``(B, *lattice, 2)``.
+    """
+    result = Equilibrium(
+        start.clone(), start.new_empty(len(start)), start.new_empty(len(start)), start.new_zeros(len(start)).bool()
+    )
+    now = cell.evaluate(start, modulus)
+    index = now.admissible.nonzero()[:, 0]
+    modulus, start = modulus[index], start[index]
+    energy, forces = now.energy[index], now.forces[index]
+    gradient = forces * cell.free
+    balanced = _balanced(cell, forces, gradient)
+    _store(cell, result, index[balanced], start[balanced], energy[balanced], forces[balanced])
+    left = (~balanced).nonzero()[:, 0]
+    if not len(left):
+        return result
+    factor, shifted = _factorise(cell, start[left], modulus[left])
+    work = _Iterate(
+        index=index[left],
+        modulus=modulus[left],
+        displacement=start[left],
+        energy=energy[left],
+        forces=forces[left],
+        gradient=gradient[left],
+        direction=-cell.solver.solve(factor, gradient[left]),
+        step=torch.ones_like(energy[left]),
+        factor=factor,
+        shifted=shifted,
+        left=torch.zeros_like(shifted),
+        pairs=[],
+    )
+    for _ in range(MAX_EVALUATIONS):
+        trial = work.displacement + _per_node(work.step) * work.direction
+        now = cell.evaluate(trial, work.modulus)
+        slope = _dot(work.gradient, work.direction)
+        gradient = now.forces * cell.free
+        decreased = now.energy <= work.energy + SUFFICIENT * work.step * slope
+        near = (slope.abs() <= ROUNDING * work.energy) & (_norm(gradient) < _norm(work.gradient))
+        accepted = now.admissible & (decreased | near) & ~work.left
+        work.step = torch.where(accepted, 1.0, work.step / 2)
+        place, change = _per_node(accepted) * (trial - work.displacement), gradient - work.gradient
+        product = _dot(place, change)
+        weight = torch.where(accepted & (product > 0), 1 / product, 0.0)
+        work.pairs = [*work.pairs[1 - MEMORY :], (place, change.nan_to_num(), weight)]
+        slow = accepted & (_norm(gradient) > SLOW * _norm(work.gradient))
+        for name, value in (("displacement", trial), ("forces", now.forces), ("gradient", gradient)):
+            setattr(work, name, torch.where(_per_node(accepted), value, getattr(work, name)))
+        work.energy = torch.where(accepted, now.energy, work.energy)
+
+        balanced = accepted & _balanced(cell, work.forces, work.gradient)
+        stable = torch.ones_like(balanced)
+        check = (balanced & work.shifted).nonzero()[:, 0]
+        if len(check):
+            state = cell.elements.state(work.displacement[check])
+            stable[check] = cell.solver.factorise(cell.elements.stiffness(state, work.modulus[check])).definite
+        done = (balanced & stable).nonzero()[:, 0]
+        _store(cell, result, work.index[done], work.displacement[done], work.energy[done], work.forces[done])
+        work.left |= balanced | (work.step < 0.5**MAX_HALVINGS) | work.direction.isnan().flatten(1).any(1)
+        staying = (~work.left).nonzero()[:, 0]
+        if not len(staying):
+            break
+        if 2 * len(staying) <= len(work.left):  # copying the factors of those that stay costs about one iteration
+            work, accepted, slow = work[staying], accepted[staying], slow[staying]
+
+        anew = slow.nonzero()[:, 0]
+        if len(anew):
+            work.factor[anew], shifted = _factorise(cell, work.displacement[anew], work.modulus[anew])
+            work.shifted[anew] |= shifted
+            for _, _, weight in work.pairs:
+                weight[anew] = 0
+        work.direction = torch.where(_per_node(accepted), _direction(cell, work), work.direction)
+    return result
+
+
+def _direction(cell: Cell, work: _Iterate) -> Tensor:
+    """The direction of limited-memory BFGS (Nocedal & Wright 2006, algorithm 7.4), from the factorised tangent."""
+    q = work.gradient.clone()
+    projections = []
+    for place, change, weight in reversed(work.pairs):
+        projections.append(weight * _dot(place, q))
+        q -= _per_node(projections[-1]) * change
+    r = cell.solver.solve(work.factor, q)
+    for (place, change, weight), projection in zip(work.pairs, reversed(projections), strict=True):
+        r += _per_node(projection - weight * _dot(change, r)) * place
+    return -r
+
+
+def _factorise(cell: Cell, displacement: Tensor, modulus: Tensor) -> tuple[Factor, Tensor]:
+    """A positive definite tangent, shifted where it has to be, and where that was.
+
+    It only leads the way, so single precision serves, at half the cost. What that finds indefinite may be so by
+    rounding.
+    """
+    state = cell.elements.state(displacement)
+    factor = cell.solver.factorise(cell.elements.stiffness(state, modulus, torch.float32))
+    shifted = torch.zeros_like(factor.definite)
+    for shift in (0.0, *SHIFTS):
+        bad = (~factor.definite).nonzero()[:, 0]
+        if not len(bad):
+            break
+        here, unloaded = (
+            cell.elements.stiffness(cell.elements.state(place), modulus[bad])
+            for place in (displacement[bad], torch.zeros_like(displacement[bad]))
+        )
+        factor[bad] = cell.solver.factorise(here + shift * unloaded)
+        shifted[bad] = shift > 0
+    return factor, shifted
+
+
+def _store(
+    cell: Cell, result: Equilibrium, index: Tensor, displacement: Tensor, energy: Tensor, forces: Tensor
+) -> None:
+    """Writes what is in equilibrium to its place in the result."""
+    result.displacement[index], result.energy[index] = displacement, energy
+    result.stress[index] = (forces * ~cell.free * cell.affine).flatten(1).sum(1) / cell.area
+    result.solved[index] = True
+
+
+def _balanced(cell: Cell, forces: Tensor, gradient: Tensor) -> Tensor:
+    """Whether nothing is out of balance that counts beside the forces on the boundary."""
+    return _norm(gradient) <= TOLERANCE * _norm(forces * ~cell.free)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.linalg.vecdot(a.flatten(1), b.flatten(1))
+
+
+def _norm(a: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(a.flatten(1), dim=1)
+
+
+def _per_node(value: Tensor) -> Tensor:
+    return value[:, None, None, None]
+
+
+def follow(cell: Cell, modulus: Tensor, strains: Tensor) -> Iterator[Equilibrium]:
+    """Equilibria of designs with moduli ``(B, H, W)`` at increasing ``strains`` (S,), one after another.
+
+    What is not solved at one strain is not tried at the next.
+    """
+    batch = len(modulus)
+    path = _Path(batch, cell)
+    now = Equilibrium(
+        path.displacements[0], modulus.new_zeros(batch), modulus.new_zeros(batch), modulus.new_ones(batch).bool()
+    )
+    for strain in strains.tolist():
+        length = strain - path.strains[0]
+        halvings = torch.zeros(batch, dtype=torch.long, device=modulus.device)
+        while len(todo := (now.solved & (path.strains[0] < strain)).nonzero()[:, 0]):
+            goal = (path.strains[0] + length)[todo]
+            goal = torch.where(goal > strain * (1 - 1e-12), strain, goal)
+            found = equilibrate(cell, modulus[todo], path.extrapolated(todo, goal, halvings[todo] > 0))
+            reached = todo[found.solved]
+            path.append(reached, goal[found.solved], found.displacement[found.solved])
+            now.energy[reached], now.stress[reached] = found.energy[found.solved], found.stress[found.solved]
+            failed = todo[~found.solved]
+            length[failed] /= 2
+            halvings[failed] += 1
+            now.solved[failed[halvings[failed] > MAX_HALVINGS]] = False
+        now.displacement = path.displacements[0]
+        yield now
+
+
+class _Path:
+    """The last few states of each design, newest first, for polynomial extrapolation in the strain."""
+
+    POINTS = 4
+
+    def __init__(self, batch: int, cell: Cell):
+        self.affine = cell.affine
+        self.strains = cell.affine.new_zeros(self.POINTS, batch)
+        self.displacements = cell.affine.new_zeros(self.POINTS, batch, *cell.affine.shape)
+        self.known = torch.zeros(self.POINTS, batch, dtype=torch.bool, device=cell.affine.device)
+        self.known[0] = True
+
+    def append(self, index: Tensor, strain: Tensor, displacement: Tensor) -> None:
+        """Adds a state to the paths of the designs in ``index``."""
+        for values, new in ((self.strains, strain), (self.displacements, displacement), (self.known, True)):
+            values[1:, index] = values[:-1, index]
+            values[0, index] = new
+
+    def extrapolated(self, index: Tensor, goal: Tensor, carefully: Tensor) -> Tensor:
+        """Lagrange's polynomial through the known states at strains ``goal``; through the last two ``carefully``."""
+        strains, known = self.strains[:, index], self.known[:, index].clone()
+        known[2:] &= ~carefully
+        start = _per_node(goal) * self.affine * _per_node(~known[1])
+        for i in range(self.POINTS):
+            weight = (known[i] & known[1]).to(goal.dtype)
+            for j in range(self.POINTS):
+                if j != i:
+                    ratio = (goal - strains[j]) / (strains[i] - strains[j])
+                    weight = torch.where(known[i] & known[j], weight * ratio, weight)
+            start += _per_node(weight) * self.displacements[i, index]
+        return start
