@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -13,9 +14,11 @@ def local_parameters(module: nn.Module) -> list[Tensor]:
 
     The averaging of weights works on these, as not every fused operation knows sharded tensors.
     """
-    return [
-        parameter.detach().to_local().requires_grad_(parameter.requires_grad)
-        if isinstance(parameter, DTensor)
-        else parameter
-        for parameter in module.parameters()
-    ]
+    return [_local(parameter) for parameter in module.parameters()]
+
+
+def _local(parameter: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return parameter
+    with torch.no_grad():
+        return parameter.to_local().detach().requires_grad_(parameter.requires_grad)
