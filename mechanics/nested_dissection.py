@@ -62,8 +62,9 @@ class Factor:
 
     def __setitem__(self, index: Tensor, other: Factor) -> None:
         for mine, its in zip(self.levels, other.levels, strict=True):
-            mine[0][index], mine[1][index] = its
-        self.root[index], self.definite[index] = other.root, other.definite
+            for matrix, new in zip(mine, its, strict=True):
+                matrix[index] = new.to(matrix.dtype)
+        self.root[index], self.definite[index] = other.root.to(self.root.dtype), other.definite
 
 
 class NestedDissection:
@@ -146,8 +147,7 @@ class NestedDissection:
         Args:
             stiffness: Stiffness of each element, shape ``(B, H, W, 2n, 2n)``, the nodes around an element first.
         """
-        batch, height, width = stiffness.shape[:3]
-        definite = torch.ones(batch, dtype=torch.bool, device=stiffness.device)
+        definite = torch.ones(len(stiffness), dtype=torch.bool, device=stiffness.device)
         levels = []
         boundary = self._around.shape[1]
         patches = stiffness[..., :boundary, :boundary]
@@ -190,7 +190,7 @@ class NestedDissection:
     def solve(self, factor: Factor, right: Tensor) -> Tensor:
         """Solution for right-hand sides ``(B, kH + 1, kW + 1, 2)``; 0 where prescribed."""
         batch = len(right)
-        residual = right.flatten(1).clone()
+        residual = right.flatten(1).to(factor.root.dtype, copy=True)
         tables = [(self._inner, self._around)] if self._inner.shape[1] else []
         tables += [(merge.inside, merge.around) for merge in self._merges[:-1] if merge.inside.shape[1]]
         middle = []
@@ -205,7 +205,7 @@ class NestedDissection:
         ):
             value = inverse.mT @ (value - coupling @ solution[:, around, None])
             solution[:, inside.flatten()] = value.flatten(1)
-        return solution.view(right.shape)
+        return solution.view(right.shape).to(right.dtype)
 
 
 def _front(merge: _Merge, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:

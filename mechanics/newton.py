@@ -106,6 +106,7 @@ class _Iterate:
     step: Tensor  #: of the line search
     factor: Factor
     shifted: Tensor  #: whether some tangent was not positive definite
+    left: Tensor  #: whether it is done, or given up
     pairs: list[tuple[Tensor, Tensor, Tensor]]  #: BFGS: changes of place and gradient, and 1 over their product or 0
 
     def __getitem__(self, index: Tensor) -> _Iterate:
@@ -138,7 +139,7 @@ def equilibrate(cell: Cell, modulus: Tensor, start: Tensor) -> Equilibrium:
     factor, shifted = _factorise(cell, start[left], modulus[left])
     work = _Iterate(
         index[left], modulus[left], start[left], energy[left], forces[left], gradient[left],
-        -cell.solver.solve(factor, gradient[left]), torch.ones_like(energy[left]), factor, shifted, [],
+        -cell.solver.solve(factor, gradient[left]), torch.ones_like(energy[left]), factor, shifted, torch.zeros_like(shifted), [],
     )  # fmt: skip
     for _ in range(MAX_EVALUATIONS):
         trial = work.displacement + _per_node(work.step) * work.direction
@@ -147,7 +148,7 @@ def equilibrate(cell: Cell, modulus: Tensor, start: Tensor) -> Equilibrium:
         gradient = now.forces * cell.free
         decreased = now.energy <= work.energy + SUFFICIENT * work.step * slope
         near = (slope.abs() <= ROUNDING * work.energy) & (_norm(gradient) < _norm(work.gradient))
-        accepted = now.admissible & (decreased | near)
+        accepted = now.admissible & (decreased | near) & ~work.left
         work.step = torch.where(accepted, 1.0, work.step / 2)
         place, change = _per_node(accepted) * (trial - work.displacement), gradient - work.gradient
         product = _dot(place, change)
@@ -159,19 +160,19 @@ def equilibrate(cell: Cell, modulus: Tensor, start: Tensor) -> Equilibrium:
         work.energy = torch.where(accepted, now.energy, work.energy)
 
         balanced = accepted & _balanced(cell, work.forces, work.gradient)
-        done = balanced.nonzero()[:, 0]
         stable = torch.ones_like(balanced)
         check = (balanced & work.shifted).nonzero()[:, 0]
         if len(check):
-            stable[check] = _tangent(cell, work.displacement[check], work.modulus[check])[1].definite
+            state = cell.elements.state(work.displacement[check])
+            stable[check] = cell.solver.factorise(cell.elements.stiffness(state, work.modulus[check])).definite
         done = (balanced & stable).nonzero()[:, 0]
         _store(cell, result, work.index[done], work.displacement[done], work.energy[done], work.forces[done])
-        leaving = balanced | (work.step < 0.5**MAX_HALVINGS) | (work.direction != work.direction).flatten(1).any(1)
-        if leaving.any():
-            left = (~leaving).nonzero()[:, 0]
-            if not len(left):
-                break
-            work, accepted, slow = work[left], accepted[left], slow[left]
+        work.left |= balanced | (work.step < 0.5**MAX_HALVINGS) | work.direction.isnan().flatten(1).any(1)
+        staying = (~work.left).nonzero()[:, 0]
+        if not len(staying):
+            break
+        if 2 * len(staying) <= len(work.left):  # copying the factors of those that stay costs about one iteration
+            work, accepted, slow = work[staying], accepted[staying], slow[staying]
 
         anew = slow.nonzero()[:, 0]
         if len(anew):
@@ -196,22 +197,21 @@ def _direction(cell: Cell, work: _Iterate) -> Tensor:
     return -r
 
 
-def _tangent(cell: Cell, displacement: Tensor, modulus: Tensor) -> tuple[Tensor, Factor]:
-    """Stiffness of the elements, and its factorisation."""
-    stiffness = cell.elements.stiffness(cell.elements.state(displacement), modulus)
-    return stiffness, cell.solver.factorise(stiffness)
-
-
 def _factorise(cell: Cell, displacement: Tensor, modulus: Tensor) -> tuple[Factor, Tensor]:
-    """A positive definite tangent, shifted where it has to be, and where that was."""
-    stiffness, factor = _tangent(cell, displacement, modulus)
-    shifted = ~factor.definite
-    for shift in SHIFTS:
+    """A positive definite tangent, shifted where it has to be, and where that was.
+
+    It only leads the way, so single precision, at half the cost, serves; what that finds indefinite may be so by rounding.
+    """
+    stiffness = cell.elements.stiffness(cell.elements.state(displacement), modulus)
+    factor = cell.solver.factorise(stiffness.float())
+    shifted = torch.zeros_like(factor.definite)
+    for shift in (0.0, *SHIFTS):
         bad = (~factor.definite).nonzero()[:, 0]
         if not len(bad):
             break
-        unloaded = cell.elements.state(torch.zeros_like(displacement[bad]))
-        factor[bad] = cell.solver.factorise(stiffness[bad] + shift * cell.elements.stiffness(unloaded, modulus[bad]))
+        unloaded = cell.elements.stiffness(cell.elements.state(torch.zeros_like(displacement[bad])), modulus[bad])
+        factor[bad] = cell.solver.factorise(stiffness[bad] + shift * unloaded)
+        shifted[bad] = shift > 0
     return factor, shifted
 
 
