@@ -1,15 +1,12 @@
-"""Builds a dataset of designs with their responses, part by part, so that a killed build goes on where it was."""
+"""Builds a dataset of designs with their responses."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,15 +17,13 @@ from datasets import Dataset
 from mechdiffusers.mechanics import simulate
 from mechdiffusers.mechanics.materials import CompressibleNeoHookean
 from mechdiffusers.microstructures.build_dataset.columns import dataset_of, grey_levels, response_meaning
+from mechdiffusers.microstructures.build_dataset.parts import compute_by_parts
 from torch import Tensor
-from tqdm.auto import tqdm
 
 __all__ = ["build_dataset"]
 
 logger = logging.getLogger(__name__)
 
-#: Designs of a part: what a kill can lose, a minute of one core on binary composites of 32 x 32 pixels.
-_PART = 32
 _OWN_COLUMNS = ("image", "response", "converged")
 _UNITS = {"stress": "unit of young_soft", "energy": "unit of young_soft x unit of pixel_size^2, per unit thickness"}
 
@@ -69,7 +64,7 @@ def build_dataset(
         poisson: Poisson's ratio.
         pixel_size: Length of a pixel's side.
         output: Parquet file to write, or ``None`` for a dataset in memory alone.
-        device: Where to compute; on a CPU on as many cores as ``torch.get_num_threads()`` says.
+        device: Where to compute, the CPU by default: there in ``torch.get_num_threads()`` processes, see the note.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -79,6 +74,10 @@ def build_dataset(
 
     Raises:
         ValueError: If an argument is not as described, or ``output`` holds another dataset.
+
+    Note:
+        The processes are workers of a :class:`torch.utils.data.DataLoader`: as with those, a script for macOS or
+        Windows calls this under ``if __name__ == "__main__":``.
 
     Example:
         >>> designs, parameters = random_composites(100)
@@ -92,19 +91,21 @@ def build_dataset(
         raise ValueError(f"quantity must be one of {list(_UNITS)}, got {quantity!r}")
     if units is not None and not isinstance(units, str):
         raise ValueError(f"units must be words or None, got {units!r}")
-    settings = {
-        "element_order": element_order,
-        "young_soft": young_soft,
-        "young_stiff": young_stiff,
-        "poisson": poisson,
-        "pixel_size": pixel_size,
-    }
     # a single pixel, to have the arguments checked and the strains spelt out before anything is written
-    spelt_out = simulate(np.ones((1, 1, 1)), load_cases, strains, **settings).strain
+    strain = simulate(
+        np.ones((1, 1, 1)),
+        load_cases,
+        strains,
+        element_order=element_order,
+        young_soft=young_soft,
+        young_stiff=young_stiff,
+        poisson=poisson,
+        pixel_size=pixel_size,
+    ).strain
     meaning = {
         "quantity": quantity,
         "load_cases": list(load_cases),
-        "strains": spelt_out.tolist(),
+        "strains": strain.tolist(),
         "units": units or _UNITS[quantity],
         "element_order": int(element_order),
         "pixel_size": float(pixel_size),
@@ -116,16 +117,15 @@ def build_dataset(
         },
     }
 
-    def respond(part: np.ndarray) -> np.ndarray:
-        values = part.astype(np.float64) / (255 if part.dtype == np.uint8 else 1)
-        return getattr(simulate(values, load_cases, spelt_out, device=device, **settings), quantity)
+    def responses(folder: Path) -> np.ndarray:
+        response = compute_by_parts(levels, meaning, folder, device, progress)
+        if lost := int(np.isnan(response).any(-1).sum()):
+            logger.warning("%d of %d paths are not solved to their end: NaN", lost, response[..., 0].size)
+        return response
 
-    versions = {name: version(name) for name in ("mechdiffusers", "torch")}
-    recipe = json.dumps([{name: value for name, value in meaning.items() if name != "units"}, versions])
     if output is None:
         with tempfile.TemporaryDirectory() as folder:
-            response = _by_parts(levels, respond, recipe, Path(folder), progress)
-        return dataset_of(levels, response, columns, meaning)
+            return dataset_of(levels, responses(Path(folder)), columns, meaning)
     path = Path(output)
     parts = path.with_name(f".unfinished-{path.name}")
     if path.exists():
@@ -135,7 +135,7 @@ def build_dataset(
             parts.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"output must be a file that can be written, got {path}: {error}") from error
-        dataset = dataset_of(levels, _by_parts(levels, respond, recipe, parts, progress), columns, meaning)
+        dataset = dataset_of(levels, responses(parts), columns, meaning)
         dataset.to_parquet(parts / path.name)
         os.replace(parts / path.name, path)
     shutil.rmtree(parts, ignore_errors=True)
@@ -157,31 +157,6 @@ def _checked_parameters(parameters: Mapping[str, Any], num: int) -> dict[str, np
                 f"parameters must have one value for each of {num} designs, got {name!r} of shape {columns[name].shape}"
             )
     return columns
-
-
-def _by_parts(
-    levels: np.ndarray, respond: Callable[[np.ndarray], np.ndarray], recipe: str, folder: Path, progress: bool
-) -> np.ndarray:
-    """Responses ``(B, L, S)`` of designs, part by part.
-
-    What a part is computed from names its file in ``folder``, so that no build takes what another one has left there.
-    """
-    parts = []
-    with tqdm(total=len(levels), desc="simulate", unit="design", disable=not progress) as bar:
-        for start in range(0, len(levels), _PART):
-            part = levels[start : start + _PART]
-            key = hashlib.sha256(f"{recipe} {part.shape} {part.dtype} ".encode() + part.tobytes()).hexdigest()
-            path = folder / f"{key}.npy"
-            if not path.exists():
-                unfinished = folder / f".unfinished-{path.name}"
-                np.save(unfinished, respond(part))
-                os.replace(unfinished, path)
-            parts.append(np.load(path))
-            bar.update(len(part))
-    response = np.concatenate(parts)
-    if lost := int(np.isnan(response).any(-1).sum()):
-        logger.warning("%d of %d paths are not solved to their end: NaN", lost, response[..., 0].size)
-    return response
 
 
 def _read(path: Path, levels: np.ndarray, columns: Mapping[str, np.ndarray], meaning: dict[str, Any]) -> Dataset:

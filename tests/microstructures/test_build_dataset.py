@@ -10,12 +10,12 @@ import pytest
 import torch
 from mechdiffusers.mechanics import simulate
 from mechdiffusers.microstructures import build_dataset, random_composites, response_meaning
-from mechdiffusers.microstructures.build_dataset import builder
+from mechdiffusers.microstructures.build_dataset import builder, parts
 from mechdiffusers.training import TrainingConfig
 from mechdiffusers.training.data import load_designs
 
 CASES, STRAINS = ("uniaxial_extension", "shear_x"), [0.1, 0.25]
-DESIGNS, PARAMETERS = random_composites(70, size=4, seed=1)  # three parts
+DESIGNS, PARAMETERS = random_composites(70, size=4, seed=1)  # five parts
 
 
 def build(designs=DESIGNS, **options):
@@ -31,7 +31,7 @@ def load(path, **options):
 
 
 def command(output_dir):
-    program = [sys.executable, "-W", "error", "-m", "mechdiffusers.microstructures.build_dataset"]
+    program = [sys.executable, "-W", "error::RuntimeWarning", "-m", "mechdiffusers.microstructures.build_dataset"]
     settings = {"output_dir": output_dir, "num_train": 200, "num_heldout": 40, "size": 6, "element_order": 1}
     return [*program, *(str(part) for name, value in settings.items() for part in (f"--{name}", value))]
 
@@ -115,11 +115,11 @@ def test_units_are_those_of_the_moduli_unless_said():
 def test_a_design_that_is_not_solved_is_kept_as_nan_and_flagged(monkeypatch, tmp_path, caplog):
     def fails_once(designs, *args, **options):
         result = simulate(designs, *args, **options)
-        if len(designs) > 3:
+        if len(designs) == 16:
             result.stress[3, 1, 1:] = np.nan
         return result
 
-    monkeypatch.setattr(builder, "simulate", fails_once)
+    monkeypatch.setattr(parts, "simulate", fails_once)
     build(DESIGNS[:20], output=tmp_path / "d.parquet")
     dataset = load(tmp_path / "d.parquet")
     assert len(dataset) == 20
@@ -128,28 +128,50 @@ def test_a_design_that_is_not_solved_is_kept_as_nan_and_flagged(monkeypatch, tmp
     assert "1 of 40 paths are not solved" in caplog.text
 
 
-def test_a_build_that_fails_keeps_its_parts_and_ends_as_an_undisturbed_one(monkeypatch, tmp_path):
-    simulated = []
+def parts_in(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.rglob("[!.]*.npy")}
 
-    def fails_at_the_third_part(designs, *args, **options):
-        simulated.append(len(designs))
-        if len(simulated) == 4:  # the first call is of a single pixel
+
+def test_a_build_that_fails_keeps_its_parts_and_ends_as_an_undisturbed_one(monkeypatch, tmp_path):
+    def fails_at_the_last_part(designs, *args, **options):
+        if len(designs) == 70 % 16:
             raise MemoryError
         return simulate(designs, *args, **options)
 
-    monkeypatch.setattr(builder, "simulate", fails_at_the_third_part)
+    monkeypatch.setattr(parts, "simulate", fails_at_the_last_part)
     with pytest.raises(MemoryError):
         build(output=tmp_path / "broken" / "d.parquet")
-    assert not (tmp_path / "broken" / "d.parquet").exists()
+    assert [path.name for path in (tmp_path / "broken").iterdir()] == [".unfinished-d.parquet"]
+    done = parts_in(tmp_path)
+    assert 0 < len(done) < 5
+    monkeypatch.setattr(parts, "simulate", simulate)
+    monkeypatch.setattr(builder, "dataset_of", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        build(output=tmp_path / "broken" / "d.parquet")
+    assert done.items() <= parts_in(tmp_path).items()  # those were not computed again
+    monkeypatch.undo()
     build(output=tmp_path / "broken" / "d.parquet")
-    assert simulated == [1, 32, 32, 6, 1, 6]
     build(output=tmp_path / "whole" / "d.parquet")
     assert files_of(tmp_path / "broken") == files_of(tmp_path / "whole")
 
 
+def test_the_file_does_not_depend_on_the_number_of_processes(tmp_path):
+    threads = torch.get_num_threads()
+    for num in (1, 2):
+        torch.set_num_threads(num)
+        build(output=tmp_path / f"{num}.parquet")
+    torch.set_num_threads(threads)
+    assert (tmp_path / "1.parquet").read_bytes() == (tmp_path / "2.parquet").read_bytes()
+
+
+def test_equal_parts_are_computed_once():
+    dataset = build(np.repeat(DESIGNS[:1], 48, axis=0))
+    assert dataset["response"][:] == [dataset[0]["response"]] * 48
+
+
 def test_a_finished_dataset_is_read_not_built_again(monkeypatch, tmp_path):
     first = build(parameters=PARAMETERS, output=tmp_path / "d.parquet")
-    monkeypatch.setattr(builder, "_by_parts", None)
+    monkeypatch.setattr(builder, "compute_by_parts", None)
     assert build(parameters=PARAMETERS, output=tmp_path / "d.parquet")[:]["response"] == first[:]["response"]
 
 
@@ -176,18 +198,14 @@ def test_no_build_takes_the_parts_of_another(changed, monkeypatch, tmp_path):
 
 
 def test_a_build_of_more_designs_takes_the_parts_of_one_of_fewer(monkeypatch, tmp_path):
-    simulated = []
-
-    def noted(designs, *args, **options):
-        simulated.append(len(designs))
-        return simulate(designs, *args, **options)
-
-    monkeypatch.setattr(builder, "simulate", noted)
     monkeypatch.setattr(builder, "dataset_of", lambda *_: 1 / 0)
+    found = []
     for num in (64, 70):
         with pytest.raises(ZeroDivisionError):
             build(DESIGNS[:num], output=tmp_path / "d.parquet")
-    assert simulated == [1, 32, 32, 1, 6]
+        found.append(parts_in(tmp_path))
+    assert [len(parts) for parts in found] == [4, 5]
+    assert found[0].items() <= found[1].items()
 
 
 @pytest.mark.slow
