@@ -82,7 +82,12 @@ def test_the_package_under_test_is_the_one_that_was_asked_for():
 
 
 def test_links_and_pictures_of_the_pages_exist():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "model_cards").glob("*.md")]:
+    for page in [
+        ROOT / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "model_cards").glob("*.md"),
+        *(ROOT / "data").glob("*/*.md"),
+    ]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"

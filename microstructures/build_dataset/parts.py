@@ -47,12 +47,12 @@ def compute_by_parts(
     parts = [levels[start : start + size] for start in range(0, len(levels), size)]
     paths = [folder / f"{_fingerprint(part, meaning)}.npy" for part in parts]
     missing = {path: part for path, part in zip(paths, parts, strict=True) if not path.exists()}
-    with tqdm(total=len(levels), desc="simulate", unit="design", disable=not progress) as bar:
-        bar.update(len(levels) - sum(map(len, missing.values())))
-        if missing:
-            workers = min(torch.get_num_threads(), len(missing)) if on_cpu else 0
-            work = _Parts(missing, meaning, device)
-            for num in DataLoader(work, batch_size=None, num_workers=workers, in_order=False):
+    if missing:
+        workers = min(torch.get_num_threads(), len(missing)) if on_cpu else 0
+        work = DataLoader(_Parts(missing, meaning, device), batch_size=None, num_workers=workers, in_order=False)
+        done = len(levels) - sum(map(len, missing.values()))
+        with tqdm(total=len(levels), initial=done, desc="simulate", unit="design", disable=not progress) as bar:
+            for num in work:
                 bar.update(num)
     return np.concatenate([np.load(path) for path in paths])
 

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mechdiffusers.mechanics import SimulationResult, simulate
-    from mechdiffusers.microstructures import random_composites
+    from mechdiffusers.microstructures import (
+        build_dataset,
+        load_mechanical_mnist,
+        random_composites,
+        response_meaning,
+    )
     from mechdiffusers.models import ResponseEncoder
     from mechdiffusers.pipelines import LatentDDPMPipeline
 
@@ -18,11 +23,24 @@ _ROOMS = {
     "LatentDDPMPipeline": "mechdiffusers.pipelines",
     "ResponseEncoder": "mechdiffusers.models",
     "SimulationResult": "mechdiffusers.mechanics",
+    "build_dataset": "mechdiffusers.microstructures",
+    "load_mechanical_mnist": "mechdiffusers.microstructures",
     "random_composites": "mechdiffusers.microstructures",
+    "response_meaning": "mechdiffusers.microstructures",
     "simulate": "mechdiffusers.mechanics",
 }
 
-__all__ = ["LatentDDPMPipeline", "ResponseEncoder", "SimulationResult", "__version__", "random_composites", "simulate"]
+__all__ = [
+    "LatentDDPMPipeline",
+    "ResponseEncoder",
+    "SimulationResult",
+    "__version__",
+    "build_dataset",
+    "load_mechanical_mnist",
+    "random_composites",
+    "response_meaning",
+    "simulate",
+]
 
 
 def __getattr__(name: str) -> Any:
