@@ -91,6 +91,10 @@ def build_dataset(
         raise ValueError(f"quantity must be one of {list(_UNITS)}, got {quantity!r}")
     if units is not None and not isinstance(units, str):
         raise ValueError(f"units must be words or None, got {units!r}")
+    try:
+        torch.device(device or "cpu")
+    except RuntimeError:
+        raise ValueError(f"device must be one of torch, such as 'cpu' or 'cuda', got {device!r}") from None
     # a single pixel, to have the arguments checked and the strains spelt out before anything is written
     strain = simulate(
         np.ones((1, 1, 1)),
@@ -101,6 +105,7 @@ def build_dataset(
         young_stiff=young_stiff,
         poisson=poisson,
         pixel_size=pixel_size,
+        device=device,
     ).strain
     meaning = {
         "quantity": quantity,
