@@ -57,7 +57,7 @@ def extend_with_torch_fem(designs: Tensor, order: int, strains: Sequence[float])
         iweights = torch.outer(weights, weights).flatten()
 
         @classmethod
-        def N(cls, xi: Tensor) -> Tensor:  # noqa: N802, as torch-fem has it
+        def N(cls, xi: Tensor) -> Tensor:
             def lagrange(x: Tensor, node: Tensor) -> Tensor:
                 return torch.where(node == 0, 1 - x**2, x * (x + node) / 2)
 
@@ -110,7 +110,7 @@ class SciPyNewton:
         self.cell = Cell(size, size, order, case, CompressibleNeoHookean(POISSON), torch.device("cpu"))
         free = self.cell.free.flatten()
         numbers = torch.where(free, free.cumsum(0) - 1, -1).double().view(1, *self.cell.free.shape)
-        dofs = self.cell.elements.nodal_values(numbers).permute(2, 0, 1).flatten(1).long().numpy()
+        dofs = self.cell.elements.patches.gathered(numbers).permute(2, 0, 1).flatten(1).long().numpy()
         row = np.repeat(dofs, dofs.shape[1], axis=1).ravel()
         column = np.tile(dofs, (1, dofs.shape[1])).ravel()
         self.kept = (row >= 0) & (column >= 0)

@@ -1,14 +1,15 @@
 r"""Quadrilaterals of order 1 or 2, one a pixel, all at once.
 
-Nodes form a lattice of :math:`(kH + 1) \times (kW + 1)` points for order :math:`k`, row 0 at the top like the designs;
-displacements are ``(B, kH + 1, kW + 1, 2)`` with x to the right and y upwards, in units of a pixel. All pixels are equal
-squares, so the shape functions' gradients are one small matrix, and everything over elements is a few matrix products.
-Fields over elements have the elements last, ``(..., B * H * W)``: whatever is done point by point then runs along
-contiguous memory.
+Nodes form a lattice of :math:`(kH + 1) \times (kW + 1)` points for order :math:`k`, row 0 at the top like the
+designs; displacements are ``(B, kH + 1, kW + 1, 2)`` with x to the right and y upwards, in units of a pixel. All pixels
+are equal squares, so the shape functions' gradients are one small matrix, and everything over elements is a few matrix
+products. Fields over elements have the elements last, ``(..., B * H * W)``: whatever is done point by point then runs
+along contiguous memory.
 
-Young's modulus enters as a factor per pixel. A quadrature point with the law of :mod:`mechdiffusers.mechanics.materials`
-contributes to an element's stiffness :math:`g'` times a constant matrix and :math:`g''` times the ten products of
-cofactors with constant matrices: the stiffness of all elements is one product of a feature matrix with a constant one.
+Young's modulus enters as a factor per pixel. With the laws of :mod:`mechdiffusers.mechanics.materials` a point of
+quadrature contributes to an element's stiffness :math:`g'` times a constant matrix and :math:`g''` times the ten
+products of cofactors with constant matrices: the stiffness of all elements is one product of a feature matrix with a
+constant one.
 
 References:
     | Nonlinear Finite Elements for Continua and Structures (Belytschko, Liu, Moran, Elkhodary, 2014), chapter 4
@@ -24,7 +25,7 @@ import torch
 from mechdiffusers.mechanics.materials import Law
 from torch import Tensor
 
-__all__ = ["Elements", "loop"]
+__all__ = ["Elements", "Grid", "loop", "square"]
 
 #: Pairs of components of F, of which the tangent has one coefficient each.
 _PAIRS = [(c, d) for c in range(4) for d in range(c, 4)]
@@ -46,14 +47,47 @@ def loop(rows: int, columns: int) -> np.ndarray:
     )
 
 
-@lru_cache(maxsize=8)
-def _gradients(order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Nodes ``(n, 2)``, gradients ``(q, 2, n)`` of their shape functions and quadrature weights ``(q,)`` of a unit square.
+def square(steps: int) -> np.ndarray:
+    """Lattice points of a square of ``steps x steps``, the inner ones last, shape ``((steps + 1)^2, 2)``."""
+    inner = [(r, c) for r in range(1, steps) for c in range(1, steps)]
+    return np.concatenate([loop(steps, steps), np.array(inner, dtype=int).reshape(-1, 2)])
 
-    The nodes go around the square, then come the inner ones.
+
+class Grid:
+    """Equal squares of nodes that cover the lattice and share their borders.
+
+    Args:
+        height: Squares from top to bottom.
+        width: Squares from left to right.
+        steps: Steps of the lattice along a square.
+        device: Where the fields are.
     """
-    inner = [(r, c) for r in range(1, order) for c in range(1, order)]
-    nodes = np.concatenate([loop(order, order), np.array(inner, dtype=int).reshape(-1, 2)])
+
+    def __init__(self, height: int, width: int, steps: int, device: torch.device):
+        self.height, self.width, self.steps = height, width, steps
+        self.nodes = square(steps)
+        self._position = torch.as_tensor(self.nodes[:, 0] * (steps + 1) + self.nodes[:, 1], device=device)
+
+    def gathered(self, field: Tensor) -> Tensor:
+        """Values of a field ``(B, *lattice, 2)`` at the nodes of each square, shape ``(n, 2, N)``."""
+        k = self.steps
+        windows = field.unfold(1, k + 1, k).unfold(2, k + 1, k)  # (B, H, W, 2, k + 1, k + 1)
+        return windows.permute(4, 5, 3, 0, 1, 2).reshape((k + 1) ** 2, 2, -1)[self._position]
+
+    def assembled(self, forces: Tensor) -> Tensor:
+        """Sum over squares of forces on their nodes ``(n, 2, N)``, shape ``(B, *lattice, 2)``."""
+        k, height, width = self.steps, self.height, self.width
+        by_node = forces.view(len(forces), 2, -1, height, width).permute(0, 2, 3, 4, 1)
+        total = forces.new_zeros(by_node.shape[1], k * height + 1, k * width + 1, 2)
+        for (row, column), force in zip(self.nodes.tolist(), by_node, strict=True):
+            total[:, row : row + k * (height - 1) + 1 : k, column : column + k * (width - 1) + 1 : k] += force
+        return total
+
+
+@lru_cache(maxsize=8)
+def _gradients(order: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients ``(q, 2, n)`` of a unit square's shape functions, and quadrature weights ``(q,)``."""
+    nodes = square(order)
     points, weights = np.polynomial.legendre.leggauss(order + 1)
     points, weights = (points + 1) / 2, weights / 2
     # the monomials' coefficients of the Lagrange polynomials on the equally spaced nodes
@@ -65,7 +99,7 @@ def _gradients(order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     along_x = value[:, None, row] * slope[None, :, column]
     along_y = -slope[:, None, row] * value[None, :, column]  # rows run downwards, y upwards
     gradients = np.stack([along_x, along_y], axis=2).reshape(-1, 2, len(nodes))
-    return nodes, gradients, np.outer(weights, weights).ravel()
+    return gradients, np.outer(weights, weights).ravel()
 
 
 @dataclass(frozen=True)
@@ -96,26 +130,23 @@ class Elements:
 
     def __init__(self, height: int, width: int, order: int, law: Law, device: torch.device):
         self.height, self.width, self.order, self.law = height, width, order, law
-        nodes, gradients, weights = _gradients(order)
+        gradients, weights = _gradients(order)
         self.lattice = (order * height + 1, order * width + 1)
-        self._nodes = [(int(row), int(column)) for row, column in nodes]
-        self._position = torch.as_tensor(nodes[:, 0] * (order + 1) + nodes[:, 1], device=device)
-        self._gradients = torch.as_tensor(gradients.reshape(-1, len(nodes)), device=device)
+        self.grid = Grid(height, width, order, device)
+        # at order 1 four elements at once: one larger product costs less than two levels of small merges
+        self._side = 2 if order == 1 and height % 2 == width % 2 == 0 else 1
+        self.patches = Grid(height // self._side, width // self._side, order * self._side, device)
+        nodes = (order + 1) ** 2
+        self._gradients = torch.as_tensor(gradients.reshape(-1, nodes), device=device)
         self._weights = torch.as_tensor(weights, device=device)[:, None]
-        self._divergence = torch.as_tensor(
-            (gradients * weights[:, None, None]).reshape(-1, len(nodes)).T, device=device
-        )
-        self._stiffness = torch.as_tensor(_stiffness_features(gradients, weights, law.a), device=device)
-
-    def nodal_values(self, field: Tensor) -> Tensor:
-        """Values of a field ``(B, *lattice, 2)`` at the nodes of each element, shape ``(n, 2, N)``."""
-        k = self.order
-        windows = field.unfold(1, k + 1, k).unfold(2, k + 1, k)  # (B, H, W, 2, k + 1, k + 1)
-        return windows.permute(4, 5, 3, 0, 1, 2).reshape((k + 1) ** 2, 2, -1)[self._position]
+        weighted = gradients * weights[:, None, None]
+        self._divergence = torch.as_tensor(weighted.reshape(-1, nodes).T, device=device)
+        stiffness = _of_patches(_stiffness_features(gradients, weights, law.a), order, self._side)
+        self._stiffness = torch.as_tensor(stiffness, device=device)
 
     def state(self, displacement: Tensor) -> State:
         """Deformation gradient and its law at all quadrature points of displacements ``(B, *lattice, 2)``."""
-        rows = (self._gradients @ self.nodal_values(displacement).flatten(1)).view(len(self._weights), 2, 2, -1)
+        rows = (self._gradients @ self.grid.gathered(displacement).flatten(1)).view(len(self._weights), 2, 2, -1)
         xx, xy, yx, yy = rows[:, 0, 0], rows[:, 1, 0], rows[:, 0, 1], rows[:, 1, 1]
         dilation = xx + yy + (xx * yy - xy * yx)
         return State((xx, xy, yx, yy), dilation, self.law.volumetric(dilation))
@@ -131,7 +162,7 @@ class Elements:
         return (self._weights * density).sum(0).view(-1, self.height, self.width)
 
     def stress(self, state: State) -> Tensor:
-        """First Piola-Kirchhoff stress for a Young's modulus of 1 at the points, ``(q, 2, 2, N)``: J, then i, of P_iJ."""
+        """First Piola-Kirchhoff stress P_iJ for a Young's modulus of 1, shape ``(q, 2, 2, N)``: J, then i."""
         xx, xy, yx, yy = state.gradient
         stretch, shear = self.law.a * (xx - yy), self.law.a * (xy + yx)  # of F - cof F
         first = state.volumetric[1]
@@ -147,42 +178,50 @@ class Elements:
         """Forces on the nodes of each element, shape ``(n, 2, N)``."""
         return (self._divergence @ stress.view(2 * len(stress), -1)).view(-1, 2, stress.shape[-1])
 
-    def assembled(self, forces: Tensor) -> Tensor:
-        """Sum over elements of nodal forces ``(n, 2, N)``, shape ``(B, *lattice, 2)``."""
-        k, height, width = self.order, self.height, self.width
-        by_node = forces.view(len(forces), 2, -1, height, width).permute(0, 2, 3, 4, 1)
-        total = forces.new_zeros(by_node.shape[1], *self.lattice, 2)
-        for (row, column), force in zip(self._nodes, by_node, strict=True):
-            total[:, row : row + k * (height - 1) + 1 : k, column : column + k * (width - 1) + 1 : k] += force
-        return total
-
-    def stiffness(self, state: State, modulus: Tensor) -> Tensor:
-        """Tangent stiffness of each element, shape ``(B, H, W, 2n, 2n)``; the two components of a node are neighbours.
+    def stiffness(self, state: State, modulus: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Tangent stiffness of each of ``patches``, shape ``(B, rows, columns, 2m, 2m)``, a node's components together.
 
         Args:
             state: Where to take the tangent.
             modulus: Young's moduli, shape ``(B, H, W)``.
+            dtype: Precision of the products and of the result.
         """
         factor = modulus.reshape(1, -1)
         _, first, second = state.volumetric
         cofactor = state.cofactor
         weighted = [second * factor * c for c in cofactor]
         products = [weighted[c] * cofactor[d] for c, d in _PAIRS]
-        features = torch.cat([factor, first * factor, *products])
-        dofs = 2 * len(self._nodes)
-        return (features.T @ self._stiffness).view(*modulus.shape, dofs, dofs)
+        features = torch.cat([factor, first * factor, *products]).to(dtype)
+        side, grid = self._side, self.patches
+        grouped = features.view(len(features), -1, grid.height, side, grid.width, side).permute(3, 5, 0, 1, 2, 4)
+        dofs = 2 * len(grid.nodes)
+        stiffness = grouped.reshape(side * side * len(features), -1).T @ self._stiffness.to(dtype)
+        return stiffness.view(-1, grid.height, grid.width, dofs, dofs)
 
 
 def _stiffness_features(gradients: np.ndarray, weights: np.ndarray, a: float) -> np.ndarray:
-    """The constant matrices of an element's stiffness, one a row: of E, of E g', and of E g'' times pairs of cofactors."""
+    """Constant matrices of an element's stiffness, a row each: of E, of E g', and of E g'' times pairs of cofactors."""
     points, _, nodes = gradients.shape
     strain = np.zeros((points, 4, nodes, 2))  # components xx, xy, yx, yy of F by nodal displacement
     for i in range(2):
         for j in range(2):
             strain[:, 2 * i + j, :, i] = gradients[:, j]
-    strain = strain.reshape(points, 4, 2 * nodes)
-    outer = np.einsum("q,qcm,qdn->cdqmn", weights, strain, strain)
+    flat = strain.reshape(points, 4, 2 * nodes)
+    outer = np.einsum("q,qcm,qdn->cdqmn", weights, flat, flat)
     geometric = outer[0, 3] + outer[3, 0] - outer[1, 2] - outer[2, 1]  # the second derivative of J
     linear = a * (sum(outer[c, c] for c in range(4)) - geometric).sum(0, keepdims=True)
     material = [outer[c, d] + (outer[d, c] if c != d else 0) for c, d in _PAIRS]
-    return np.concatenate([linear, geometric, *material]).reshape(-1, (2 * nodes) ** 2)
+    return np.concatenate([linear, geometric, *material])
+
+
+def _of_patches(element: np.ndarray, order: int, side: int) -> np.ndarray:
+    """The same for a patch of ``side x side`` elements: matrices ``(f, 2n, 2n)`` to ``(side * side * f, (2m)^2)``."""
+    place = {tuple(node): number for number, node in enumerate(square(order * side).tolist())}
+    nodes = 2 * len(place)
+    patch = np.zeros((side, side, len(element), nodes, nodes))
+    for row in range(side):
+        for column in range(side):
+            at = [place[r + row * order, c + column * order] for r, c in square(order).tolist()]
+            dofs = (2 * np.array(at)[:, None] + np.arange(2)).ravel()
+            patch[row, column][:, dofs[:, None], dofs] = element
+    return patch.reshape(-1, nodes**2)

@@ -14,7 +14,7 @@ linear in :math:`F`, the first Piola-Kirchhoff stress and the tangent are
                      + g'' \operatorname{cof} F \otimes \operatorname{cof} F \right),
 
 where :math:`\mathbb{D} = \partial^2 J / \partial F^2` is constant. So a second law costs one short class: ``a`` and
-``volumetric``. (In plane strain the second invariant is :math:`F : F + J^2`, so Mooney-Rivlin laws are of this form too.)
+``volumetric``. (In plane strain the second invariant is :math:`F : F + J^2`, so Mooney-Rivlin laws are of this form.)
 """
 
 from __future__ import annotations

@@ -8,11 +8,11 @@ the inside of their common side, is eliminated as soon as they are merged,
 
 so that a patch is known by the stiffness :math:`S` of its boundary. All patches of a level and all designs of the batch
 are one batched product. Boundary conditions enter at the very end alone, where the degrees of freedom left are those of
-the last separator and of the domain's boundary. For ``n x n`` pixels this takes :math:`O(n^3)` operations instead of the
-:math:`O(n^4)` of a factorisation by rows of nodes.
+the last separator and of the domain's boundary. For ``n x n`` pixels this takes :math:`O(n^3)` operations, where a
+factorisation by rows of nodes takes :math:`O(n^4)`.
 
-A boundary is numbered around the patch (see :func:`mechdiffusers.mechanics.elements.loop`): then merging copies a handful
-of contiguous slices. The stiffness is positive definite if and only if every :math:`A` and the last block are.
+A boundary is numbered around the patch (see :func:`mechdiffusers.mechanics.elements.loop`): then merging copies a few
+contiguous slices. The stiffness is positive definite if and only if every :math:`A` and the last block are.
 
 References:
     | Nested dissection of a regular finite element mesh (George, 1973)
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from mechdiffusers.mechanics.elements import loop
+from mechdiffusers.mechanics.elements import loop, square
 from torch import Tensor
 
 __all__ = ["Factor", "NestedDissection"]
@@ -42,7 +42,7 @@ class _Merge:
     count: int  #: patches along the axis of which each group is merged, one after another
     turn: int  #: which of them is merged now
     shared: tuple[slice, slice]  #: the common side on the first patch and, in reverse order, on the second
-    segments: tuple[list[_Segment], list[_Segment]]
+    segments: tuple[list[_Segment], ...]  #: of the first and of the second patch
     size: int  #: degrees of freedom around the merged patch
     inside: Tensor  #: degrees of freedom to eliminate, shape (patches, s)
     around: Tensor  #: degrees of freedom around the merged patches, shape (patches, m)
@@ -71,19 +71,18 @@ class NestedDissection:
     """The order of elimination for designs of one size, and the two passes over it.
 
     Args:
-        height: Pixels from top to bottom.
-        width: Pixels from left to right.
-        order: Polynomial order of the elements.
-        free: Which degrees of freedom are not prescribed, bool, shape ``(kH + 1, kW + 1, 2)``.
+        height: Patches to begin with, from top to bottom; pixels, or groups of them.
+        width: The same from left to right.
+        steps: Steps of the lattice of nodes along a patch to begin with.
+        free: Which degrees of freedom are not prescribed, bool, shape ``(*lattice, 2)``.
     """
 
-    def __init__(self, height: int, width: int, order: int, free: Tensor):
+    def __init__(self, height: int, width: int, steps: int, free: Tensor):
         self._numbers = np.arange(free.numel()).reshape(free.shape)
         self._device = free.device
-        patch, count = (order, order), (height, width)
-        corners = np.stack(np.meshgrid(np.arange(height) * order, np.arange(width) * order, indexing="ij"), -1)
-        inner = np.array([(r, c) for r in range(1, order) for c in range(1, order)], dtype=int).reshape(-1, 2)
-        self._inner = self._table(corners, inner)
+        patch, count = (steps, steps), (height, width)
+        corners = np.stack(np.meshgrid(np.arange(height) * steps, np.arange(width) * steps, indexing="ij"), -1)
+        self._inner = self._table(corners, square(steps)[4 * steps :])
         self._around = self._table(corners, loop(*patch))
         self._merges: list[_Merge] = []
         while count != (1, 1):
@@ -111,7 +110,7 @@ class NestedDissection:
     def _merge(
         self, axis: int, count: int, turn: int, first: tuple[int, int], second: tuple[int, int], corners: np.ndarray
     ) -> _Merge:
-        """Tables for a patch of ``first`` lattice steps and its neighbour of ``second``; see ``loop`` for the numbers."""
+        """Tables for a patch of ``first`` lattice steps and its neighbour of ``second``; ``loop`` has the numbers."""
         if axis == 1:
             rows, one, two = first[0], first[1], second[1]
             merged = (rows, one + two)
@@ -134,8 +133,8 @@ class NestedDissection:
             axis,
             count,
             turn,
-            tuple(slice(2 * start, 2 * stop) for start, stop in sides),
-            tuple([(slice(2 * start, 2 * stop), 2 * to) for start, stop, to in child] for child in segments),
+            (_dofs(*sides[0]), _dofs(*sides[1])),
+            tuple([(_dofs(start, stop), 2 * to) for start, stop, to in child] for child in segments),
             4 * sum(merged),
             self._table(corners, between),
             self._table(corners, loop(*merged)),
@@ -145,10 +144,11 @@ class NestedDissection:
         """Eliminates everything.
 
         Args:
-            stiffness: Stiffness of each element, shape ``(B, H, W, 2n, 2n)``, the nodes around an element first.
+            stiffness: Stiffness of each patch to begin with, shape ``(B, height, width, 2n, 2n)``; the nodes as in
+                :func:`mechdiffusers.mechanics.elements.square`.
         """
         definite = torch.ones(len(stiffness), dtype=torch.bool, device=stiffness.device)
-        levels = []
+        levels: list[tuple[Tensor, Tensor]] = []
         boundary = self._around.shape[1]
         patches = stiffness[..., :boundary, :boundary]
         if self._inner.shape[1]:
@@ -188,22 +188,22 @@ class NestedDissection:
         return around
 
     def solve(self, factor: Factor, right: Tensor) -> Tensor:
-        """Solution for right-hand sides ``(B, kH + 1, kW + 1, 2)``; 0 where prescribed."""
+        """Solution for right-hand sides ``(B, *lattice, 2)``; 0 where prescribed."""
         batch = len(right)
         residual = right.flatten(1).to(factor.root.dtype, copy=True)
         tables = [(self._inner, self._around)] if self._inner.shape[1] else []
         tables += [(merge.inside, merge.around) for merge in self._merges[:-1] if merge.inside.shape[1]]
         middle = []
         for (inside, around), (inverse, coupling) in zip(tables, factor.levels, strict=True):
-            middle.append(inverse @ residual[:, inside, None])
-            update = coupling.mT @ middle[-1]
+            middle.append(_times(inverse, residual[:, inside]))
+            update = _transposed_times(coupling, middle[-1])
             residual.scatter_add_(1, around.flatten().expand(batch, -1), -update.flatten(1))
         solution = torch.zeros_like(residual)
         solution[:, self._root] = torch.cholesky_solve(residual[:, self._root, None], factor.root)[..., 0]
         for (inside, around), (inverse, coupling), value in zip(
             reversed(tables), reversed(factor.levels), reversed(middle), strict=True
         ):
-            value = inverse.mT @ (value - coupling @ solution[:, around, None])
+            value = _transposed_times(inverse, value - _times(coupling, solution[:, around]))
             solution[:, inside.flatten()] = value.flatten(1)
         return solution.view(right.shape).to(right.dtype)
 
@@ -222,6 +222,20 @@ def _front(merge: _Merge, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor
             for rows, row in segments:
                 around[..., row : row + rows.stop - rows.start, here] += child[..., rows, columns]
     return inside, side, around
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Products of small matrices with one vector each, which batched matrix products are several times slower at."""
+    return (matrix * vector[..., None, :]).sum(-1)
+
+
+def _transposed_times(matrix: Tensor, vector: Tensor) -> Tensor:
+    return (matrix * vector[..., None]).sum(-2)
+
+
+def _dofs(start: int, stop: int) -> slice:
+    """The degrees of freedom of nodes ``start`` to ``stop``."""
+    return slice(2 * start, 2 * stop)
 
 
 def _reversed(block: Tensor, dim: int) -> Tensor:

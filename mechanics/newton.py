@@ -2,7 +2,7 @@ r"""Equilibrium of a batch of designs along a path of strains.
 
 Each step starts from an extrapolation of the path so far, whose tangent is factorised once. From there on the direction
 comes from limited-memory BFGS with that factor as its initial Hessian, so that one factorisation and a few cheap
-solutions make a step, with nearly the convergence of Newton's method; where that is slow the tangent is factorised anew.
+solutions make a step; where that converges slowly the tangent is factorised anew.
 Every direction is one of descent of the strain energy, along which a line search keeps :math:`\det F > 0`. A tangent
 that is not positive definite is shifted towards that of the unloaded state, so the iteration follows the energy down to
 a stable state, and the state it arrives at is checked. What cannot be solved is tried in half the step, a few times.
@@ -53,7 +53,8 @@ class Cell:
         self.elements = Elements(height, width, order, law, device)
         self.free = case.free(self.elements.lattice, device)
         self.affine = case.affine(self.elements.lattice, (height, width), device)
-        self.solver = NestedDissection(height, width, order, self.free)
+        patches = self.elements.patches
+        self.solver = NestedDissection(patches.height, patches.width, patches.steps, self.free)
         self.area = height * width
 
     def evaluate(self, displacement: Tensor, modulus: Tensor) -> Evaluation:
@@ -61,15 +62,16 @@ class Cell:
         state = self.elements.state(displacement)
         energy = (self.elements.energy(state) * modulus).sum((1, 2))
         stress = self.elements.stress(state) * modulus.flatten()
-        forces = self.elements.assembled(self.elements.nodal_forces(stress))
+        forces = self.elements.grid.assembled(self.elements.nodal_forces(stress))
         return Evaluation(energy, forces, self.elements.least_jacobian(state) > 0)
 
     def path_tangent(self, state: State, modulus: Tensor) -> Tensor:
         """Derivative of the displacements in equilibrium with respect to the strain, shape ``(B, *lattice, 2)``."""
         stiffness = self.elements.stiffness(state, modulus)
-        affine = self.elements.nodal_values(self.affine[None]).permute(2, 0, 1).reshape(1, *modulus.shape[1:], -1, 1)
-        forces = (stiffness @ affine).view(modulus.numel(), -1, 2).permute(1, 2, 0)
-        unbalanced = self.elements.assembled(forces) * self.free
+        patches = self.elements.patches
+        affine = patches.gathered(self.affine[None]).permute(2, 0, 1).reshape(1, *stiffness.shape[1:3], -1, 1)
+        forces = (stiffness @ affine).reshape(-1, len(patches.nodes), 2).permute(1, 2, 0).contiguous()
+        unbalanced = patches.assembled(forces) * self.free
         return self.affine - self.solver.solve(self.solver.factorise(stiffness), unbalanced)
 
 
@@ -110,9 +112,9 @@ class _Iterate:
     pairs: list[tuple[Tensor, Tensor, Tensor]]  #: BFGS: changes of place and gradient, and 1 over their product or 0
 
     def __getitem__(self, index: Tensor) -> _Iterate:
+        chosen = {name: value[index] for name, value in vars(self).items() if name != "pairs"}
         pairs = [(place[index], change[index], weight[index]) for place, change, weight in self.pairs]
-        fields = (getattr(self, name)[index] for name in list(self.__dataclass_fields__)[:-1])
-        return _Iterate(*fields, pairs)
+        return _Iterate(**chosen, pairs=pairs)
 
 
 def equilibrate(cell: Cell, modulus: Tensor, start: Tensor) -> Equilibrium:
@@ -138,9 +140,19 @@ def equilibrate(cell: Cell, modulus: Tensor, start: Tensor) -> Equilibrium:
         return result
     factor, shifted = _factorise(cell, start[left], modulus[left])
     work = _Iterate(
-        index[left], modulus[left], start[left], energy[left], forces[left], gradient[left],
-        -cell.solver.solve(factor, gradient[left]), torch.ones_like(energy[left]), factor, shifted, torch.zeros_like(shifted), [],
-    )  # fmt: skip
+        index=index[left],
+        modulus=modulus[left],
+        displacement=start[left],
+        energy=energy[left],
+        forces=forces[left],
+        gradient=gradient[left],
+        direction=-cell.solver.solve(factor, gradient[left]),
+        step=torch.ones_like(energy[left]),
+        factor=factor,
+        shifted=shifted,
+        left=torch.zeros_like(shifted),
+        pairs=[],
+    )
     for _ in range(MAX_EVALUATIONS):
         trial = work.displacement + _per_node(work.step) * work.direction
         now = cell.evaluate(trial, work.modulus)
@@ -200,17 +212,21 @@ def _direction(cell: Cell, work: _Iterate) -> Tensor:
 def _factorise(cell: Cell, displacement: Tensor, modulus: Tensor) -> tuple[Factor, Tensor]:
     """A positive definite tangent, shifted where it has to be, and where that was.
 
-    It only leads the way, so single precision, at half the cost, serves; what that finds indefinite may be so by rounding.
+    It only leads the way, so single precision serves, at half the cost. What that finds indefinite may be so by
+    rounding.
     """
-    stiffness = cell.elements.stiffness(cell.elements.state(displacement), modulus)
-    factor = cell.solver.factorise(stiffness.float())
+    state = cell.elements.state(displacement)
+    factor = cell.solver.factorise(cell.elements.stiffness(state, modulus, torch.float32))
     shifted = torch.zeros_like(factor.definite)
     for shift in (0.0, *SHIFTS):
         bad = (~factor.definite).nonzero()[:, 0]
         if not len(bad):
             break
-        unloaded = cell.elements.stiffness(cell.elements.state(torch.zeros_like(displacement[bad])), modulus[bad])
-        factor[bad] = cell.solver.factorise(stiffness[bad] + shift * unloaded)
+        here, unloaded = (
+            cell.elements.stiffness(cell.elements.state(place), modulus[bad])
+            for place in (displacement[bad], torch.zeros_like(displacement[bad]))
+        )
+        factor[bad] = cell.solver.factorise(here + shift * unloaded)
         shifted[bad] = shift > 0
     return factor, shifted
 
@@ -230,7 +246,7 @@ def _balanced(cell: Cell, forces: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a.flatten(1)[:, None] @ b.flatten(1)[:, :, None])[:, 0, 0]
+    return torch.linalg.vecdot(a.flatten(1), b.flatten(1))
 
 
 def _norm(a: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Sensitivities come from the implicit adjoint. At equilibrium the energy changes 
 .. math:: \frac{d\sigma}{dE_e} = \frac{1}{A}\, \frac{du}{d\varepsilon} \cdot f_e,
 
 with the nodal forces :math:`f_e` of the pixel for a modulus of 1: the adjoint state of the stress is the tangent of the
-equilibrium path, because energy and stress belong to one potential. That is one solution with the tangent stiffness a step.
+equilibrium path, because energy and stress belong to one potential. That is one more solution a step.
 
 References:
     | Topology Optimization (Bendsøe & Sigmund, 2004), section 2.1, on adjoint sensitivities of nonlinear problems
@@ -147,11 +147,11 @@ def simulate(
     collected: dict[str, Tensor] = {}
     with tqdm(total=batch * len(cases), disable=not progress, unit="path", desc="simulate") as bar:
         for (case, start, stop), part in _run(work, tasks, where):
-            for name, value in part.items():
-                value = _untransposed(name, value) if cases[case][1] else value
+            for name, field in part.items():
+                turned = _untransposed(name, field) if cases[case][1] else field
                 if name not in collected:
-                    collected[name] = value.new_empty(batch, len(cases), *value.shape[1:])
-                collected[name][start:stop, case] = value
+                    collected[name] = turned.new_empty(batch, len(cases), *turned.shape[1:])
+                collected[name][start:stop, case] = turned
             bar.update(stop - start)
 
     stress, energy = collected["stress"], collected["energy"] * pixel_size**2
@@ -163,10 +163,10 @@ def simulate(
     if return_fields:
         result.displacement = collected["displacement"] * pixel_size
         result.pixel_stress = collected["pixel_stress"]
-    for name, value in vars(result).items():
-        if value is not None:
-            value = value.to(given.device)
-            setattr(result, name, value if isinstance(designs, Tensor) else value.numpy())
+    for name, tensor in vars(result).items():
+        if tensor is not None:
+            tensor = tensor.to(given.device)
+            setattr(result, name, tensor if isinstance(designs, Tensor) else tensor.numpy())
     return result
 
 
@@ -186,7 +186,7 @@ def _responses(cell: Cell, modulus: Tensor, strains: Tensor, fields: bool, slope
         if slopes:
             tangent = cell.path_tangent(state, modulus)
             forces = cell.elements.nodal_forces(unit_stress)
-            work = (cell.elements.nodal_values(tangent) * forces).sum((0, 1)).view(modulus.shape) / cell.area
+            work = (cell.elements.grid.gathered(tangent) * forces).sum((0, 1)).view(modulus.shape) / cell.area
             # 0, not NaN, so that the gradient of what is chosen from the solved is not spoilt by the rest
             for name, value in (("stress_slope", work), ("energy_slope", cell.elements.energy(state))):
                 found[name] = torch.where(_like(now.solved, value), value, 0.0)
@@ -209,8 +209,8 @@ class _Response(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         slopes = ctx.saved_tensors
-        gradient = sum(torch.einsum("bls,blshw->bhw", up, slope) for up, slope in zip(upstream, slopes, strict=True))
-        return gradient, None, None, None, None
+        stress, energy = (torch.einsum("bls,blshw->bhw", up, slope) for up, slope in zip(upstream, slopes, strict=True))
+        return stress + energy, None, None, None, None
 
 
 def _run(work: Callable[[Any], Any], tasks: Sequence[Any], device: torch.device) -> Iterator[Any]:

@@ -72,19 +72,20 @@ def test_an_affine_boundary_gives_a_homogeneous_field(order, gradient):
 
 
 @ORDERS
-def test_forces_and_tangent_are_derivatives_of_the_energy(order):
-    elements = Elements(2, 3, order, LAW, CPU)
+@pytest.mark.parametrize("width", [2, 3])
+def test_forces_and_tangent_are_derivatives_of_the_energy(order, width):
+    elements = Elements(2, width, order, LAW, CPU)
     displacement = 0.05 * torch.randn(1, *elements.lattice, 2, generator=torch.manual_seed(0)).double()
-    modulus = 1 + 99 * torch.rand(1, 2, 3, generator=torch.manual_seed(1)).double()
+    modulus = 1 + 99 * torch.rand(1, 2, width, generator=torch.manual_seed(1)).double()
 
     def energy(displacement):
         return (elements.energy(elements.state(displacement)) * modulus).sum()
 
     state = elements.state(displacement)
-    forces = elements.assembled(elements.nodal_forces(elements.stress(state) * modulus.flatten()))
+    forces = elements.grid.assembled(elements.nodal_forces(elements.stress(state) * modulus.flatten()))
     assert torch.allclose(forces, torch.func.grad(energy)(displacement), atol=1e-12)
     numbers = torch.arange(displacement.numel(), dtype=torch.float64).view_as(displacement)
-    dofs = elements.nodal_values(numbers).permute(2, 0, 1).flatten(1).long()
+    dofs = elements.patches.gathered(numbers).permute(2, 0, 1).flatten(1).long()
     tangent = torch.zeros(displacement.numel(), displacement.numel(), dtype=torch.float64)
     for index, block in zip(dofs, elements.stiffness(state, modulus).flatten(0, 2), strict=True):
         tangent[index[:, None], index] += block
