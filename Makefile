@@ -25,7 +25,7 @@ wheel-test: .venv/installed build/wheel
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-build/wheel: .venv/installed $(shell git ls-files '*.py' 'training/configs/*.yaml')
+build/wheel: .venv/installed $(shell git ls-files '*.py' 'training/configs/*.yaml' model_cards/template.md)
 	rm -rf build dist
 	$(BIN)/python -m build --wheel --outdir dist
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ dist/*.whl

@@ -69,11 +69,10 @@ def extend_with_torch_fem(designs: Tensor, order: int, strains: Sequence[float])
     def density(gradient: Tensor, young: Tensor) -> Tensor:
         mu = young[0] / (2 * (1 + POISSON))
         lame = young[0] * POISSON / ((1 + POISSON) * (1 - 2 * POISSON))
-        right = gradient.T @ gradient
-        logarithm = 0.5 * torch.logdet(right)
-        return mu / 2 * (torch.trace(right) - 3 - 2 * logarithm) + lame / 2 * (
-            (torch.exp(2 * logarithm) - 1) / 2 - logarithm
-        )
+        jacobian = gradient[0, 0] * gradient[1, 1] - gradient[0, 1] * gradient[1, 0]
+        logarithm = torch.log(jacobian)  # NaN where an element is inverted, so that the step is not taken
+        invariant = (gradient**2).sum()
+        return mu / 2 * (invariant - 3 - 2 * logarithm) + lame / 2 * ((jacobian**2 - 1) / 2 - logarithm)
 
     with float64():
         batch, size, _ = designs.shape
@@ -122,14 +121,23 @@ class SciPyNewton:
         self.iterations = 0
 
     def extended(self, design: Tensor, strains: Sequence[float]) -> list[float]:
-        """Stress at each strain; the last solution scaled is the first guess of the next."""
+        """Stress at each strain; the last solution scaled is the first guess of the next.
+
+        Updates are halved until det F > 0 everywhere, steps until it is so for the guess.
+        """
         modulus = (1 + 99 * design.double())[None]
         cell = self.cell
         displacement, stress, before = cell.affine[None] * strains[0], [], strains[0]
-        for strain in strains:
-            displacement, before = displacement * (strain / before), strain
+        ahead = [*reversed(strains)]
+        while ahead:
+            strain = ahead.pop()
+            guess = displacement * (strain / before)
+            now = cell.evaluate(guess, modulus)
+            if not now.admissible:
+                ahead += [strain, (before + strain) / 2]
+                continue
+            displacement, before = guess, strain
             while True:
-                now = cell.evaluate(displacement, modulus)
                 gradient = now.forces[0][cell.free]
                 held = now.forces[0] * ~cell.free
                 if gradient.norm() <= TOLERANCE * held.norm():
@@ -139,7 +147,14 @@ class SciPyNewton:
                 sums = np.bincount(self.place, values, len(self.rows))
                 matrix = scipy.sparse.csc_array((sums, self.rows, self.starts), shape=(len(gradient),) * 2)
                 factor = splu(matrix, "MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
-                displacement[0, cell.free] -= torch.from_numpy(factor.solve(gradient.numpy()))
+                update = torch.zeros_like(displacement)
+                update[0, cell.free] = torch.from_numpy(factor.solve(gradient.numpy()))
+                now = cell.evaluate(displacement - update, modulus)
+                while not now.admissible:
+                    update /= 2
+                    now = cell.evaluate(displacement - update, modulus)
+                displacement = displacement - update
                 self.iterations += 1
-            stress.append(float((held * cell.affine).sum() / cell.area))
+            if strain in strains:
+                stress.append(float((held * cell.affine).sum() / cell.area))
         return stress

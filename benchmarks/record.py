@@ -20,7 +20,8 @@ def record(figures: dict[str, Any], path: Path) -> None:
         figures: What was measured, by name, as plain numbers, strings, lists and dictionaries.
         path: File to write, ending in ``.json``.
     """
-    arguments = " ".join(sys.argv[1:])
+    # where a folder lies on this machine is nobody's business
+    arguments = " ".join(Path(argument).name if os.path.isabs(argument) else argument for argument in sys.argv[1:])
     content = {
         "figures": figures,
         "command": f"python benchmarks/{Path(sys.argv[0]).name} {arguments}".strip(),

@@ -20,6 +20,7 @@ from torch import Tensor
 __all__ = [
     "bootstrap_interval",
     "distance_of_means",
+    "sliced_wasserstein_distance",
     "two_point_correlation",
     "two_point_error",
     "volume_fraction_distance",
@@ -103,6 +104,36 @@ def volume_fraction_distance(samples: np.ndarray, reference: np.ndarray) -> floa
     """
     ours, theirs = _checked("samples", samples), _checked("reference", reference)
     return float(wasserstein_distance(ours.mean((1, 2)), theirs.mean((1, 2))))
+
+
+def sliced_wasserstein_distance(
+    samples: np.ndarray, reference: np.ndarray, *, num_directions: int = 64, seed: int = 0
+) -> float:
+    r"""Mean over random directions of the Wasserstein-1 distance between two sets of points projected on them.
+
+    Args:
+        samples: Shape ``(B, D)``.
+        reference: Shape ``(B', D)``.
+        num_directions: Number of directions, uniform on the sphere.
+        seed: Seed of the directions.
+
+    Returns:
+        The distance, in the units of the points.
+
+    Raises:
+        ValueError: If the sets are not of points of one dimension.
+
+    References:
+        | Sliced and Radon Wasserstein Barycenters of Measures (Bonneel et al., 2015), section 3
+        | https://doi.org/10.1007/s10851-014-0506-3
+    """
+    if samples.ndim != 2 or reference.ndim != 2 or samples.shape[1] != reference.shape[1]:
+        raise ValueError(
+            f"samples and reference must have shapes (B, D) and (B', D), got {samples.shape} and {reference.shape}"
+        )
+    directions = np.random.default_rng(seed).standard_normal((num_directions, samples.shape[1]))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    return float(np.mean([wasserstein_distance(samples @ along, reference @ along) for along in directions]))
 
 
 def bootstrap_interval(

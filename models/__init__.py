@@ -1,5 +1,7 @@
 """Networks that diffusers does not have."""
 
+from mechdiffusers.models.monotone_noise_schedule import MonotoneNoiseSchedule
+from mechdiffusers.models.noisy_latent_predictor import NoisyLatentPredictor
 from mechdiffusers.models.response_encoder import ResponseEncoder
 
-__all__ = ["ResponseEncoder"]
+__all__ = ["MonotoneNoiseSchedule", "NoisyLatentPredictor", "ResponseEncoder"]

@@ -20,6 +20,7 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .hub_checkpoint import HubCheckpoint
 from .latent_likelihood import (
     check_decoder_likelihood,
     decoder_output,
@@ -35,7 +36,7 @@ __all__ = ["LatentDDPMPipeline"]
 _OUTPUT_TYPES = ("pil", "np", "pt")
 
 
-class LatentDDPMPipeline(PortableCheckpoint):
+class LatentDDPMPipeline(HubCheckpoint, PortableCheckpoint):
     r"""Generates microstructures with a diffusion model of an autoencoder's latents.
 
     Images are single-channel, in [0, 1]: PIL images, numpy ``(B, H, W, C)``, torch ``(B, C, H, W)``, or designs

@@ -8,8 +8,8 @@ that is neither diffusers' nor transformers', and points ``model_index.json`` at
     pipeline_foo.py     and the sibling files that it imports
     encoder/{foo_encoder.py, config.json, diffusion_pytorch_model.safetensors}
 
-``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` needs nothing else. Where mechdiffusers is
-installed, ``FooPipeline.from_pretrained(folder)`` uses the installed classes and runs no code from the checkpoint.
+``DiffusionPipeline.from_pretrained(checkpoint, trust_remote_code=True)`` needs nothing else. Where mechdiffusers is
+installed, ``FooPipeline.from_pretrained(checkpoint)`` uses the installed classes and runs no code from the checkpoint.
 
 This file travels inside checkpoints.
 """
@@ -32,6 +32,7 @@ __all__ = ["PortableCheckpoint"]
 _INDEX = DiffusionPipeline.config_name
 #: Installed packages in which a shipped component file is looked for by its name.
 _INSTALLED_ROOMS = ("mechdiffusers.models", "mechdiffusers.schedulers")
+_REMEDY = "save it again, or download it again with force_download=True"
 
 
 class PortableCheckpoint(DiffusionPipeline):
@@ -43,7 +44,6 @@ class PortableCheckpoint(DiffusionPipeline):
         safe_serialization: bool = True,
         variant: str | None = None,
         max_shard_size: int | str | None = None,
-        **kwargs: Any,
     ) -> None:
         """Writes weights, configurations and code, aside first; no file is ever half-written.
 
@@ -52,16 +52,12 @@ class PortableCheckpoint(DiffusionPipeline):
             safe_serialization: Must be true: these checkpoints are meant for sharing and never hold pickles.
             variant: As in diffusers: weights are saved as ``*.<variant>.safetensors``.
             max_shard_size: As in diffusers.
-            **kwargs: Further arguments of ``DiffusionPipeline.save_pretrained``.
 
         Raises:
-            ValueError: If ``safe_serialization`` is false, ``push_to_hub`` is set, or ``save_directory`` is a file or
-                cannot be written.
+            ValueError: If ``safe_serialization`` is false, or ``save_directory`` is a file or cannot be written.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization must be True: a checkpoint meant for sharing holds no pickles")
-        if kwargs.get("push_to_hub"):  # the base class uploads before the code is there
-            raise ValueError("push_to_hub must be left out: call pipe.push_to_hub(repo_id), which ships the code too")
         target = Path(save_directory)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -71,8 +67,9 @@ class PortableCheckpoint(DiffusionPipeline):
         except OSError as error:
             raise ValueError(f"save_directory must be a folder that can be written, got {target}: {error}") from error
         try:
-            super().save_pretrained(staging, variant=variant, max_shard_size=max_shard_size, **kwargs)
+            super().save_pretrained(staging, variant=variant, max_shard_size=max_shard_size)
             self._ship_code(staging)
+            _forget_origin(staging)
             written = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
             for path in sorted(written, key=lambda path: path.name == _INDEX):  # the index last: it names the rest
                 (target / path).parent.mkdir(parents=True, exist_ok=True)
@@ -118,8 +115,7 @@ class PortableCheckpoint(DiffusionPipeline):
         """
         if not kwargs.setdefault("use_safetensors", True):
             raise ValueError("use_safetensors must be True: no pickle is loaded from a shared checkpoint")
-        if os.path.isdir(pretrained_model_name_or_path):
-            _check_files(Path(pretrained_model_name_or_path))
+        _check_files(Path(pretrained_model_name_or_path))
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
 
@@ -131,6 +127,14 @@ def _copy_source(cls: type, folder: Path) -> str:
     return source.stem
 
 
+def _forget_origin(folder: Path) -> None:
+    """Takes the place that a part was loaded from out of its configuration: a path of the machine it was made on."""
+    for path in (folder / _INDEX, *folder.glob("*/*config.json")):
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def _check_files(folder: Path) -> None:
     """Raises a ``ValueError`` that names the first missing or damaged file of a checkpoint."""
     if not (folder / _INDEX).is_file():
@@ -139,7 +143,7 @@ def _check_files(folder: Path) -> None:
         try:
             content = json.loads(path.read_text())
         except ValueError as error:
-            raise ValueError(f"{path} is damaged, not JSON: {error}") from error
+            raise ValueError(f"{path} is damaged, not JSON: {error}; {_REMEDY}") from error
         if not (isinstance(content, dict) and "_class_name" in content):
             raise ValueError(
                 f"{path} is damaged: it must be a mapping with a _class_name, as save_pretrained writes it"
@@ -149,4 +153,4 @@ def _check_files(folder: Path) -> None:
             with safe_open(path, framework="pt"):
                 pass
         except SafetensorError as error:
-            raise ValueError(f"{path} is truncated or damaged: {error}") from error
+            raise ValueError(f"{path} is truncated or damaged: {error}; {_REMEDY}") from error

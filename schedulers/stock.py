@@ -8,6 +8,7 @@ and the prediction type of the configuration it is made from.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -18,6 +19,7 @@ from diffusers import (
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
+from mechdiffusers.schedulers.scheduling_vdm import VDMScheduler
 
 __all__ = ["STOCK_SCHEDULERS", "stock_scheduler"]
 
@@ -26,6 +28,7 @@ STOCK_SCHEDULERS: Mapping[str, tuple[type[SchedulerMixin], Mapping[str, Any]]] =
     "ddpm": (DDPMScheduler, {}),
     "ddim": (DDIMScheduler, {}),
     "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
+    "dpmsolver++3m": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 3}),
     "sde-dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": (UniPCMultistepScheduler, {}),
     "heun": (HeunDiscreteScheduler, {}),
@@ -52,13 +55,14 @@ def stock_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
 
     Args:
         name: A key of :data:`STOCK_SCHEDULERS`.
-        config: Configuration of a variance-preserving scheduler, such as ``pipe.scheduler.config``.
+        config: Configuration of a variance-preserving scheduler, such as ``pipe.scheduler.config``, of ours too: a
+            log-SNR curve that no stock schedule is goes along as ``trained_betas``.
 
     Returns:
         A scheduler that does not clip, as latents are unbounded.
 
     Raises:
-        ValueError: If the name is unknown.
+        ValueError: If the name is unknown, or the network predicts the score, which no stock scheduler takes.
 
     Example:
         >>> stock_scheduler("ddim", DDPMScheduler(beta_schedule="squaredcos_cap_v2").config).config.beta_schedule
@@ -66,8 +70,20 @@ def stock_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     """
     if name not in STOCK_SCHEDULERS:
         raise ValueError(f"scheduler must be one of {sorted(STOCK_SCHEDULERS)}, got {name!r}")
+    if config.get("prediction_type") == "score":
+        raise ValueError(
+            "config must have a prediction_type that stock schedulers take, epsilon, v_prediction or sample, "
+            "got 'score'"
+        )
     scheduler_class, options = STOCK_SCHEDULERS[name]
     unclipped = {"clip_sample": False} if scheduler_class in (DDPMScheduler, DDIMScheduler) else {}
     # all of the noise schedule, which from_config drops where it stands at a default, and nothing of the old solver
     schedule = {key: config[key] for key in _NOISE_SCHEDULE if key in config}
+    if schedule.get("timestep_spacing") == "log_snr":  # ours alone; this one starts at pure noise too
+        schedule["timestep_spacing"] = "trailing"
+    if config.get("log_snr", "betas") != "betas":  # a curve of ours, as the betas between its integer timesteps
+        ours = VDMScheduler.from_config(config, variance_type="fixed_small")
+        alphas_cumprod = torch.sigmoid(ours.curve(torch.arange(len(ours))))
+        previous = torch.cat([torch.ones(1), alphas_cumprod[:-1]])
+        schedule["trained_betas"] = (1 - alphas_cumprod / previous).tolist()
     return scheduler_class.from_config(schedule, **options, **unclipped)

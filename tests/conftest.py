@@ -1,15 +1,47 @@
-"""What several tests need: a small pipeline with random weights, and the command line of the training script."""
+"""What several tests need: a Hub on this machine, and a small pipeline with random weights."""
 
 import os
+import subprocess
+import sys
+import tempfile
+import textwrap
 from collections.abc import Callable
 
 import pytest
-import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from mechdiffusers.models import ResponseEncoder
-from mechdiffusers.pipelines import LatentDDPMPipeline
+from hub_server import OWNER, HubServer
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# huggingface_hub reads these when it is imported: no test, nor what it starts, ever reaches the real Hub
+HUB = HubServer()
+HOME = tempfile.TemporaryDirectory(prefix="huggingface-")
+os.environ.update(
+    HF_ENDPOINT=HUB.url,
+    HF_HOME=HOME.name,
+    HF_TOKEN=OWNER,
+    HF_HUB_OFFLINE="0",
+    HF_HUB_DISABLE_XET="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+)
+
+import torch  # noqa: E402
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel  # noqa: E402
+from mechdiffusers.models import ResponseEncoder  # noqa: E402
+from mechdiffusers.pipelines import LatentDDPMPipeline  # noqa: E402
+
+#: Run before anything else in a Python that has to do without our package and without what only training needs.
+WITHOUT_US = """
+import sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        absent = ("mechdiffusers", "accelerate", "datasets", "tensorboard", "matplotlib", "scipy")
+        return None if name.split(".")[0] in absent else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+"""
 
 MEANING = {
     "quantity": "stress",
@@ -69,3 +101,26 @@ def make_pipeline() -> Callable[..., LatentDDPMPipeline]:
 @pytest.fixture
 def pipe() -> LatentDDPMPipeline:
     return tiny_pipeline()
+
+
+@pytest.fixture
+def hub() -> HubServer:
+    """The Hub of this machine, without repositories."""
+    HUB.repositories.clear()
+    HUB.large_files.clear()
+    HUB.requests.clear()
+    return HUB
+
+
+@pytest.fixture
+def plain_diffusers(tmp_path) -> Callable[[str], None]:
+    """Runs a script in a Python that has torch, diffusers and transformers but not us, and nothing in its caches."""
+
+    def run(script: str) -> None:
+        environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+        environment.pop("PYTHONPATH", None)
+        command = [sys.executable, "-c", WITHOUT_US + textwrap.dedent(script)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    return run

@@ -24,7 +24,8 @@ from mechdiffusers.pipelines.latent_likelihood import (
 )
 from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.data import Designs
-from mechdiffusers.training.loop import StepRandomness, run_stage
+from mechdiffusers.training.loop import run_stage
+from mechdiffusers.training.randomness import StepRandomness
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -61,6 +62,8 @@ class LikelihoodAutoencoder(nn.Module):
             shift_factor=0.0,
             mid_block_add_attention=False,
         )
+        if config.gradient_checkpointing:
+            self.vae.enable_gradient_checkpointing()
         self.likelihood = config.decoder_likelihood
         if self.likelihood == "discretized_logistic":
             self.log_scale = nn.Parameter(torch.tensor(-2.0))
@@ -88,14 +91,14 @@ def train_autoencoder(accelerator: Accelerator, config: TrainingConfig, designs:
     """Trains the autoencoder.
 
     Args:
-        accelerator: From :func:`~mechdiffusers.training.loop.stage_accelerator`.
+        accelerator: From :func:`~mechdiffusers.training.accelerators.stage_accelerator`.
         config: Settings of the run.
         designs: What to train on.
 
     Returns:
-        The autoencoder with averaged weights, on the CPU.
+        The autoencoder with averaged weights, on the CPU, in the main process.
     """
-    autoencoder = LikelihoodAutoencoder(config, designs.size).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    autoencoder = LikelihoodAutoencoder(config, designs.size)
     latent_shape = (config.latent_channels, *latent_size(autoencoder.vae))
     num_pixels = math.prod(designs.size)
 
@@ -127,13 +130,15 @@ def train_autoencoder(accelerator: Accelerator, config: TrainingConfig, designs:
         save_image_grid(pairs.cpu().numpy(), folder / f"autoencoder-{step:08d}.png", columns=8)
         bound = _bound(reconstruction.double().mean(), kl.double().mean(), num_pixels)
         return {
+            "loss": ((config.kl_weight * kl - reconstruction).double().mean() / num_pixels).item(),
             **{name: value.item() for name, value in bound.items()},
             "wrong_pixels": (faithful != heldout).double().mean().item(),
             "posterior_over_latent_std": (variances.mean() / (means.var() + variances.mean())).sqrt().item(),
         }
 
-    run_stage(accelerator, config, "autoencoder", autoencoder, designs.train, compute_loss, validate)
-    return autoencoder.eval().cpu().to(memory_format=torch.contiguous_format)
+    trained = run_stage(accelerator, config, "autoencoder", autoencoder, designs.train, compute_loss, validate)
+    assert isinstance(trained, LikelihoodAutoencoder)
+    return trained
 
 
 def _bound(reconstruction: Tensor, kl: Tensor, num_pixels: int) -> dict[str, Tensor]:

@@ -7,11 +7,14 @@ default below. Both ways are checked by the same parser, so that a misspelt key 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+import torch
 import yaml
 from diffusers.optimization import SchedulerType
 from mechdiffusers.schedulers import STOCK_SCHEDULERS
@@ -22,6 +25,10 @@ __all__ = ["StageConfig", "TrainingConfig", "parse_config"]
 
 #: Those of diffusers that need nothing but the number of steps.
 _LR_SCHEDULERS = [s.value for s in SchedulerType if s is not SchedulerType.PIECEWISE_CONSTANT]
+
+
+#: Spellings under which other scripts take a token of the Hub.
+_TOKEN_ARGUMENTS = {"__token", "__hub_token", "__hf_token", "__push_token", "__use_auth_token"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,14 @@ class TrainingConfig:
     output_dir: str = field(metadata={"help": "Folder of the run: its checkpoints, logs and the trained pipeline."})
     seed: int = field(default=0, metadata={"help": "Seed of everything random."})
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "'latest' goes on from the newest checkpoint in output_dir, or starts anew."}
+        default=None,
+        metadata={
+            "help": "'latest' goes on from the newest checkpoint in output_dir, or starts anew; "
+            "the path of a run's checkpoint starts a new run from it."
+        },
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Say what would be trained, its memory and its time, and leave nothing."}
     )
 
     dataset: str = field(
@@ -69,7 +83,7 @@ class TrainingConfig:
     )
     autoencoder_layers_per_block: int = field(default=1, metadata={"help": "Residual layers of a block."})
     autoencoder_steps: int = field(default=10_000, metadata={"help": "Optimiser steps of the autoencoder."})
-    autoencoder_batch_size: int = field(default=32, metadata={"help": "Designs a step and process."})
+    autoencoder_batch_size: int = field(default=32, metadata={"help": "Designs a step, all processes together."})
     autoencoder_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate."})
     autoencoder_warmup_steps: int = field(default=100, metadata={"help": "Steps to the peak learning rate."})
 
@@ -83,9 +97,13 @@ class TrainingConfig:
         default_factory=lambda: [64, 128], metadata={"help": "Widths of the blocks."}
     )
     denoiser_layers_per_block: int = field(default=2, metadata={"help": "Residual layers of a block."})
+    snr_gamma: float | None = field(
+        default=None, metadata={"help": "Losses are weighted by min-SNR with this gamma; 5 is usual, unset is off."}
+    )
+    noise_offset: float = field(default=0.0, metadata={"help": "Standard deviation of noise common to all pixels."})
     token_dim: int = field(default=32, metadata={"help": "Length of the response encoder's tokens."})
     denoiser_steps: int = field(default=20_000, metadata={"help": "Optimiser steps of the denoiser."})
-    denoiser_batch_size: int = field(default=128, metadata={"help": "Latents a step and process."})
+    denoiser_batch_size: int = field(default=128, metadata={"help": "Latents a step, all processes together."})
     denoiser_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     denoiser_warmup_steps: int = field(default=200, metadata={"help": "Steps to the peak learning rate."})
 
@@ -96,15 +114,43 @@ class TrainingConfig:
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
     ema_decay: float = field(default=0.999, metadata={"help": "Largest decay of the averaged weights, after warm-up."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches summed for a step."})
-    mixed_precision: Literal["no", "fp16", "bf16"] = field(default="no", metadata={"help": "As in Accelerate."})
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
+        default=None, metadata={"help": "As in Accelerate; what accelerate launch was told if unset."}
+    )
+    allow_tf32: bool = field(default=True, metadata={"help": "Let float32 products on a GPU round to TF32."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Compute activations again in the backward pass: less memory, more time."}
+    )
+    torch_compile: bool = field(default=False, metadata={"help": "Compile both networks; takes minutes first."})
+    use_8bit_adam: bool = field(default=False, metadata={"help": "8-bit Adam of bitsandbytes."})
 
     logging_steps: int = field(default=50, metadata={"help": "Steps between two entries of the log."})
     validation_steps: int = field(default=1000, metadata={"help": "Steps between two looks at held-out designs."})
     checkpointing_steps: int = field(default=1000, metadata={"help": "Steps between two checkpoints."})
+    checkpoints_total_limit: int = field(default=2, metadata={"help": "Checkpoints of a stage that are kept."})
+    load_best_model_at_end: bool = field(
+        default=False, metadata={"help": "End with the weights of least held-out loss, not with the last."}
+    )
+    report_to: Literal["tensorboard", "wandb", "trackio"] = field(
+        default="tensorboard", metadata={"help": "Tracker of the log; it has to be installed."}
+    )
     validation_scheduler: str = field(
         default="dpmsolver++", metadata={"help": "Stock scheduler that samples the validation grids."}
     )
     validation_inference_steps: int = field(default=25, metadata={"help": "Its steps."})
+    num_validation_images: int = field(
+        default=64, metadata={"help": "Samples that are compared with the held-out designs at each look."}
+    )
+
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Publish the finished run, with a card, on the Hub (log in by hf auth login)."}
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Its name there, or owner/name; the name of the run's folder if unset."}
+    )
+    hub_private: bool | None = field(
+        default=None, metadata={"help": "Whether a repository that is made is private; as its owner has set if unset."}
+    )
 
     def __post_init__(self) -> None:
         """Checks what a type cannot say.
@@ -112,7 +158,14 @@ class TrainingConfig:
         Raises:
             ValueError: If a number is out of its range or two settings contradict each other.
         """
-        may_be_zero = {"seed", "kl_weight", "weight_decay", "autoencoder_warmup_steps", "denoiser_warmup_steps"}
+        may_be_zero = {
+            "seed",
+            "kl_weight",
+            "weight_decay",
+            "noise_offset",
+            "autoencoder_warmup_steps",
+            "denoiser_warmup_steps",
+        }
         for name, value in asdict(self).items():
             for number in value if isinstance(value, list) else [value]:
                 is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
@@ -120,12 +173,20 @@ class TrainingConfig:
                     raise ValueError(
                         f"{name} must be {'at least 0' if name in may_be_zero else 'positive'}, got {value!r}"
                     )
-        if self.resume_from_checkpoint not in (None, "latest"):
-            raise ValueError(f"resume_from_checkpoint must be 'latest' or unset, got {self.resume_from_checkpoint!r}")
         accepted = {"validation_scheduler": sorted(STOCK_SCHEDULERS), "lr_scheduler": _LR_SCHEDULERS}
         for name, names in accepted.items():
             if getattr(self, name) not in names:
                 raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}")
+        for name, package in {"report_to": self.report_to, "use_8bit_adam": "bitsandbytes"}.items():
+            if (value := getattr(self, name)) and find_spec(package) is None:
+                raise ValueError(f"{name} must ask for what is installed, got {value!r}: pip install {package} first")
+        if self.mixed_precision == "fp16" and not torch.accelerator.is_available():
+            raise ValueError("mixed_precision must be 'no' or 'bf16' without an accelerator, got 'fp16'")
+        if self.dry_run and self.resume_from_checkpoint is not None:
+            raise ValueError("dry_run must be left out with resume_from_checkpoint: it starts nothing to go on from")
+        for name in ("hub_model_id", "hub_private"):
+            if getattr(self, name) is not None and not self.push_to_hub:
+                raise ValueError(f"{name} must be left out without push_to_hub, got {getattr(self, name)!r}")
         if not self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie inside (0, 1), got {self.ema_decay!r}")
         if self.streaming and self.num_train_designs is None:
@@ -151,15 +212,22 @@ def parse_config(args: Sequence[str] | None = None) -> TrainingConfig:
         The settings.
 
     Raises:
-        ValueError: If the file cannot be read, is no mapping or has an unknown key, or a setting is out of range.
+        ValueError: If the file cannot be read, is no mapping or has an unknown key, a setting is out of range, or
+            a token is among the arguments.
 
     Example:
         >>> parse_config(["--output_dir", "runs/x", "--num_train_designs", "64", "--seed", "7"]).seed
         7
     """
+    given = list(sys.argv[1:] if args is None else args)
+    if any(argument.split("=")[0].replace("-", "_") in _TOKEN_ARGUMENTS for argument in given):
+        raise ValueError(
+            "a token must not stand on the command line, where every user of the machine and every tracker sees it: "
+            "run hf auth login, or set HF_TOKEN"
+        )
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     files.add_argument("--config", type=Path)
-    found, command_line = files.parse_known_args(args)
+    found, command_line = files.parse_known_args(given)
     parser = HfArgumentParser(
         TrainingConfig,
         description="Trains a latent diffusion model of microstructures. --config FILE reads settings from YAML.",

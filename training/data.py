@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def load_designs(config: TrainingConfig) -> Designs:
                 f"got {len(heldout)} from {config.dataset!r}"
             )
         train = rows.skip(config.num_heldout_designs).take(config.num_train_designs)
-        stream = train.shuffle(seed=config.seed, buffer_size=_SHUFFLE_BUFFER).repeat(None)
+        stream = train.shuffle(seed=config.seed, buffer_size=_SHUFFLE_BUFFER)
         assert config.num_train_designs is not None  # TrainingConfig has checked it
         return Designs(_Stream(stream, config, heldout[0].shape), torch.stack(heldout), config.num_train_designs)
     everything = torch.stack(list(tqdm(images, total=len(rows), desc="reading designs", unit="design")))
@@ -109,8 +109,10 @@ class _Stream(TorchIterableDataset):
         self._rows, self._config, self._shape = rows, config, shape
 
     def __iter__(self) -> Iterator[tuple[Tensor]]:
-        for image in _checked_images(self._rows, self._config, self._shape):
-            yield (image,)
+        for epoch in count():
+            self._rows.set_epoch(epoch)  # each has its own order
+            for image in _checked_images(self._rows, self._config, self._shape):
+                yield (image,)
 
 
 def _rows(config: TrainingConfig) -> Any:

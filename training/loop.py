@@ -1,76 +1,45 @@
-"""The optimisation loop that both stages run: averaged weights, schedules, logs, validation, checkpoints, resumption.
-
-Random numbers of a step are a function of (seed, stage, step): each is drawn for the global batch, and a process takes
-its share, so that neither an interruption nor the number of processes changes what is drawn.
-"""
+"""The optimisation loop of both stages: averaged weights, schedules, logs, validation, checkpoints, resumption."""
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import logging
 import math
-import os
-import shutil
+import signal
+import statistics
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import GradientAccumulationPlugin, set_seed
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from mechdiffusers.training import checkpoints
 from mechdiffusers.training.config import TrainingConfig
+from mechdiffusers.training.metrics import peak_memory, update_metrics
+from mechdiffusers.training.randomness import StepRandomness
+from mechdiffusers.training.sharding import local_parameters
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
-__all__ = ["LossFunction", "StepRandomness", "run_stage", "stage_accelerator"]
+__all__ = ["LossFunction", "StopRequested", "run_stage"]
 
 logger = logging.getLogger(__name__)
 
 #: A step's batch and randomness to the loss and the quantities to log, all scalars.
-LossFunction = Callable[[nn.Module, tuple[Tensor, ...], "StepRandomness"], tuple[Tensor, dict[str, Tensor]]]
+LossFunction = Callable[[nn.Module, tuple[Tensor, ...], StepRandomness], tuple[Tensor, dict[str, Tensor]]]
+
+#: Steps between two times that several processes agree on whether to stop, which makes them wait for each other.
+_AGREE_STEPS = 10
 
 
-class StepRandomness:
-    """The random numbers of one batch of one step, this process's share of them."""
-
-    def __init__(self, key: tuple[int | str, ...], rank: int = 0, num_ranks: int = 1):
-        seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
-        self._generator = torch.Generator().manual_seed(seed)
-        self._rank, self._num_ranks = rank, num_ranks
-
-    def normal(self, *shape: int) -> Tensor:
-        """Standard normal numbers, the first axis being the batch."""
-        return self._share(torch.randn((shape[0] * self._num_ranks, *shape[1:]), generator=self._generator))
-
-    def integers(self, high: int, num: int) -> Tensor:
-        """Uniform integers in ``[0, high)``, one a sample of the batch."""
-        return self._share(torch.randint(high, (num * self._num_ranks,), generator=self._generator))
-
-    def _share(self, drawn: Tensor) -> Tensor:
-        return drawn.chunk(self._num_ranks)[self._rank]
-
-
-def stage_accelerator(config: TrainingConfig, name: str) -> Accelerator:
-    """The Accelerator of one stage, logging to the run's ``logs`` folder."""
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        # an epoch may end between two steps: only the number of batches says when a step is due
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
-        log_with="tensorboard",
-        project_dir=config.output_dir,
-    )
-    if accelerator.device.type == "cpu":  # accelerate launch leaves a process one thread
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // local_processes))
-    accelerator.init_trackers(f"logs/{name}")
-    set_seed(config.seed)  # the stage's first weights, whether the stage before it ran just now or earlier
-    return accelerator
+class StopRequested(Exception):
+    """The run was told to stop, and has saved its state."""
 
 
 def run_stage(
@@ -81,100 +50,123 @@ def run_stage(
     train: Dataset,
     compute_loss: LossFunction,
     validate: Callable[[nn.Module, int], dict[str, float]],
-) -> None:
-    """Trains a module in place and leaves it with the averaged weights.
+) -> nn.Module:
+    """Trains a module.
 
     Args:
-        accelerator: From :func:`stage_accelerator`.
+        accelerator: From :func:`~mechdiffusers.training.accelerators.stage_accelerator`.
         config: Settings of the run.
         name: ``"autoencoder"`` or ``"denoiser"``.
-        module: What is trained.
+        module: What is trained; used up.
         train: Training samples, tuples of tensors.
         compute_loss: From module, batch and randomness to the loss and what to log.
-        validate: From the module with averaged weights and the step to what to log; may write pictures.
+        validate: From the module with averaged weights and the step to what to log, ``"loss"`` among it; may write
+            pictures. The main process calls it.
+
+    Returns:
+        The module with averaged weights, on the CPU, in the main process; one of unknown weights in the others.
 
     Raises:
-        ValueError: If there are fewer samples than a batch.
         FloatingPointError: If the loss is not finite.
+        StopRequested: If the process got SIGTERM; the state is saved.
+        OSError: If a checkpoint cannot be written; the earlier ones are intact.
     """
     settings = config.stage(name)  # type: ignore[arg-type]
+    main = accelerator.is_main_process
     streamed = isinstance(train, IterableDataset)
     loader = DataLoader(train, batch_size=settings.batch_size, shuffle=not streamed, drop_last=True)
-    if not streamed and len(loader) < accelerator.num_processes:
-        raise ValueError(
-            f"{name}_batch_size must be at most the number of training designs a process, "
-            f"got {settings.batch_size} for {len(train)} designs"  # type: ignore[arg-type]
-        )
-    optimizer = torch.optim.AdamW(
-        module.parameters(), settings.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
-    # Accelerate advances the schedule once a process in every step
+    averaged = copy.deepcopy(module)
+    if accelerator.distributed_type is not DistributedType.FSDP:  # which takes no other format
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.torch_compile:
+        module.compile()
+    optimizer = _optimizer(config, module, settings.learning_rate)
     schedule = get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=settings.warmup_steps * accelerator.num_processes,
-        num_training_steps=settings.steps * accelerator.num_processes,
+        config.lr_scheduler, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.steps
     )
     module, optimizer, loader, schedule = accelerator.prepare(module, optimizer, loader, schedule)
-    average = EMAModel(module.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=3 / 4, foreach=True)
-    accelerator.register_for_checkpointing(average)
+    average = EMAModel(local_parameters(module), decay=config.ema_decay, use_ema_warmup=True, power=3 / 4, foreach=True)
 
-    checkpoints = Path(config.output_dir) / "checkpoints"
-    start = _resume(accelerator, checkpoints, name) if config.resume_from_checkpoint else 0
-    average.to(accelerator.device)  # a loaded average is on the CPU
+    folder = Path(config.output_dir) / "checkpoints"
+    start = checkpoints.load_newest(accelerator, average, folder, name) if config.resume_from_checkpoint else 0
+    best = checkpoints.BestWeights(folder, name)
     batches = _batches(accelerator, loader, start * config.gradient_accumulation_steps)
-    main = accelerator.is_main_process
     progress = tqdm(initial=start, total=settings.steps, desc=name, unit="step", disable=not main)
     sums: dict[str, Tensor] = {}
-    num_summed = 0
-    for step in range(start, settings.steps):
-        for part in range(config.gradient_accumulation_steps):
-            batch = next(batches)
-            randomness = StepRandomness(
-                (config.seed, name, step, part), accelerator.process_index, accelerator.num_processes
-            )
-            with accelerator.accumulate(module):
-                loss, quantities = compute_loss(module, batch, randomness)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(module.parameters(), config.max_grad_norm)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-            for key, value in quantities.items():
-                sums[key] = sums.get(key, 0) + value.detach() / config.gradient_accumulation_steps
-        num_summed += 1
-        average.step(module.parameters())
-        progress.update()
+    seconds: list[float] = []
+    with _sigterm_noticed() as stop:
+        for step in range(start, settings.steps):
+            begin = time.perf_counter()
+            for part in range(config.gradient_accumulation_steps):
+                batch = next(batches)
+                # a batch that is summed draws what it would as a part of the batch that they make together
+                share = part * accelerator.num_processes + accelerator.process_index
+                randomness = StepRandomness((config.seed, name, step), share)
+                with accelerator.accumulate(module):
+                    loss, quantities = compute_loss(module, batch, randomness)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(module.parameters(), config.max_grad_norm)
+                    optimizer.step()
+                    schedule.step()
+                    optimizer.zero_grad()
+                for key, value in quantities.items():
+                    sums[key] = sums.get(key, 0) + value.detach() / config.gradient_accumulation_steps
+            average.step(local_parameters(module))
+            progress.update()
 
-        done = step + 1
-        checkpoint_due = done % config.checkpointing_steps == 0 or done == settings.steps
-        if done % config.logging_steps == 0 or checkpoint_due:
-            logs = {key: accelerator.reduce(value, "mean").item() / num_summed for key, value in sums.items()}
-            sums, num_summed = {}, 0
-            if not all(map(math.isfinite, logs.values())):
-                raise FloatingPointError(
-                    f"{name}: the loss is not finite at step {done}: {logs}; lower the learning rate"
-                )
-            accelerator.log({**logs, "learning_rate": schedule.get_last_lr()[0]}, step=done)
-            progress.set_postfix({key: f"{value:.4g}" for key, value in logs.items()})
-        if done % config.validation_steps == 0 or done == settings.steps:
-            average.store(module.parameters())
-            average.copy_to(module.parameters())
-            if main:
-                module.eval()
-                logs = validate(accelerator.unwrap_model(module), done)
-                module.train()
-                accelerator.log({f"validation/{key}": value for key, value in logs.items()}, step=done)
-                logger.info("%s step %d: %s", name, done, ", ".join(f"{k} {v:.5g}" for k, v in logs.items()))
-            average.restore(module.parameters())
-            accelerator.wait_for_everyone()
-        if checkpoint_due:
-            _save(accelerator, checkpoints, name, done)
+            done = step + 1
+            last = done == settings.steps
+            seconds.append(time.perf_counter() - begin)
+            stopping = _all_agree(accelerator, stop, done, last)
+            checkpoint_due = done % config.checkpointing_steps == 0 or last or stopping
+            if done % config.logging_steps == 0 or checkpoint_due:
+                logs = {key: accelerator.reduce(value, "mean").item() / len(seconds) for key, value in sums.items()}
+                if not all(map(math.isfinite, logs.values())):
+                    raise FloatingPointError(
+                        f"{name}: the loss is not finite at step {done}: {logs}; lower the learning rate"
+                    )
+                progress.set_postfix({key: f"{value:.4g}" for key, value in logs.items()})
+                logs |= {"learning_rate": schedule.get_last_lr()[0], "seconds_per_step": statistics.median(seconds)}
+                accelerator.log(logs, step=done)
+                sums, seconds = {}, []
+                if main and last:
+                    cost = {"seconds_per_step": logs["seconds_per_step"], "peak_memory_gib": peak_memory()}
+                    update_metrics(Path(config.output_dir), name, cost)
+            if done % config.validation_steps == 0 or last:
+                _take_average(accelerator, module, average, averaged)
+                if main:
+                    metrics = validate(averaged.eval().to(accelerator.device), done)
+                    accelerator.log({f"validation/{key}": value for key, value in metrics.items()}, step=done)
+                    logger.info("%s step %d: %s", name, done, ", ".join(f"{k} {v:.5g}" for k, v in metrics.items()))
+                    update_metrics(Path(config.output_dir), name, {"step": done, **metrics})
+                    if config.load_best_model_at_end:
+                        best.offer(averaged, metrics["loss"], done)
+                accelerator.wait_for_everyone()
+            if checkpoint_due:
+                checkpoints.save(accelerator, average, folder, name, done, config.checkpoints_total_limit)
+            if stopping or (last and _all_agree(accelerator, stop, done, last)):  # it may have come in between
+                raise StopRequested(f"{name} has stopped at step {done} of {settings.steps}, as SIGTERM asked")
     progress.close()
-    average.copy_to(module.parameters())
     for tracker in accelerator.trackers:  # not end_training, which ends the other processes' connection too
         tracker.finish()
+    _take_average(accelerator, module, average, averaged)
+    averaged.eval()
+    if main and config.load_best_model_at_end:
+        step = best.load_into(averaged.cpu())
+        metrics = validate(
+            averaged.to(accelerator.device), settings.steps
+        )  # its grid replaces that of the last weights
+        update_metrics(Path(config.output_dir), name, {"step": step, **metrics})
+    return averaged.cpu()
+
+
+def _optimizer(config: TrainingConfig, module: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    if config.use_8bit_adam:
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(module.parameters(), learning_rate, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(module.parameters(), learning_rate, weight_decay=config.weight_decay, fused=True)
 
 
 def _batches(accelerator: Accelerator, loader: DataLoader, used: int) -> Iterator[tuple[Tensor, ...]]:
@@ -187,32 +179,36 @@ def _batches(accelerator: Accelerator, loader: DataLoader, used: int) -> Iterato
         epoch, skipped = epoch + 1, 0
 
 
-def _checkpoints(folder: Path, name: str) -> list[Path]:
-    return sorted(folder.glob(f"{name}-*"))
-
-
-def _resume(accelerator: Accelerator, folder: Path, name: str) -> int:
-    """Loads the newest checkpoint of a stage, if there is one; returns the number of steps done."""
-    saved = _checkpoints(folder, name)
-    if not saved:
-        return 0
-    accelerator.load_state(str(saved[-1]))
-    step = int(saved[-1].name.rsplit("-", 1)[1])
-    logger.info("%s goes on from step %d", name, step)
-    return step
-
-
-def _save(accelerator: Accelerator, folder: Path, name: str, step: int) -> None:
-    """Writes a checkpoint aside and renames it, then removes the older ones of the stage."""
-    final, unfinished = folder / f"{name}-{step:08d}", folder / f".unfinished-{name}"
+def _take_average(accelerator: Accelerator, module: nn.Module, average: EMAModel, averaged: nn.Module) -> None:
+    """Loads the averaged weights into a module that no wrapper, compiler or sharding has touched."""
+    average.store(local_parameters(module))
+    average.copy_to(local_parameters(module))
+    weights = accelerator.get_state_dict(module)  # all processes take part where the model is sharded
     if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        unfinished.rename(final)
-        for older in _checkpoints(folder, name)[:-1]:
-            shutil.rmtree(older)
+        averaged.load_state_dict(weights)
+    average.restore(local_parameters(module))
+
+
+@contextmanager
+def _sigterm_noticed() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, as clusters send it some time before they kill."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _all_agree(accelerator: Accelerator, stop: threading.Event, done: int, last: bool) -> bool:
+    """Whether any process was told to stop; the same answer in all of them."""
+    if accelerator.num_processes == 1:
+        return stop.is_set()
+    if done % _AGREE_STEPS and not last:
+        return False
+    if stop.is_set():
+        accelerator.set_trigger()
+    return accelerator.check_trigger()

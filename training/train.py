@@ -4,46 +4,37 @@
 
 The run's folder holds, when it is done: ``pipeline/``, the checkpoint that plain diffusers loads; ``validation/``,
 grids of held-out designs and of samples; ``logs/``, for TensorBoard; ``checkpoints/``, what an interrupted run goes on
-from; ``config.yaml``, every setting.
+from; ``metrics.json``, the newest figures; ``config.yaml``, every setting.
 """
 
 from __future__ import annotations
 
 import logging
-import os
+import signal
 import sys
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
 import diffusers
 import torch
 import transformers
-import yaml
-from accelerate import PartialState
 from mechdiffusers.pipelines import LatentDDPMPipeline
-from mechdiffusers.training.autoencoder import encode_all, measure_latents, train_autoencoder
+from mechdiffusers.pipelines.hub_checkpoint import claim_repository
+from mechdiffusers.training.accelerators import process_state
 from mechdiffusers.training.config import TrainingConfig, parse_config
 from mechdiffusers.training.data import load_designs
-from mechdiffusers.training.denoiser import train_denoiser
-from mechdiffusers.training.loop import stage_accelerator
-from safetensors.torch import load_file, save_file
-from torch.utils.data import TensorDataset
+from mechdiffusers.training.loop import StopRequested
+from mechdiffusers.training.output_folder import claim
+from mechdiffusers.training.publish import publish
+from mechdiffusers.training.rehearsal import rehearse
+from mechdiffusers.training.stages import run_stages
+from safetensors import SafetensorError
 
 __all__ = ["train"]
 
 logger = logging.getLogger(__name__)
-
-#: Settings that a run may change when it goes on: they do not change what is trained.
-_MAY_CHANGE = {
-    "output_dir",
-    "resume_from_checkpoint",
-    "logging_steps",
-    "validation_steps",
-    "validation_scheduler",
-    "validation_inference_steps",
-    "checkpointing_steps",
-}
 
 
 def train(config: TrainingConfig) -> LatentDDPMPipeline:
@@ -53,94 +44,68 @@ def train(config: TrainingConfig) -> LatentDDPMPipeline:
         config: Settings of the run.
 
     Returns:
-        The trained pipeline, on the CPU.
+        The trained pipeline, on the CPU, in the main process.
 
     Raises:
-        ValueError: If a setting or the data are unfit, ``output_dir`` cannot be written, or it holds a run already
-            and ``resume_from_checkpoint`` is not set.
+        ValueError: If a setting or the data are unfit, ``output_dir`` cannot be written or holds another run, or the
+            Hub refuses the repository that the run should be published in.
+        FloatingPointError: If a loss is not finite.
+        OSError: If a checkpoint cannot be written, the earlier ones being intact, or the upload to the Hub breaks off.
+        StopRequested: If the process got SIGTERM; the state is saved.
     """
-    output_dir = _claim(config)
+    process, repo_id = process_state(), None
+    if process.is_main_process:
+        claim(config)
+    process.wait_for_everyone()
     designs = load_designs(config)
-
-    accelerator = stage_accelerator(config, "autoencoder")
-    autoencoder = train_autoencoder(accelerator, config, designs)
-    vae, scale = autoencoder.vae, autoencoder.decoder_scale
-
-    latents = output_dir / "checkpoints" / "latents.safetensors"
-    if accelerator.is_main_process and not latents.exists():
-        moments = {
-            "train": encode_all(vae, designs.train, accelerator.device, designs.num_train),
-            "heldout": encode_all(vae, TensorDataset(designs.heldout), accelerator.device, len(designs.heldout)),
-        }
-        unfinished = latents.with_name(f".unfinished-{latents.name}")
-        save_file(moments, unfinished)
-        os.replace(unfinished, latents)
-    accelerator.wait_for_everyone()
-    cached = load_file(latents)
-    measure_latents(vae, cached["train"])
-
-    accelerator = stage_accelerator(config, "denoiser")
-    pipe = train_denoiser(
-        accelerator, config, vae, None if scale is None else scale.item(), cached["train"], cached["heldout"]
-    )
-    if accelerator.is_main_process:
-        pipe.save_pretrained(output_dir / "pipeline")
-        logger.info("the pipeline is in %s", output_dir / "pipeline")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    if config.push_to_hub and process.is_main_process:  # before any work is done for it
+        name = config.hub_model_id or Path(config.output_dir).absolute().name
+        with _failures_explained("nothing was trained"):
+            repo_id = claim_repository(name, private=config.hub_private)
+    torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    pipe = run_stages(config, designs)
+    if repo_id is not None:
+        again = "the run itself is complete, --resume_from_checkpoint latest --push_to_hub true publishes it again"
+        with _failures_explained(again):
+            logger.info("published: %s", publish(config.output_dir, repo_id, private=config.hub_private))
+    process.wait_for_everyone()
     return pipe
 
 
-def _claim(config: TrainingConfig) -> Path:
-    """Makes the run's folder and writes the settings into it, unless it holds a run that this one does not continue."""
-    output_dir = Path(config.output_dir)
-    if (output_dir / "checkpoints").exists() and config.resume_from_checkpoint is None:
-        raise ValueError(
-            f"output_dir must be new, got {output_dir}, which holds a run: choose another one, or go on with that run "
-            "by --resume_from_checkpoint latest"
-        )
-    process = PartialState()
-    if (output_dir / "config.yaml").exists() and config.resume_from_checkpoint is not None:
-        _check_same_run(config, output_dir / "config.yaml")
-    process.wait_for_everyone()  # all have read the old settings before they are written again
-    if not process.is_main_process:
-        return output_dir
+@contextmanager
+def _failures_explained(standing: str) -> Iterator[None]:
+    """Makes whatever the network raises, of whichever library, an ``OSError`` that says how things stand."""
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        unfinished = output_dir / ".unfinished-config.yaml"
-        unfinished.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-        os.replace(unfinished, output_dir / "config.yaml")
-    except OSError as error:
-        raise ValueError(f"output_dir must be a folder that can be written, got {output_dir}: {error}") from error
-    return output_dir
-
-
-def _check_same_run(config: TrainingConfig, path: Path) -> None:
-    """Raises a ``ValueError`` that shows the difference if the run in a folder had other settings."""
-    stored = yaml.safe_load(path.read_text())
-    differences = [
-        f"{name} was {stored.get(name)!r}, is {value!r}"
-        for name, value in asdict(config).items()
-        if name not in _MAY_CHANGE and stored.get(name) != value
-    ]
-    if differences:
-        raise ValueError(
-            f"resume_from_checkpoint must go on with the same settings, got others than {path}: "
-            f"{'; '.join(differences)}; give them back or choose another output_dir"
-        )
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        raise OSError(f"the Hub could not be reached: {error}; {standing}") from error
 
 
 def main() -> None:
     """The command line."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for chatty in ("httpx", "httpx2", "accelerate"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     for library in (datasets, diffusers, transformers):
         library.utils.logging.set_verbosity_warning()
-    torch.set_float32_matmul_precision("high")
     try:
-        train(parse_config())
-    except (ValueError, FloatingPointError) as error:
+        config = parse_config()
+        if not process_state().is_main_process:
+            logging.getLogger().setLevel(logging.WARNING)
+        if config.dry_run:
+            logger.info("a dry run; the real one would be:\n%s", rehearse(config))
+        else:
+            train(config)
+    except (ValueError, FloatingPointError, OSError, SafetensorError) as error:
         sys.exit(f"error: {error}")
+    except StopRequested as stopped:
+        logger.warning("%s; --resume_from_checkpoint latest goes on", stopped)
+        sys.exit(128 + signal.SIGTERM)
+    finally:
+        process_state().destroy_process_group()
 
 
 if __name__ == "__main__":

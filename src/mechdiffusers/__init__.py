@@ -15,14 +15,19 @@ if TYPE_CHECKING:
         response_meaning,
     )
     from mechdiffusers.models import ResponseEncoder
-    from mechdiffusers.pipelines import LatentDDPMPipeline
+    from mechdiffusers.pipelines import ClassifierGuidance, LatentDDPMPipeline
+    from mechdiffusers.schedulers import PredictorCorrectorScheduler, ProbabilityFlowScheduler, VDMScheduler
 
 __version__ = "0.1.0"
 
 _ROOMS = {
+    "ClassifierGuidance": "mechdiffusers.pipelines",
     "LatentDDPMPipeline": "mechdiffusers.pipelines",
+    "PredictorCorrectorScheduler": "mechdiffusers.schedulers",
+    "ProbabilityFlowScheduler": "mechdiffusers.schedulers",
     "ResponseEncoder": "mechdiffusers.models",
     "SimulationResult": "mechdiffusers.mechanics",
+    "VDMScheduler": "mechdiffusers.schedulers",
     "build_dataset": "mechdiffusers.microstructures",
     "load_mechanical_mnist": "mechdiffusers.microstructures",
     "random_composites": "mechdiffusers.microstructures",
@@ -31,9 +36,13 @@ _ROOMS = {
 }
 
 __all__ = [
+    "ClassifierGuidance",
     "LatentDDPMPipeline",
+    "PredictorCorrectorScheduler",
+    "ProbabilityFlowScheduler",
     "ResponseEncoder",
     "SimulationResult",
+    "VDMScheduler",
     "__version__",
     "build_dataset",
     "load_mechanical_mnist",

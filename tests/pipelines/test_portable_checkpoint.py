@@ -1,8 +1,5 @@
 import json
 import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -10,42 +7,13 @@ import torch
 from diffusers import DiffusionPipeline
 from mechdiffusers.models import ResponseEncoder
 from mechdiffusers.pipelines import LatentDDPMPipeline
-
-#: Run before anything else in a Python that has to do without our package and without what only training needs.
-WITHOUT_US = """
-import sys
-
-class Without:
-    def __init__(self, finder):
-        self.finder = finder
-    def find_spec(self, name, path=None, target=None):
-        absent = ("mechdiffusers", "accelerate", "datasets", "tensorboard", "matplotlib", "scipy")
-        return None if name.split(".")[0] in absent else self.finder.find_spec(name, path, target)
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-
-sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
-"""
+from mechdiffusers.schedulers import PredictorCorrectorScheduler, ProbabilityFlowScheduler, VDMScheduler
 
 
 def sample(pipe) -> torch.Tensor:
     return pipe(
         batch_size=3, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt"
     ).images
-
-
-def plain_diffusers(script: str, tmp_path: Path) -> None:
-    """Runs a script in a Python that has torch, diffusers and transformers but not us."""
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    environment.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_US + textwrap.dedent(script)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture
@@ -56,6 +24,7 @@ def folder(pipe, tmp_path) -> Path:
 
 def test_a_checkpoint_holds_code_weights_and_configurations_and_nothing_else(folder):
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
+        "hub_checkpoint.py",
         "latent_likelihood.py",
         "model_index.json",
         "pipeline_latent_ddpm.py",
@@ -92,7 +61,7 @@ def test_weights_load_in_another_dtype(folder):
 
 
 @pytest.mark.slow
-def test_plain_diffusers_loads_it_bit_identically_and_can_save_it_again(pipe, folder, tmp_path):
+def test_plain_diffusers_loads_it_bit_identically_and_can_save_it_again(pipe, folder, tmp_path, plain_diffusers):
     torch.save(sample(pipe), tmp_path / "expected.pt")
     script = """
         import torch
@@ -106,12 +75,12 @@ def test_plain_diffusers_loads_it_bit_identically_and_can_save_it_again(pipe, fo
             assert torch.equal(images, expected), name
             pipe.save_pretrained({"checkpoint": "again", "again": "and_again"}.get(name, "last"))
     """
-    plain_diffusers(script, tmp_path)
+    plain_diffusers(script)
     assert torch.equal(sample(LatentDDPMPipeline.from_pretrained(tmp_path / "last")), sample(pipe))
 
 
 @pytest.mark.slow
-def test_a_conditional_checkpoint_answers_in_plain_diffusers(make_pipeline, tmp_path):
+def test_a_conditional_checkpoint_answers_in_plain_diffusers(make_pipeline, tmp_path, plain_diffusers):
     pipe = make_pipeline(conditional=True)
     pipe.save_pretrained(tmp_path / "checkpoint")
     response = torch.ones(2, 2, 3)
@@ -127,7 +96,33 @@ def test_a_conditional_checkpoint_answers_in_plain_diffusers(make_pipeline, tmp_
         assert torch.equal(images, torch.load("expected.pt"))
         assert pipe.response_encoder.config.meaning["quantity"] == "stress"
     """
-    plain_diffusers(script, tmp_path)
+    plain_diffusers(script)
+
+
+@pytest.mark.slow
+def test_our_schedulers_travel_with_a_checkpoint(make_pipeline, tmp_path, plain_diffusers):
+    pipe = make_pipeline()
+    table = torch.linspace(9, -9, 50).tolist()
+    for cls in (VDMScheduler, ProbabilityFlowScheduler, PredictorCorrectorScheduler):
+        scheduler = cls.from_config(pipe.scheduler.config, log_snr=table)
+        checkpoint = LatentDDPMPipeline(pipe.vae, pipe.unet, scheduler, pipe.response_encoder)
+        checkpoint.set_progress_bar_config(disable=True)
+        checkpoint.save_pretrained(tmp_path / cls.__name__)
+        torch.save(sample(checkpoint), tmp_path / f"{cls.__name__}.pt")
+    script = """
+        import torch
+        from diffusers import DiffusionPipeline
+
+        for name in ("VDMScheduler", "ProbabilityFlowScheduler", "PredictorCorrectorScheduler"):
+            for folder in (name, f"{name}-again"):
+                pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, use_safetensors=True)
+                assert type(pipe.scheduler).__name__ == name
+                generator = torch.Generator().manual_seed(0)
+                images = pipe(batch_size=3, num_inference_steps=3, generator=generator, output_type="pt").images
+                assert torch.equal(images, torch.load(f"{name}.pt")), folder
+                pipe.save_pretrained(f"{name}-again")
+    """
+    plain_diffusers(script)
 
 
 def test_code_of_a_checkpoint_does_not_run_without_trust(folder):
@@ -183,9 +178,10 @@ def test_json_that_is_no_configuration_is_named(folder, name, content):
         LatentDDPMPipeline.from_pretrained(folder)
 
 
-def test_an_upload_that_would_lack_the_code_is_refused(pipe, tmp_path):
-    with pytest.raises(ValueError, match=r"^push_to_hub must be left out: call pipe.push_to_hub"):
-        pipe.save_pretrained(tmp_path / "new", push_to_hub=True)
+def test_no_configuration_tells_the_folder_that_a_part_came_from(folder, tmp_path):
+    LatentDDPMPipeline.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    for path in (tmp_path / "again").rglob("*.json"):
+        assert str(tmp_path) not in path.read_text(), path
 
 
 def test_garbage_for_weights_is_named(folder):

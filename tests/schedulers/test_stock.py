@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from mechdiffusers.schedulers import STOCK_SCHEDULERS, stock_scheduler
+from mechdiffusers.schedulers import STOCK_SCHEDULERS, VDMScheduler, stock_scheduler
 
 MEAN, STD = 0.5, 0.3
 
@@ -59,6 +59,23 @@ def test_nothing_of_a_solver_stays_behind_when_it_is_replaced(first):
         assert {k: v for k, v in direct.config.items() if k[0] != "_"} == {
             k: v for k, v in by_way_of_the_first.config.items() if k[0] != "_"
         }
+
+
+@pytest.mark.parametrize("log_snr", ["linear", "cosine", [12.0, 3.0, -1.0, -6.0]])
+def test_a_curve_of_ours_goes_along_as_betas(make_pipeline, log_snr):
+    pipe = make_pipeline()
+    ours = VDMScheduler.from_config(pipe.scheduler.config, log_snr=log_snr, timestep_spacing="log_snr")
+    pipe = type(pipe)(pipe.vae, pipe.unet, ours, pipe.response_encoder)
+    pipe.set_progress_bar_config(disable=True)
+    for name in STOCK_SCHEDULERS:
+        pipe.scheduler = stock_scheduler(name, ours.config)
+        torch.testing.assert_close(pipe.scheduler.alphas_cumprod, ours.alphas_cumprod, rtol=1e-5, atol=1e-6)
+        assert pipe(num_inference_steps=2, output_type="pt").images.shape == (1, 1, 8, 8)
+
+
+def test_a_network_that_predicts_the_score_is_refused():
+    with pytest.raises(ValueError, match="^config must have a prediction_type that stock schedulers take"):
+        stock_scheduler("ddim", VDMScheduler(prediction_type="score").config)
 
 
 def test_an_unknown_name_is_refused():

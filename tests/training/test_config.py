@@ -75,7 +75,6 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         ({"autoencoder_learning_rate": float("nan")}, "autoencoder_learning_rate must be positive"),
         ({"autoencoder_block_out_channels": [16, 0]}, "autoencoder_block_out_channels must be positive"),
         ({"ema_decay": 1.5}, "ema_decay must lie inside"),
-        ({"resume_from_checkpoint": "yes"}, "resume_from_checkpoint must be 'latest' or unset, got 'yes'"),
         (
             {"decoder_likelihood": "discretized_logistic"},
             "decoder_likelihood must be 'bernoulli' for random_composites",

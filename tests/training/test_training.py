@@ -10,68 +10,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.training import TrainingConfig, parse_config
 from mechdiffusers.training.autoencoder import LikelihoodAutoencoder, encode_all, measure_latents
 from mechdiffusers.training.denoiser import LatentDenoiser, denoising_loss
-from mechdiffusers.training.loop import StepRandomness
+from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.train import train
 from PIL import Image
-from safetensors.torch import load_file
+from small_runs import SCRIPT, SMALL, assert_same_weights, small, weights
 from torch import nn
-
-SCRIPT = Path(__file__).parents[2] / "training" / "train.py"
-
-SMALL = {
-    "num_train_designs": 48,
-    "num_heldout_designs": 16,
-    "resolution": 8,
-    "latent_channels": 2,
-    "autoencoder_block_out_channels": [4, 8],
-    "autoencoder_steps": 6,
-    "autoencoder_batch_size": 16,
-    "autoencoder_warmup_steps": 2,
-    "denoiser_block_out_channels": [8, 8],
-    "denoiser_layers_per_block": 1,
-    "denoiser_steps": 6,
-    "denoiser_batch_size": 16,
-    "denoiser_warmup_steps": 2,
-    "token_dim": 8,
-    "logging_steps": 3,
-    "validation_steps": 6,
-    "checkpointing_steps": 4,
-    "validation_inference_steps": 2,
-}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps one state a process, with its mixed precision: each test has its own, as each run has."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def small(folder: Path, **settings: object) -> TrainingConfig:
-    return TrainingConfig(output_dir=str(folder), **{**SMALL, **settings})
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    pipeline = folder / "pipeline"
-    return {
-        f"{name}.{key}": value
-        for name in ("vae", "unet", "response_encoder")
-        for key, value in load_file(pipeline / name / "diffusion_pytorch_model.safetensors").items()
-    }
-
-
-def assert_same_weights(one: Path, other: Path, **tolerance: float) -> None:
-    ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys()
-    for key, value in ours.items():
-        torch.testing.assert_close(value, theirs[key], **tolerance or {"rtol": 0, "atol": 0}, msg=key)
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +49,6 @@ def test_the_latents_that_the_denoiser_sees_have_unit_variance_and_no_mean(train
     assert latents.std().item() == pytest.approx(1, abs=0.05)
 
 
-def test_a_run_does_not_go_on_with_other_settings(trained):
-    before = (trained / "config.yaml").read_text()
-    with pytest.raises(
-        ValueError, match="^resume_from_checkpoint must .* kl_weight was 1.0, is 0.5; denoiser_steps was 6"
-    ):
-        train(small(trained, resume_from_checkpoint="latest", kl_weight=0.5, denoiser_steps=8, validation_steps=2))
-    assert (trained / "config.yaml").read_text() == before
-
-
 def test_a_finished_run_is_not_overwritten(trained):
     with pytest.raises(ValueError, match="^output_dir must be new, got .* --resume_from_checkpoint latest"):
         train(small(trained))
@@ -119,31 +59,6 @@ def test_resuming_a_finished_run_changes_nothing(trained, tmp_path):
     train(small(trained, resume_from_checkpoint="latest"))
     after = weights(trained)
     assert all(torch.equal(before[key], after[key]) for key in before)
-
-
-@pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
-def test_an_interrupted_run_ends_as_if_it_had_not_been(trained, tmp_path, stage, monkeypatch):
-    class Interruption(Exception):
-        pass
-
-    step = torch.optim.AdamW.step
-    allowed = 5 if stage == "autoencoder" else SMALL["autoencoder_steps"] + 5  # one step behind a checkpoint
-    done = []
-
-    def interrupted(*args, **kwargs):
-        done.append(None)
-        if len(done) > allowed:
-            raise Interruption
-        return step(*args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
-    with pytest.raises(Interruption):
-        train(small(tmp_path / "run"))
-    monkeypatch.undo()
-    assert not (tmp_path / "run" / "pipeline").exists()
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob(f"{stage}-*")] == [f"{stage}-00000004"]
-    train(small(tmp_path / "run", resume_from_checkpoint="latest"))
-    assert_same_weights(tmp_path / "run", trained)
 
 
 def test_the_seed_decides_everything(trained, tmp_path):
@@ -215,9 +130,11 @@ def test_a_bad_setting_ends_the_script_with_one_sentence(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_batch_larger_than_the_data_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="^autoencoder_batch_size must be at most the number of training designs"):
-        train(small(tmp_path, autoencoder_batch_size=64))
+@pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
+def test_a_batch_larger_than_the_data_is_refused_before_any_work(tmp_path, stage):
+    with pytest.raises(ValueError, match=f"^{stage}_batch_size must be at most the number of training designs"):
+        train(small(tmp_path, **{f"{stage}_batch_size": 64}))
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_an_output_that_cannot_be_written_is_named(tmp_path):
@@ -296,15 +213,6 @@ def test_the_denoiser_is_conditioned_on_the_null_token_and_learns_it():
     denoiser = LatentDenoiser(small(Path("unused")), (4, 4))
     denoiser(torch.randn(3, 2, 4, 4), torch.tensor([1, 500, 999]), torch.empty(3, 0, 0)).square().mean().backward()
     assert denoiser.response_encoder.null_tokens.grad.abs().sum() > 0
-
-
-def test_two_processes_draw_what_one_draws_for_the_same_batch():
-    together = StepRandomness((0, "stage", 7))
-    shares = [StepRandomness((0, "stage", 7), rank, 2) for rank in range(2)]
-    normal, integers = together.normal(6, 3), together.integers(1000, 6)
-    assert torch.equal(torch.cat([share.normal(3, 3) for share in shares]), normal)
-    assert torch.equal(torch.cat([share.integers(1000, 3) for share in shares]), integers)
-    assert not torch.equal(StepRandomness((0, "stage", 8)).normal(6, 3), normal)
 
 
 def test_the_quick_preset_is_the_configuration_of_the_demo():

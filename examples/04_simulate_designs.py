@@ -1,6 +1,6 @@
 """Simulates ten random composites under three loads and draws the first of them.
 
-    python examples/03_simulate_designs.py --output_dir runs/simulated
+    python examples/04_simulate_designs.py --output_dir runs/simulated
 
 Leaves ``simulation.png``, a design with its deformed mesh and its curves, and ``path.gif``, the path of its extension.
 """

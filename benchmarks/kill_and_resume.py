@@ -1,0 +1,130 @@
+"""Runs that are killed at random and resumed, against one that is not: are the weights the same bit by bit?
+
+    python benchmarks/kill_and_resume.py --output benchmarks/kill_and_resume.json
+
+Each run is the training script in a process of its own, which gets SIGKILL: at a random step of a random stage, or
+while it writes a checkpoint; every third run is killed twice. It is started again until it ends.
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import yaml
+from record import record
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
+
+SCRIPT = Path(__file__).parents[1] / "training" / "train.py"
+STEPS = 30
+SETTINGS = {
+    "num_train_designs": 48,
+    "num_heldout_designs": 16,
+    "resolution": 8,
+    "latent_channels": 2,
+    "autoencoder_block_out_channels": [4, 8],
+    "autoencoder_steps": STEPS,
+    "autoencoder_batch_size": 16,
+    "denoiser_block_out_channels": [8, 8],
+    "denoiser_layers_per_block": 1,
+    "denoiser_steps": STEPS,
+    "denoiser_batch_size": 16,
+    "token_dim": 8,
+    "validation_steps": 10,
+    "checkpointing_steps": 4,
+    "validation_inference_steps": 2,
+    "num_validation_images": 4,
+    "resume_from_checkpoint": "latest",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/kill_and_resume.json"))
+    arguments = parser.parse_args()
+
+    rng = random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run_until(folder / "straight", None)
+        runs = []
+        for i in tqdm(range(arguments.runs), desc="runs", unit="run"):
+            killed, unfinished = [], 0
+            for _ in range(1 + (i % 3 == 2)):
+                moment = random_moment(rng, i)
+                while not run_until(folder / str(i), moment):  # it lay behind where the first kill had left the run
+                    (folder / str(i)).rename(folder / f"{i} that ended, {len(list(folder.iterdir()))}")
+                    moment = random_moment(rng, i)
+                killed.append(moment)
+                unfinished += any((folder / str(i)).glob("checkpoints/.unfinished-*"))
+            run_until(folder / str(i), None)
+            same = identical(folder / str(i), folder / "straight")
+            runs.append({"killed": killed, "half_written_checkpoints": unfinished, "identical": same})
+    record(
+        {
+            "runs": len(runs),
+            "identical": sum(run["identical"] for run in runs),
+            "killed": sum(len(run["killed"]) for run in runs),
+            "killed_twice": sum(len(run["killed"]) == 2 for run in runs),
+            "half_written_checkpoints": sum(run["half_written_checkpoints"] for run in runs),
+            "each": runs,
+        },
+        arguments.output,
+    )
+
+
+def random_moment(rng: random.Random, run: int) -> str:
+    """What the messages of a process begin with at the moment at which it is killed."""
+    stage = rng.choice(["autoencoder", "denoiser"])
+    if run % 4 == 1:
+        return f"{stage} step {4 * rng.randint(1, STEPS // 4)}: writing a checkpoint"
+    return f"{stage}: step {rng.randint(1, STEPS)}/{STEPS}"
+
+
+def run_until(folder: Path, moment: str | None) -> bool:
+    """Starts the script, kills it at a moment; returns whether that came before the end."""
+    folder.with_suffix(".yaml").write_text(yaml.safe_dump({**SETTINGS, "output_dir": str(folder)}))
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--config", str(folder.with_suffix(".yaml"))],
+        stderr=subprocess.PIPE,
+        text=True,  # which also ends a line where the progress bar returns to its beginning
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_MININTERVAL": "0"},  # every step is shown
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if moment is not None and is_at(line, moment):
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            return True
+    if process.wait() != 0:
+        raise RuntimeError(f"the training script failed in {folder}")
+    return False
+
+
+def is_at(line: str, moment: str) -> bool:
+    """Whether a message says that a moment has come; a progress bar counts as the step that it shows."""
+    if "writing" in moment:
+        return moment in line
+    stage, _, step = moment.partition(": step ")
+    return line.startswith(f"{stage}:") and f" {step} " in line
+
+
+def identical(one: Path, other: Path) -> bool:
+    """Whether the weights of two runs' pipelines are the same bit by bit."""
+    files = sorted(path.relative_to(other) for path in (other / "pipeline").rglob("*.safetensors"))
+    pairs = [(load_file(one / file), load_file(other / file)) for file in files]
+    return bool(files) and all(
+        a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items()) for a, b in pairs
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""How good are samples at equal numbers of network evaluations, our schedulers beside the stock ones?
+
+    python benchmarks/scheduler_quality.py analytic
+    python benchmarks/scheduler_quality.py checkpoint
+
+``analytic``: the sliced Wasserstein distance to exact samples of two densities whose denoiser is exact.
+
+``checkpoint``: the released denoiser, all schedulers from the same noise. The root mean square distance of the latents
+to the same noise solved with 1,000 steps (of the probability flow: stochastic schedulers go elsewhere and have none),
+the share of pixels that differ from the design that solution decodes to, and the two-point and volume-fraction errors
+against held-out designs.
+
+What is measured is kept in ``--work`` scheduler by scheduler, so that an interrupted run goes on.
+
+``IPNDMScheduler`` of diffusers has a noise schedule of its own and no prediction type, so that it cannot sample such a
+model; ``PNDMScheduler`` without its Runge-Kutta start is the nearest there is.
+"""
+
+import argparse
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import PNDMScheduler
+from mechdiffusers.evaluation import (
+    GaussianMixture,
+    sliced_wasserstein_distance,
+    two_moons,
+    two_point_error,
+    volume_fraction_distance,
+)
+from mechdiffusers.microstructures import random_composites
+from mechdiffusers.pipelines import LatentDDPMPipeline
+from mechdiffusers.schedulers import (
+    PredictorCorrectorScheduler,
+    ProbabilityFlowScheduler,
+    VDMScheduler,
+    estimate_velocity_error,
+    optimize_steps,
+    stock_scheduler,
+)
+from record import record
+from tqdm.auto import tqdm
+
+EVALUATIONS = {"analytic": (4, 8, 16, 32, 64), "checkpoint": (4, 8, 16, 32)}
+OPTIMIZED = {"analytic": (4, 8, 16), "checkpoint": (4, 8)}
+STOCK = ("deis", "dpmsolver++", "dpmsolver++3m", "unipc", "ddim", "heun", "euler-karras", "pndm", "ddpm")
+OURS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "flow-adams-optimized": (ProbabilityFlowScheduler, {"solver": "adams_bashforth"}),
+    "vdm": (VDMScheduler, {}),
+    "vdm-optimal-variance": (VDMScheduler, {"variance_type": "optimal"}),
+    "flow-euler": (ProbabilityFlowScheduler, {"solver": "euler"}),
+    "flow-heun": (ProbabilityFlowScheduler, {"solver": "heun"}),
+    "flow-rk4": (ProbabilityFlowScheduler, {"solver": "rk4"}),
+    "flow-adams": (ProbabilityFlowScheduler, {"solver": "adams_bashforth"}),
+    "flow-adams-log-snr": (ProbabilityFlowScheduler, {"solver": "adams_bashforth", "timestep_spacing": "log_snr"}),
+    "predictor-corrector": (PredictorCorrectorScheduler, {}),
+}
+STOCHASTIC = ("ddpm", "vdm", "vdm-optimal-variance", "predictor-corrector")
+Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def make(
+    part: str, name: str, config: Any, denoiser: Denoiser, noise: torch.Tensor, clean: Callable[[], torch.Tensor]
+) -> Any:
+    """A scheduler by name; what has to be learned of the denoiser is learned from ``noise`` and ``clean``."""
+    if name == "pndm":  # not among our stock schedulers, as it cannot take a network that predicts the sample
+        return PNDMScheduler.from_config(config, skip_prk_steps=True)
+    if name in STOCK:
+        return stock_scheduler(name, config)
+    scheduler_class, options = OURS[name]
+    if name == "vdm-optimal-variance":
+        generator = torch.Generator().manual_seed(2)
+        options = {**options, "velocity_error": estimate_velocity_error(denoiser, _vdm(config), clean(), 20, generator)}
+    scheduler = scheduler_class.from_config(config, **options)
+    if name == "flow-adams-optimized":
+        for num in OPTIMIZED[part]:
+            scheduler = optimize_steps(denoiser, scheduler, noise, num, iterations=4 if num < 16 else 2)
+    return scheduler
+
+
+def _vdm(config: Any) -> VDMScheduler:
+    return VDMScheduler.from_config(config)
+
+
+def num_steps(name: str, evaluations: int) -> int | None:
+    """Timesteps that cost so many evaluations, one too few if there is no such number; None if that is too coarse."""
+    steps = {
+        "heun": (evaluations + 1) // 2,
+        "flow-heun": (evaluations + 1) // 2,
+        "flow-rk4": (evaluations + 3) // 4,
+        "pndm": evaluations - 1,
+        "predictor-corrector": evaluations // 2,
+    }.get(name, evaluations)
+    return steps if steps >= 2 else None
+
+
+def solve(scheduler: Any, denoiser: Denoiser, noise: torch.Tensor, steps: int) -> tuple[torch.Tensor, int]:
+    """The end of the way and the number of evaluations."""
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    options = {"generator": torch.Generator().manual_seed(3)} if takes_generator else {}
+    scheduler.set_timesteps(steps)
+    x = noise * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        x = scheduler.step(denoiser(scheduler.scale_model_input(x, t), t), t, x, **options).prev_sample
+    return x, len(scheduler.timesteps)
+
+
+def analytic(name: str, num: int) -> dict[str, Any]:
+    """Sliced Wasserstein distances of a scheduler's samples of both densities, by evaluations."""
+    mixture = GaussianMixture(
+        [0.2, 0.3, 0.5], [[-1.5, 0.0], [1.0, 1.2], [0.8, -1.0]], (0.06 * torch.eye(2)).expand(3, 2, 2)
+    )
+    config = VDMScheduler(timestep_spacing="trailing", prediction_type="v_prediction").config
+    curve = _vdm(config).curve
+    figures: dict[str, Any] = {}
+    for kind, density in (("mixture", mixture), ("moons", two_moons())):
+
+        def denoiser(x: torch.Tensor, t: torch.Tensor, density: GaussianMixture = density) -> torch.Tensor:
+            return density.predict(x, curve(t), "v_prediction")
+
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(num, 2, generator=generator, dtype=torch.float64)
+        exact = density.sample(num, generator)
+        learning = torch.randn(64, 2, generator=generator, dtype=torch.float64)
+        clean = density.sample(1000, generator)
+        scheduler = make("analytic", name, config, denoiser, learning, lambda clean=clean: clean)
+        figures[kind] = {}
+        for evaluations in EVALUATIONS["analytic"]:
+            steps = num_steps(name, evaluations)
+            if steps is not None:
+                samples, used = solve(scheduler, denoiser, noise, steps)
+                figures[kind][str(evaluations)] = {
+                    "evaluations": used,
+                    "sliced_wasserstein": sliced_wasserstein_distance(samples.numpy(), exact.numpy()),
+                }
+    return figures
+
+
+class Checkpoint:
+    """The released model, noise to start from, and what the samples are compared with."""
+
+    def __init__(self, folder: str, num: int, reference: Path):
+        self.pipe = LatentDDPMPipeline.from_pretrained(folder)
+        self.config = self.pipe.scheduler.config
+        self.tokens = self.pipe.response_encoder(torch.full((1, 0, 0), float("nan"))).detach()
+        generator = torch.Generator().manual_seed(0)
+        channels, size = self.pipe.unet.config.in_channels, self.pipe.unet.config.sample_size
+        self.noise = torch.randn(num, channels, size, size, generator=generator)
+        self.learning = torch.randn(8, channels, size, size, generator=generator)
+        self.heldout, _ = random_composites(2048, size=self.pipe.vae.config.sample_size, seed=1_000_000)
+        if not reference.exists():
+            fine = ProbabilityFlowScheduler.from_config(
+                self.config, solver="adams_bashforth", timestep_spacing="log_snr"
+            )
+            np.save(reference, solve(fine, self.denoiser, self.noise, 1000)[0].numpy())
+        self.reference = torch.from_numpy(np.load(reference))
+        self.reference_designs = self.designs(self.reference)
+
+    @torch.no_grad()
+    def denoiser(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """What the network predicts."""
+        return self.pipe.unet(x, t, encoder_hidden_states=self.tokens.expand(len(x), -1, -1)).sample
+
+    def designs(self, latents: torch.Tensor) -> np.ndarray:
+        """Designs (B, H, W) that latents decode to."""
+        return self.pipe.decode(latents, output_type="np")[..., 0]
+
+    def clean(self) -> torch.Tensor:
+        """Latents that no training saw."""
+        designs, _ = random_composites(32, size=self.pipe.vae.config.sample_size, seed=2_000_000)
+        return self.pipe.encode(designs)
+
+    def measure(self, name: str) -> dict[str, Any]:
+        """Figures of a scheduler, by evaluations."""
+        scheduler = make("checkpoint", name, self.config, self.denoiser, self.learning, self.clean)
+        figures: dict[str, Any] = {}
+        for number in EVALUATIONS["checkpoint"]:
+            steps = num_steps(name, number)
+            if steps is None:
+                continue
+            latents, used = solve(scheduler, self.denoiser, self.noise, steps)
+            designs = self.designs(latents)
+            figures[str(number)] = {"evaluations": used, **self.statistics(designs)}
+            if name not in STOCHASTIC:
+                figures[str(number)]["distance_to_1000_steps"] = float(
+                    (latents - self.reference).square().mean().sqrt()
+                )
+                figures[str(number)]["pixels_differing"] = float(np.mean(designs != self.reference_designs))
+        return figures
+
+    def statistics(self, designs: np.ndarray) -> dict[str, float]:
+        """Errors against the held-out designs."""
+        return {
+            "two_point_error": two_point_error(designs, self.heldout),
+            "volume_fraction_distance": volume_fraction_distance(designs, self.heldout),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("analytic", "checkpoint"))
+    parser.add_argument("--checkpoint", default="checkpoints/composites-32")
+    parser.add_argument("--num", type=int, help="samples; 4,000 analytic ones and 16 designs unless given")
+    parser.add_argument("--schedulers", nargs="+", default=[*OURS, *STOCK], choices=[*OURS, *STOCK])
+    parser.add_argument("--work", type=Path, default=Path("runs/scheduler_quality"))
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    num = arguments.num or (4000 if arguments.part == "analytic" else 16)
+    model = None
+    if arguments.part == "checkpoint":
+        model = Checkpoint(arguments.checkpoint, num, arguments.work / f"reference-{num}.npy")
+    figures: dict[str, Any] = {"num": num}
+    for name in tqdm(arguments.schedulers, desc=arguments.part, unit="scheduler"):
+        kept = arguments.work / f"{arguments.part}-{num}-{name}.json"
+        if not kept.exists():
+            measured = model.measure(name) if model else analytic(name, num)
+            kept.write_text(json.dumps(measured))
+        figures[name] = json.loads(kept.read_text())
+    if model:
+        figures["1,000 steps"] = model.statistics(model.reference_designs)
+        figures["as many held-out designs"] = model.statistics(random_composites(num, size=32, seed=3_000_000)[0])
+    record(figures, arguments.output or Path(f"benchmarks/scheduler_quality_{arguments.part}.json"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+r"""Score-based sampling: a predictor from noise level to noise level, a Langevin corrector at each.
+
+The corrector leaves the density of a noise level where it is and repairs what the predictor left wrong (Song et al.
+2021, section 4.2; Luo 2022, "Score-based Generative Models"):
+
+.. math:: x \leftarrow x + \delta_t \hat s(x) + \sqrt{2 \delta_t} z, \qquad \delta_t = 2 (r \sigma_t)^2, \quad
+    \hat s = -\hat\epsilon / \sigma_t .
+
+This is the step of Song et al. for a signal-to-noise ratio :math:`r` with the norms of noise and score at their
+expected values, :math:`\sqrt D` and :math:`\sqrt D / \sigma_t`: a sample's step then depends neither on its own draw
+nor on its neighbours. Without a predictor the sample is only rescaled from level to level, which is annealed Langevin
+dynamics (Song & Ermon 2019).
+
+This file travels inside checkpoints: it imports torch, numpy, diffusers and its sibling alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import SchedulerMixin  # by this name in this file pipelines know that it can be loaded
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .log_snr_curve import VariancePreservingScheduler, alpha_sigma, predictions
+
+__all__ = ["PredictorCorrectorScheduler", "PredictorCorrectorSchedulerOutput"]
+
+_PREDICTORS = ("ancestral", "euler_maruyama", "none")
+
+
+@dataclass
+class PredictorCorrectorSchedulerOutput(BaseOutput):
+    """Output of a step.
+
+    Args:
+        prev_sample (`torch.Tensor`):
+            The sample after the corrector's or the predictor's step, shape ``(B, *)``.
+        pred_original_sample (`torch.Tensor`):
+            The clean sample as predicted before it, shape ``(B, *)``.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+
+
+class PredictorCorrectorScheduler(VariancePreservingScheduler, SchedulerMixin):
+    r"""Langevin corrector steps at every noise level, then a predictor step to the next.
+
+    ``timesteps`` has each timestep of the grid once for every corrector step and once for the predictor. Defaults are
+    those of ``DDPMScheduler``, except that nothing is clipped unless ``clip_sample`` is set.
+
+    Args:
+        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr, log_snr,
+        log_snr_range, prediction_type, timestep_spacing, steps_offset, clip_sample, clip_sample_range:
+            As in :class:`~mechdiffusers.schedulers.VDMScheduler`.
+        predictor (`str`, defaults to `"ancestral"`):
+            ``"ancestral"``, ``"euler_maruyama"`` of the reverse stochastic differential equation, or ``"none"``,
+            annealed Langevin dynamics, whose samples keep the noise of the last timestep.
+        num_corrector_steps (`int`, defaults to 1):
+            Corrector steps at each timestep.
+        corrector_snr (`float`, defaults to 0.16):
+            Signal-to-noise ratio r of a corrector step, in (0, 1). The density it keeps is off by O(r^2).
+
+    Raises:
+        ValueError: If an argument is none of those.
+
+    Example:
+        >>> scheduler = PredictorCorrectorScheduler(timestep_spacing="trailing")
+        >>> scheduler.set_timesteps(2)
+        >>> scheduler.timesteps.tolist()
+        [999.0, 999.0, 499.0, 499.0]
+
+    References:
+        | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021), appendix G
+        | https://arxiv.org/abs/2011.13456
+        | Generative Modeling by Estimating Gradients of the Data Distribution (Song & Ermon, 2019), algorithm 1
+        | https://arxiv.org/abs/1907.05600
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
+        log_snr: str | Sequence[float] = "betas",
+        log_snr_range: tuple[float, float] = (13.3, -5.0),
+        prediction_type: str = "epsilon",
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        predictor: str = "ancestral",
+        num_corrector_steps: int = 1,
+        corrector_snr: float = 0.16,
+    ):
+        self._start_from_config()
+        if predictor not in _PREDICTORS:
+            raise ValueError(f"predictor must be one of {_PREDICTORS}, got {predictor!r}")
+        least = 1 if predictor == "none" else 0
+        whole = isinstance(num_corrector_steps, int) and not isinstance(num_corrector_steps, bool)
+        if not whole or num_corrector_steps < least:
+            raise ValueError(
+                f"num_corrector_steps must be an integer of at least {least} with predictor={predictor!r}, "
+                f"got {num_corrector_steps!r}"
+            )
+        if not 0 < corrector_snr < 1:
+            raise ValueError(
+                f"corrector_snr must lie inside (0, 1), where Langevin steps are stable, got {corrector_snr!r}"
+            )
+
+    def _plan(self, grid: np.ndarray) -> list[Any]:
+        """One row an evaluation: timestep, coefficients of the clean sample, then of sample, clean sample and noise."""
+        log_snr_t = self.curve.at(grid)
+        log_snr_s = np.append(log_snr_t[1:], np.inf)
+        plan: list[Any] = []
+        for time, now, then in zip(grid.tolist(), log_snr_t, log_snr_s, strict=True):
+            alpha, sigma = (float(scale) for scale in alpha_sigma(now))
+            of_clean, _ = predictions(self.config.prediction_type, alpha, sigma)
+            # the score is -(x - alpha x0) / sigma^2
+            drift = 2 * self.config.corrector_snr**2
+            correct = (1 - drift, drift * alpha, (2 * drift) ** 0.5 * sigma)
+            predict = _PREDICT[self.config.predictor](now, then)
+            corrections = [correct] * self.config.num_corrector_steps
+            if self.config.predictor == "none":  # nothing but a rescaling, which costs no evaluation
+                corrections[-1] = tuple(predict * coefficient for coefficient in correct)
+                steps = corrections
+            else:
+                steps = [*corrections, predict]
+            plan += [(time, of_clean, *(float(coefficient) for coefficient in step)) for step in steps]
+        return plan
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> PredictorCorrectorSchedulerOutput | tuple[Tensor, Tensor]:
+        """Takes a corrector step or, at the last entry of a timestep, the predictor's step to the next.
+
+        Args:
+            model_output: Output of the network, shape ``(B, *)``.
+            timestep: One of ``self.timesteps``.
+            sample: Sample at that timestep, shape ``(B, *)``.
+            generator: Source of the noise; a list has one for each sample.
+            return_dict: Whether to return a [`PredictorCorrectorSchedulerOutput`] instead of a tuple.
+
+        Returns:
+            [`PredictorCorrectorSchedulerOutput`], or a tuple of its two fields.
+
+        Raises:
+            ValueError: If the timestep is not one of ``self.timesteps`` or the shapes differ.
+        """
+        _, of_clean, keep, pull, std = self._rows[self._place(timestep, model_output, sample)]
+        clean = self._clean(sample, model_output, of_clean)
+        prev_sample = keep * sample + pull * clean
+        if std > 0:
+            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+            prev_sample = prev_sample + std * noise
+        return PredictorCorrectorSchedulerOutput(prev_sample, clean) if return_dict else (prev_sample, clean)
+
+
+def _ancestral(log_snr_t: float, log_snr_s: float) -> tuple[float, float, float]:
+    """A draw from q(x_s | x_t, x_0) at the predicted clean sample, as in ``VDMScheduler``."""
+    (alpha_t, _), (alpha_s, sigma_s) = alpha_sigma(log_snr_t), alpha_sigma(log_snr_s)
+    c = -np.expm1(log_snr_t - log_snr_s)
+    return alpha_s / alpha_t * (1 - c), alpha_s * c, sigma_s * np.sqrt(c)
+
+
+def _euler_maruyama(log_snr_t: float, log_snr_s: float) -> tuple[float, float, float]:
+    r"""An Euler-Maruyama step of :math:`dx = [-\tfrac12 \beta x - \beta s] dt + \sqrt\beta dw`, backwards."""
+    (alpha_t, sigma_t), (alpha_s, _) = alpha_sigma(log_snr_t), alpha_sigma(log_snr_s)
+    beta = 2 * np.log(alpha_s / alpha_t)  # its integral over the step: d log alpha = -beta / 2 dt
+    pull = beta / sigma_t**2
+    # the last step is free of noise (Song et al. 2021, appendix G)
+    return 1 + beta / 2 - pull, pull * alpha_t, np.sqrt(beta) if np.isfinite(log_snr_s) else 0.0
+
+
+def _rescale(log_snr_t: float, log_snr_s: float) -> float:
+    """Keeps x / alpha: the level's noise relative to the data."""
+    return alpha_sigma(log_snr_s)[0] / alpha_sigma(log_snr_t)[0]
+
+
+_PREDICT: dict[str, Any] = {"ancestral": _ancestral, "euler_maruyama": _euler_maruyama, "none": _rescale}

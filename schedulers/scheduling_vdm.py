@@ -1,0 +1,217 @@
+r"""Ancestral sampling on a log-SNR curve, fixed or learned.
+
+From :math:`x_t` to a less noisy :math:`x_s` the variational diffusion model draws from
+
+.. math:: p(x_s \mid x_t) = q(x_s \mid x_t, x_0 = \hat x_0(x_t)) = N\left(\tfrac{\alpha_s}{\alpha_t}(1 - c) x_t
+    + \alpha_s c \hat x_0, \; \sigma_s^2 c\right), \quad c = -\operatorname{expm1}(\lambda_t - \lambda_s)
+
+(Kingma et al. 2021, section 3.3 and appendix A; Luo 2022, "Variational Diffusion Models"). The true reverse transition
+is wider, as :math:`x_0` is not known; of all isotropic Gaussians about that mean the nearest has the variance
+:math:`\sigma_s^2 c + (\alpha_s c)^2 E\|x_0 - \hat x_0\|^2 / D` (Bao et al. 2022, theorem 1 for the exact denoiser). The
+error of the velocity, :math:`\|x_0 - \hat x_0\| / \sigma_t`, changes least along the curve, so that is what a table in
+the configuration holds.
+
+This file travels inside checkpoints: it imports torch, numpy, diffusers and its sibling alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import SchedulerMixin  # by this name in this file pipelines know that it can be loaded
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .log_snr_curve import VariancePreservingScheduler, alpha_sigma, predictions
+
+__all__ = ["VDMScheduler", "VDMSchedulerOutput"]
+
+_VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "optimal")
+
+
+@dataclass
+class VDMSchedulerOutput(BaseOutput):
+    """Output of a step.
+
+    Args:
+        prev_sample (`torch.Tensor`):
+            The sample at the next timestep, shape ``(B, *)``.
+        pred_original_sample (`torch.Tensor`):
+            The clean sample as predicted at this timestep, shape ``(B, *)``.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+
+
+class VDMScheduler(VariancePreservingScheduler, SchedulerMixin):
+    r"""Ancestral sampling of a variational diffusion model in continuous time.
+
+    With a stock beta schedule and stock spacing it takes the steps of ``DDPMScheduler``; timesteps may be fractional.
+    Defaults are those of ``DDPMScheduler``, except that nothing is clipped unless ``clip_sample`` is set.
+
+    Args:
+        num_train_timesteps (`int`, defaults to 1000):
+            T; timesteps are in [0, T), 0 nearest the data.
+        beta_start (`float`, defaults to 0.0001), beta_end (`float`, defaults to 0.02), beta_schedule (`str`, defaults
+            to `"linear"`), trained_betas (`list[float]`, *optional*), rescale_betas_zero_snr (`bool`, defaults to
+            `False`):
+            The stock beta schedule that ``log_snr="betas"`` stands for.
+        log_snr (`str` or `list[float]`, defaults to `"betas"`):
+            The curve: ``"betas"``, ``"linear"``, ``"cosine"``, or a table of log-SNR at equally spaced timesteps from 0
+            to T - 1.
+        log_snr_range (`tuple[float, float]`, defaults to `(13.3, -5.0)`):
+            Log-SNR at the data's end and at the noise's of a ``"linear"`` or ``"cosine"`` curve.
+        prediction_type (`str`, defaults to `"epsilon"`):
+            What the network predicts: ``"epsilon"``, ``"v_prediction"``, ``"sample"`` or ``"score"``.
+        timestep_spacing (`str`, defaults to `"leading"`):
+            ``"leading"``, ``"linspace"`` or ``"trailing"`` as in stock schedulers, or ``"log_snr"``: equal steps of
+            log-SNR.
+        steps_offset (`int`, defaults to 0):
+            Added to the timesteps in ``"leading"`` spacing.
+        clip_sample (`bool`, defaults to `False`), clip_sample_range (`float`, defaults to 1.0):
+            Whether, and to what magnitude, the predicted clean sample is clipped.
+        variance_type (`str`, defaults to `"fixed_small"`):
+            ``"fixed_small"`` (also ``"fixed_small_log"``, which is the same): :math:`\sigma_s^2 c` above;
+            ``"fixed_large"``: :math:`1 - \alpha_t^2 / \alpha_s^2`; ``"optimal"``: the analytic one above.
+        velocity_error (`list[float]`, *optional*):
+            :math:`E\|v - \hat v\|^2 / D` at equally spaced timesteps from 0 to T - 1, for ``"optimal"``; see
+            :func:`mechdiffusers.schedulers.estimate_velocity_error`.
+
+    Raises:
+        ValueError: If an argument is none of those.
+
+    Example:
+        >>> scheduler = VDMScheduler(log_snr="cosine", prediction_type="v_prediction", timestep_spacing="log_snr")
+        >>> scheduler.set_timesteps(4)
+        >>> scheduler.timesteps.round().tolist()
+        [999.0, 351.0, 17.0, 0.0]
+
+    References:
+        | Variational Diffusion Models (Kingma et al., 2021)
+        | https://arxiv.org/abs/2107.00630
+        | Analytic-DPM: an Analytic Estimate of the Optimal Reverse Variance (Bao et al., 2022)
+        | https://arxiv.org/abs/2201.06503
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
+        log_snr: str | Sequence[float] = "betas",
+        log_snr_range: tuple[float, float] = (13.3, -5.0),
+        prediction_type: str = "epsilon",
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        variance_type: str = "fixed_small",
+        velocity_error: Sequence[float] | None = None,
+    ):
+        self._start_from_config()
+        if variance_type not in _VARIANCE_TYPES:
+            raise ValueError(f"variance_type must be one of {_VARIANCE_TYPES}, got {variance_type!r}")
+        errors = None if velocity_error is None else np.asarray(velocity_error, dtype=np.float64)
+        if errors is not None and (errors.ndim != 1 or len(errors) < 2 or not (errors >= 0).all()):
+            raise ValueError(f"velocity_error must be at least two non-negative numbers, got {velocity_error!r}")
+        if variance_type == "optimal" and errors is None:
+            raise ValueError("velocity_error must be given for variance_type='optimal', got None")
+
+    def _plan(self, grid: np.ndarray) -> list[Any]:
+        log_snr_t = self.curve.at(grid)
+        log_snr_s = np.append(log_snr_t[1:], np.inf)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(log_snr_t), alpha_sigma(log_snr_s)
+        # expm1 keeps the digits when the two times are close, where 1 - exp(...) has none left
+        c = -np.expm1(log_snr_t - log_snr_s)
+        variance = sigma_s**2 * c
+        if self.config.variance_type == "fixed_large":
+            variance = -np.expm1(2 * np.log(alpha_t / alpha_s))
+        elif self.config.variance_type == "optimal":
+            errors = self.config.velocity_error
+            error = np.interp(grid, np.linspace(0, len(self) - 1, len(errors)), errors)
+            variance = variance + (alpha_s * c * sigma_t) ** 2 * error
+        variance[-1] = 0  # the last step ends at the mean
+        (of_sample, of_output), _ = predictions(self.config.prediction_type, alpha_t, sigma_t)
+        columns = np.broadcast_arrays(
+            grid, of_sample, of_output, alpha_s / alpha_t * (1 - c), alpha_s * c, np.sqrt(variance)
+        )
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> VDMSchedulerOutput | tuple[Tensor, Tensor]:
+        """Draws the sample at the next timestep.
+
+        Args:
+            model_output: Output of the network, shape ``(B, *)``.
+            timestep: One of ``self.timesteps``.
+            sample: Sample at that timestep, shape ``(B, *)``.
+            generator: Source of the noise; a list has one for each sample.
+            return_dict: Whether to return a [`VDMSchedulerOutput`] instead of a tuple.
+
+        Returns:
+            [`VDMSchedulerOutput`], or a tuple of its two fields.
+
+        Raises:
+            ValueError: If the timestep is not one of ``self.timesteps`` or the shapes differ.
+        """
+        _, of_sample, of_output, keep, pull, std = self._rows[self._place(timestep, model_output, sample)]
+        clean = self._clean(sample, model_output, (of_sample, of_output))
+        prev_sample = keep * sample + pull * clean
+        if std > 0:
+            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+            prev_sample = prev_sample + std * noise
+        return VDMSchedulerOutput(prev_sample, clean) if return_dict else (prev_sample, clean)
+
+    def loss_weights(self, timesteps: Tensor, weighting: str = "elbo", max_snr: float = 5.0) -> Tensor:
+        r"""Weights of the squared error of the network's output, summed over a sample's entries.
+
+        ``"elbo"``: at uniform timesteps in [0, T - 1] the mean weighted error is the diffusion part of the negative
+        evidence lower bound in nats, :math:`\tfrac12 E_t[-\lambda'_t \|\epsilon - \hat\epsilon\|^2]` over a unit of
+        time (Kingma et al. 2021, section 5.1). ``"min_snr"``: the error of :math:`x_0` is weighted by
+        :math:`\min(e^{\lambda_t}, \text{max\_snr})` (Hang et al. 2023, section 3.4).
+
+        Args:
+            timesteps: Timesteps in [0, T), shape ``(B,)``.
+            weighting: ``"elbo"`` or ``"min_snr"``.
+            max_snr: Highest weight of ``"min_snr"``.
+
+        Returns:
+            Weights, float64, shape ``(B,)``.
+
+        Raises:
+            ValueError: If ``weighting`` is unknown or a timestep lies outside [0, T).
+
+        References:
+            | Efficient Diffusion Training via Min-SNR Weighting Strategy (Hang et al., 2023)
+            | https://arxiv.org/abs/2303.09556
+        """
+        if weighting not in ("elbo", "min_snr"):
+            raise ValueError(f"weighting must be one of ('elbo', 'min_snr'), got {weighting!r}")
+        self._check_range(timesteps)
+        log_snr = self.curve(timesteps)
+        snr = log_snr.exp()
+        if weighting == "elbo":
+            of_clean = -0.5 * (len(self) - 1) * self.curve.slope(timesteps) * snr
+        else:
+            of_clean = snr.clamp(max=max_snr)
+        # the error of the output enters that of the clean sample by its coefficient
+        alpha, sigma = alpha_sigma(log_snr)
+        (_, of_output), _ = predictions(self.config.prediction_type, alpha, sigma)
+        return of_clean * of_output**2

@@ -1,0 +1,90 @@
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from mechdiffusers.evaluation import GaussianMixture
+from mechdiffusers.pipelines import ClassifierGuidance
+from mechdiffusers.schedulers import PredictorCorrectorScheduler, ProbabilityFlowScheduler, VDMScheduler
+
+#: Data N(MEAN, SPREAD^2), and what is known of them: TARGET, measured with a normal error.
+MEAN, SPREAD, TARGET, ERROR = 0.3, 0.8, 1.5, 0.6
+DATA = GaussianMixture([1.0], [[MEAN]], [[[SPREAD**2]]])
+CURVE = VDMScheduler().curve
+
+
+def log_likelihood(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """log p(TARGET | x_t), exactly."""
+    log_snr = CURVE(t)
+    clean = DATA.predict(x, log_snr, "sample")[:, 0]
+    variance = ERROR**2 + 1 / (1 / SPREAD**2 + log_snr.exp())
+    return -((TARGET - clean) ** 2) / (2 * variance)
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (DDPMScheduler, {"clip_sample": False}),
+        (DDIMScheduler, {"clip_sample": False}),
+        (DPMSolverMultistepScheduler, {}),
+        (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+        (VDMScheduler, {}),
+        (ProbabilityFlowScheduler, {"solver": "euler"}),
+        (ProbabilityFlowScheduler, {"solver": "adams_bashforth"}),
+    ],
+)
+def test_guided_samples_follow_bayes_rule(cls, options, guidance_scale):
+    scheduler = cls(timestep_spacing="trailing", **options)
+    num = 3000
+    scheduler.set_timesteps(200)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(num, 1, generator=generator, dtype=torch.float64)
+    pipe = SimpleNamespace(scheduler=scheduler)
+    guidance = ClassifierGuidance(log_likelihood, guidance_scale)
+    stochastic = {} if cls is DDIMScheduler else {"generator": generator}
+    for i, t in enumerate(scheduler.timesteps):
+        x = scheduler.step(DATA.predict(x, CURVE(t)), t, x, **stochastic).prev_sample
+        x = guidance(pipe, i, t, {"latents": x}).get("latents", x)
+    precision = 1 / SPREAD**2 + guidance_scale / ERROR**2
+    mean, spread = (MEAN / SPREAD**2 + guidance_scale * TARGET / ERROR**2) / precision, precision**-0.5
+    # 4.5 standard errors and the 200 steps' own bias
+    assert x.mean().item() == pytest.approx(mean, abs=4.5 * spread / math.sqrt(num) + 0.02)
+    assert x.std().item() == pytest.approx(spread, abs=4.5 * spread / math.sqrt(2 * num) + 0.02)
+
+
+def test_the_pipeline_takes_it(pipe):
+    def wanted(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return -((latents.mean((1, 2, 3)) - 4) ** 2)
+
+    seen = []
+
+    def keep(guide):
+        def callback(pipe, step, timestep, tensors):
+            tensors = {**tensors, **guide(pipe, step, timestep, tensors)}
+            seen.append(tensors["latents"].mean().item())
+            return tensors
+
+        return callback
+
+    for scale in (0.0, 5.0):
+        guide = ClassifierGuidance(wanted, scale)
+        pipe(batch_size=2, num_inference_steps=10, generator=torch.manual_seed(0), callback_on_step_end=keep(guide))
+    assert seen[-1] > seen[9] + 0.5
+
+
+def test_what_cannot_be_guided_is_named():
+    with pytest.raises(ValueError, match="^guidance_scale must be a non-negative number, got -1.0"):
+        ClassifierGuidance(log_likelihood, -1.0)
+    x = torch.zeros(2, 1)
+    for scheduler in (ProbabilityFlowScheduler(solver="heun"), PredictorCorrectorScheduler()):
+        scheduler.set_timesteps(4)
+        with pytest.raises(ValueError, match=f"^scheduler must evaluate .* got {type(scheduler).__name__}"):
+            ClassifierGuidance(log_likelihood)(SimpleNamespace(scheduler=scheduler), 0, 999, {"latents": x})
+    scheduler = VDMScheduler()
+    scheduler.set_timesteps(4)
+    with pytest.raises(
+        ValueError, match=r"^log_likelihood must give one number a sample, shape \(2,\), got shape \(2, 1"
+    ):
+        ClassifierGuidance(lambda x, t: x)(SimpleNamespace(scheduler=scheduler), 0, 999, {"latents": x})

@@ -1,0 +1,300 @@
+"""Every scheduler against densities whose denoiser is exact."""
+
+import inspect
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
+from mechdiffusers.evaluation.analytic_denoisers import GaussianMixture, two_moons
+from mechdiffusers.schedulers import (
+    STOCK_SCHEDULERS,
+    PredictorCorrectorScheduler,
+    ProbabilityFlowScheduler,
+    VDMScheduler,
+    stock_scheduler,
+)
+
+#: Name: class, options, and timesteps enough for the bias to be small beside the Monte-Carlo error.
+OURS = {
+    "vdm": (VDMScheduler, {}, 200),
+    "flow-euler": (ProbabilityFlowScheduler, {"solver": "euler"}, 200),
+    "flow-heun": (ProbabilityFlowScheduler, {"solver": "heun"}, 40),
+    "flow-rk4": (ProbabilityFlowScheduler, {"solver": "rk4"}, 20),
+    "flow-adams": (ProbabilityFlowScheduler, {"solver": "adams_bashforth"}, 60),
+    "flow-churn": (ProbabilityFlowScheduler, {"solver": "heun", "s_churn": 10.0}, 60),
+    "pc-ancestral": (PredictorCorrectorScheduler, {"corrector_snr": 0.1}, 120),
+    "pc-euler-maruyama": (PredictorCorrectorScheduler, {"predictor": "euler_maruyama", "corrector_snr": 0.1}, 200),
+}
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "score")
+
+GAUSSIAN = GaussianMixture([1.0], [[0.5, -0.3]], [[[0.5, 0.2], [0.2, 0.3]]])
+MIXTURE = GaussianMixture(
+    [0.2, 0.3, 0.5],
+    [[-1.5, 0.0], [1.0, 1.2], [0.8, -1.0]],
+    [[[0.09, 0.0], [0.0, 0.04]], [[0.09, 0.0], [0.0, 0.04]], [[0.1, 0.06], [0.06, 0.08]]],
+)
+DENSITIES = {"gaussian": GAUSSIAN, "mixture": MIXTURE, "moons": two_moons(num_components=12, width=0.1)}
+
+
+def make(name: str, **options: object) -> tuple[SchedulerMixin, int]:
+    """A scheduler of ours in log-SNR spacing, or a stock one, and a number of timesteps."""
+    if name in OURS:
+        cls, own, num = OURS[name]
+        return cls(**{"timestep_spacing": "log_snr", **own, **options}), num
+    config = DDPMScheduler(**{"clip_sample": False, "timestep_spacing": "trailing", **options}).config
+    return stock_scheduler(name, config), {"ddpm": 500, "heun": 60}.get(name, 120)
+
+
+def solve(
+    scheduler: SchedulerMixin, density: GaussianMixture, x: torch.Tensor, generator: object = None
+) -> torch.Tensor:
+    """The loop of a stock pipeline with the exact denoiser, on a grid that is already laid."""
+    curve = VDMScheduler.from_config(scheduler.config).curve
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    x = x * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        seen = scheduler.scale_model_input(x, t)
+        prediction = density.predict(seen, curve(t), scheduler.config.prediction_type)
+        x = scheduler.step(prediction, t, x, **({"generator": generator} if takes_generator else {})).prev_sample
+    return x
+
+
+def noise(num: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(num, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def assert_distributed_as(samples: torch.Tensor, density: GaussianMixture, bias: float = 0.0) -> None:
+    """Mean, covariance and weights agree within 4.5 standard errors (1 in 10^5 a number) and a relative bias."""
+    num = len(samples)
+    clean = torch.tensor(math.inf)
+    truth = density.sample(100_000, torch.Generator().manual_seed(99))
+    spread = truth.std(0)
+    assert ((samples.mean(0) - density.mean).abs() < 4.5 * spread / math.sqrt(num) + bias * spread).all()
+    products = (truth - density.mean)[:, :, None] * (truth - density.mean)[:, None, :]
+    tolerance = 4.5 * products.std(0) / math.sqrt(num) + bias * spread[:, None] * spread
+    assert ((samples.T.cov() - density.covariance).abs() < tolerance).all()
+    shares = density.responsibilities(samples, clean)
+    error = 4.5 * density.responsibilities(truth, clean).std(0) / math.sqrt(num)
+    assert ((shares.mean(0) - density.weights).abs() < error + bias * density.weights).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "density"),
+    [
+        *((name, "gaussian") for name in OURS),  # of the stock ones in test_stock
+        *((name, "mixture") for name in [*OURS, *STOCK_SCHEDULERS]),
+        *(pytest.param(name, "moons", marks=pytest.mark.slow) for name in [*OURS, "ddpm", "dpmsolver++"]),
+    ],
+)
+def test_samples_of_an_exact_denoiser_have_the_densitys_moments_and_weights(name, density):
+    scheduler, num = make(name)
+    scheduler.set_timesteps(num)
+    samples = solve(scheduler, DENSITIES[density], noise(800), torch.Generator().manual_seed(1))
+    assert_distributed_as(samples, DENSITIES[density], bias=0.02)
+
+
+def test_annealed_langevin_dynamics_alone_finds_the_density():
+    scheduler = PredictorCorrectorScheduler(
+        predictor="none", num_corrector_steps=10, corrector_snr=0.3, timestep_spacing="log_snr"
+    )
+    scheduler.set_timesteps(80)
+    samples = solve(scheduler, MIXTURE, noise(800), torch.Generator().manual_seed(1))
+    assert_distributed_as(samples, MIXTURE, bias=0.08)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_four_prediction_types_take_the_same_steps(name):
+    ends = []
+    for prediction_type in PREDICTION_TYPES:
+        scheduler, _ = make(name, prediction_type=prediction_type)
+        scheduler.set_timesteps(12)
+        ends.append(solve(scheduler, MIXTURE, noise(64), torch.Generator().manual_seed(1)))
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta_schedule", [*BETA_SCHEDULES, "zero_snr"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize(("stock", "ours"), [(DDPMScheduler, VDMScheduler), (DDIMScheduler, ProbabilityFlowScheduler)])
+def test_a_stock_beta_schedule_gives_the_stock_steps(stock, ours, spacing, beta_schedule):
+    if stock is DDIMScheduler and beta_schedule in ("sigmoid", "laplace"):
+        pytest.skip("DDIMScheduler does not have it")
+    schedule = {"rescale_betas_zero_snr": True} if beta_schedule == "zero_snr" else {"beta_schedule": beta_schedule}
+    scheduler = stock(clip_sample=False, prediction_type="v_prediction", timestep_spacing=spacing, **schedule)
+    twin = ours.from_config(scheduler.config, **({"solver": "euler"} if ours is ProbabilityFlowScheduler else {}))
+    torch.testing.assert_close(twin.alphas_cumprod, scheduler.alphas_cumprod, rtol=0, atol=1e-7)
+    # in double precision, where the stock coefficients lose no digits
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    if beta_schedule == "zero_snr":  # where ours keeps a trace of signal
+        scheduler.alphas_cumprod[-1] = torch.sigmoid(twin.curve(torch.tensor(999)))
+    scheduler.one = scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
+    scheduler.set_timesteps(20)
+    twin.set_timesteps(20)
+    assert twin.timesteps.tolist() == scheduler.timesteps.tolist()
+    x = noise(32)
+    for t, s in zip(scheduler.timesteps, twin.timesteps, strict=True):
+        output = MIXTURE.predict(x, twin.curve(t), "v_prediction")
+        expected = scheduler.step(output, t, x, generator=torch.manual_seed(3))
+        got = twin.step(output, s, x, generator=torch.manual_seed(3))
+        torch.testing.assert_close(got.prev_sample, expected.prev_sample, rtol=0, atol=1e-6)
+        torch.testing.assert_close(got.pred_original_sample, expected.pred_original_sample, rtol=1e-6, atol=1e-6)
+        x = expected.prev_sample
+
+
+def flow_error(solver: str, num: int, reference: torch.Tensor) -> float:
+    scheduler = ProbabilityFlowScheduler(solver=solver, timestep_spacing="log_snr", final_sigmas_type="sigma_min")
+    scheduler.set_timesteps(num + 1)
+    return (solve(scheduler, GAUSSIAN, noise(64)) - reference).norm(dim=1).mean().item()
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("rk4", 4), ("adams_bashforth", 4)])
+def test_a_solver_converges_at_its_order(solver, order):
+    scheduler = ProbabilityFlowScheduler(solver="rk4", timestep_spacing="log_snr", final_sigmas_type="sigma_min")
+    scheduler.set_timesteps(600)
+    reference = solve(scheduler, GAUSSIAN, noise(64))
+    counts = torch.tensor([16, 24, 36, 54]) if solver == "rk4" else torch.tensor([64, 96, 144, 216])
+    errors = torch.tensor([flow_error(solver, int(num), reference) for num in counts])
+    x, y = counts.double().log(), errors.double().log()
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
+    assert slope.item() == pytest.approx(-order, abs=0.3)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("rk4", 4)])
+def test_there_and_back_returns_to_the_start_to_the_solvers_order(solver, order):
+    start = MIXTURE.sample(64, torch.Generator().manual_seed(0))
+    errors = []
+    for num in (24, 48) if solver == "rk4" else (100, 200):
+        scheduler = ProbabilityFlowScheduler(solver=solver, timestep_spacing="log_snr", final_sigmas_type="sigma_min")
+        scheduler.set_timesteps(num + 1, inverse=True)
+        assert (scheduler.timesteps.diff() >= 0).all()
+        encoded = solve(scheduler, MIXTURE, start)
+        scheduler.set_timesteps(num + 1)
+        errors.append((solve(scheduler, MIXTURE, encoded) - start).norm(dim=1).median().item())
+    assert math.log2(errors[0] / errors[1]) > order - 0.4
+    assert errors[1] < 0.1
+
+
+def test_encoded_data_are_the_noise_that_they_come_from():
+    scheduler = ProbabilityFlowScheduler(solver="rk4", timestep_spacing="log_snr")
+    scheduler.set_timesteps(60, inverse=True)
+    encoded = solve(scheduler, MIXTURE, MIXTURE.sample(800, torch.Generator().manual_seed(0)))
+    assert_distributed_as(encoded, GaussianMixture([1.0], [[0.0, 0.0]], [[[1.0, 0.0], [0.0, 1.0]]]), bias=0.01)
+
+
+def log_density_error(solver: str, prediction_type: str, num: int, inverse: bool) -> float:
+    """Mean error of the log-density change along the flow of the Gaussian, nats."""
+    scheduler = ProbabilityFlowScheduler(
+        solver=solver, timestep_spacing="log_snr", prediction_type=prediction_type, final_sigmas_type="sigma_min"
+    )
+    scheduler.set_timesteps(num + 1, inverse=inverse)
+    ends = scheduler.curve(scheduler.timesteps[0]), scheduler.curve(torch.tensor(999.0 if inverse else 0.0))
+    x = start = GAUSSIAN.sample(16, torch.Generator().manual_seed(0)) if inverse else noise(16)
+    for t in scheduler.timesteps:
+        log_snr = scheduler.curve(t)
+        derivative = torch.func.vmap(
+            torch.func.jacrev(lambda p, log_snr=log_snr: GAUSSIAN.predict(p[None], log_snr, prediction_type)[0])
+        )(x)
+        divergence = derivative.diagonal(dim1=1, dim2=2).sum(1)
+        out = scheduler.step(GAUSSIAN.predict(x, log_snr, prediction_type), t, x, divergence=divergence)
+        x = out.prev_sample
+    exact = GAUSSIAN.log_prob(x, ends[1]) - GAUSSIAN.log_prob(start, ends[0])
+    return (out.log_density_change - exact).abs().mean().item()
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_the_log_density_changes_along_the_flow_as_the_exact_one_does(prediction_type, inverse):
+    assert log_density_error("rk4", prediction_type, 60, inverse) < 1e-4
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("rk4", 4)])
+def test_the_log_density_converges_at_the_solvers_order(solver, order):
+    counts = (16, 32) if solver == "rk4" else (64, 128)
+    coarse, fine = (log_density_error(solver, "epsilon", num, inverse=False) for num in counts)
+    assert math.log2(coarse / fine) == pytest.approx(order, abs=0.4)
+
+
+@pytest.mark.parametrize("num_corrector_steps", [0, 12])
+def test_the_corrector_repairs_a_predictor_that_is_wrong(num_corrector_steps):
+    scheduler = PredictorCorrectorScheduler(
+        timestep_spacing="log_snr", num_corrector_steps=num_corrector_steps, corrector_snr=0.3
+    )
+    scheduler.set_timesteps(60)
+    for i in range(num_corrector_steps, len(scheduler.timesteps), num_corrector_steps + 1):
+        scheduler._rows[i] = (*scheduler._rows[i][:-1], 0.0)  # a predictor that forgets its noise
+    samples = solve(scheduler, MIXTURE, noise(800), torch.Generator().manual_seed(1))
+    if num_corrector_steps:
+        assert_distributed_as(samples, MIXTURE, bias=0.08)
+    else:
+        with pytest.raises(AssertionError):
+            assert_distributed_as(samples, MIXTURE, bias=0.08)
+
+
+def test_the_optimal_variance_makes_few_ancestral_steps_of_a_gaussian_exact():
+    variance = 0.09
+    density = GaussianMixture([1.0], [[0.2, 0.0]], (variance * torch.eye(2))[None])
+    curve = VDMScheduler().curve
+    log_snr = curve(torch.linspace(0, 999, 1000))
+    # E|x0 - E[x0 | x_t]|^2 = 1 / (1 / variance + SNR), over sigma^2
+    errors = (1 / (1 / variance + log_snr.exp())) / torch.sigmoid(-log_snr)
+    spreads = {}
+    for kind in ("optimal", "fixed_small"):
+        scheduler = VDMScheduler(variance_type=kind, velocity_error=errors.tolist(), timestep_spacing="log_snr")
+        scheduler.set_timesteps(8)
+        spreads[kind] = solve(scheduler, density, noise(4000), torch.Generator().manual_seed(1)).std(0).mean().item()
+    # the last step, to clean data, leaves out the variance of x0 at timestep 0, 0.1 % here
+    assert spreads["optimal"] == pytest.approx(0.3, abs=4.5 * 0.3 / math.sqrt(2 * 8000) + 0.001)
+    assert spreads["fixed_small"] < 0.27
+
+
+@pytest.mark.parametrize("curve", ["betas", "linear", "cosine", [8.0, 4.0, -3.0, -6.0]])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_the_elbo_weights_integrate_the_denoising_error_to_the_information(curve, prediction_type):
+    r"""Of N(0, s^2) data the diffusion loss is half of log(1 + s^2 SNR) between its ends (Guo, Shamai & Verdu 2005)."""
+    variance = 0.25
+    scheduler = VDMScheduler(log_snr=curve, prediction_type=prediction_type)
+    timesteps = torch.linspace(0, 999, 20_001, dtype=torch.float64)
+    timesteps = (timesteps[1:] + timesteps[:-1]) / 2
+    log_snr = scheduler.curve(timesteps)
+    alpha, sigma = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+    of_clean = 1 / (1 / variance + log_snr.exp())
+    # the error of each output that belongs to one of the clean sample
+    scale = {"epsilon": alpha / sigma, "v_prediction": 1 / sigma, "sample": 1.0, "score": alpha / sigma**2}
+    loss = (scheduler.loss_weights(timesteps) * of_clean * scale[prediction_type] ** 2).mean()
+    ends = scheduler.curve(torch.tensor([0.0, 999.0])).exp()
+    expected = (torch.log1p(variance * ends[0]) - torch.log1p(variance * ends[1])) / 2
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
+
+
+def test_min_snr_weights_are_the_papers():
+    timesteps = torch.tensor([0.0, 300.5, 700.0])
+    snr = VDMScheduler().curve(timesteps).exp()
+    expected = {
+        "sample": snr.clamp(max=5),
+        "epsilon": snr.clamp(max=5) / snr,
+        "v_prediction": snr.clamp(max=5) / (snr + 1),
+    }
+    for prediction_type, weights in expected.items():
+        scheduler = VDMScheduler(prediction_type=prediction_type)
+        torch.testing.assert_close(scheduler.loss_weights(timesteps, "min_snr"), weights)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_the_exact_predictions_are_those_of_the_samples_average(prediction_type):
+    """Tweedie's formula: the exact denoiser has the least error of all, and its error is orthogonal to what it sees."""
+    log_snr = torch.tensor(0.5)
+    alpha, sigma = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+    clean, draw = MIXTURE.sample(200_000, torch.Generator().manual_seed(0)), noise(200_000)
+    x = alpha * clean + sigma * draw
+    target = {
+        "epsilon": draw,
+        "sample": clean,
+        "v_prediction": alpha * draw - sigma * clean,
+        "score": -draw / sigma,
+    }[prediction_type]
+    error = target - MIXTURE.predict(x, log_snr, prediction_type)
+    for feature in (torch.ones_like(x), x, x.sin()):
+        product = error * feature
+        assert (product.mean(0).abs() < 4.5 * product.std(0) / math.sqrt(len(x))).all()

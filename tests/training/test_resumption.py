@@ -1,0 +1,226 @@
+"""A run that was interrupted, in whatever way, ends as if it had not been."""
+
+import json
+import resource
+import shutil
+import signal
+
+import datasets
+import pytest
+import torch
+from mechdiffusers.microstructures import random_composites
+from mechdiffusers.training import checkpoints
+from mechdiffusers.training.checkpoints import BestWeights
+from mechdiffusers.training.train import train
+from safetensors.torch import load_file
+from small_runs import SMALL, assert_same_weights, command_line, finish, small, start, weights
+from torch import nn
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "trained"
+    train(small(folder))
+    return folder
+
+
+class Interruption(Exception):
+    pass
+
+
+def interrupt(monkeypatch, folder, stage: str, steps: int = 5, **settings: object) -> None:
+    """Runs until some steps of a stage are done; a checkpoint stands at the fourth."""
+    step = torch.optim.AdamW.step
+    allowed = steps if stage == "autoencoder" else SMALL["autoencoder_steps"] + steps
+    done = []
+
+    def interrupted(*args, **kwargs):
+        done.append(None)
+        if len(done) > allowed:
+            raise Interruption
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    with pytest.raises(Interruption):
+        train(small(folder, **settings))
+    monkeypatch.undo()
+
+
+def names(folder) -> set[str]:
+    return {path.name for path in (folder / "checkpoints").iterdir()}
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
+def test_an_interrupted_run_ends_as_if_it_had_not_been(trained, tmp_path, stage, monkeypatch):
+    interrupt(monkeypatch, tmp_path / "run", stage)
+    assert not (tmp_path / "run" / "pipeline").exists()
+    assert {name for name in names(tmp_path / "run") if name.startswith(stage)} == {f"{stage}-00000004"}
+    train(small(tmp_path / "run", resume_from_checkpoint="latest"))
+    assert_same_weights(tmp_path / "run", trained)
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
+def test_an_interrupted_run_on_a_stream_ends_as_if_it_had_not_been(tmp_path, stage, monkeypatch):
+    designs, _ = random_composites(80, size=8)
+    datasets.Dataset.from_dict({"image": list(designs)}).to_parquet(tmp_path / "designs.parquet")
+    stream = {"dataset": str(tmp_path / "designs.parquet"), "streaming": True}
+    train(small(tmp_path / "straight", **stream))
+    interrupt(monkeypatch, tmp_path / "run", stage, **stream)
+    train(small(tmp_path / "run", resume_from_checkpoint="latest", **stream))
+    assert_same_weights(tmp_path / "run", tmp_path / "straight")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "unlisted"])
+def test_a_torn_checkpoint_is_recognised_and_the_one_before_it_taken(trained, tmp_path, damage, monkeypatch, caplog):
+    interrupt(monkeypatch, tmp_path / "run", "denoiser", checkpointing_steps=2)
+    newest = tmp_path / "run" / "checkpoints" / "denoiser-00000004"
+    file = newest / {"truncated": "optimizer.bin", "missing": "model.safetensors", "unlisted": "files.json"}[damage]
+    content = file.read_bytes()
+    file.unlink()
+    if damage == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    train(small(tmp_path / "run", resume_from_checkpoint="latest", checkpointing_steps=2))
+    assert "denoiser-00000004 is torn" in caplog.text
+    assert_same_weights(tmp_path / "run", trained)
+
+
+def test_a_torn_checkpoint_does_not_take_the_place_of_a_whole_one(tmp_path, monkeypatch):
+    interrupt(monkeypatch, tmp_path / "run", "denoiser", checkpointing_steps=2)
+    (tmp_path / "run" / "checkpoints" / "denoiser-00000004" / "files.json").unlink()
+    only_one = {"checkpointing_steps": 1, "checkpoints_total_limit": 1, "resume_from_checkpoint": "latest"}
+    step, calls = torch.optim.AdamW.step, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(None)
+        if len(calls) > 1:
+            raise Interruption
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.AdamW, "step", interrupted)
+        with pytest.raises(Interruption):
+            train(small(tmp_path / "run", **only_one))
+    assert {name for name in names(tmp_path / "run") if name.startswith("denoiser")} == {"denoiser-00000003"}
+
+
+def test_as_many_checkpoints_are_kept_as_wanted(tmp_path):
+    train(small(tmp_path, checkpointing_steps=1, checkpoints_total_limit=3))
+    kept = {f"{stage}-{step:08d}" for stage in ("autoencoder", "denoiser") for step in (4, 5, 6)}
+    assert names(tmp_path) == kept | {"latents.safetensors"}
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
+def test_a_new_run_from_a_checkpoint_ends_as_the_run_that_wrote_it(trained, tmp_path, stage):
+    train(small(tmp_path / "fork", resume_from_checkpoint=str(trained / "checkpoints" / f"{stage}-00000004")))
+    assert_same_weights(tmp_path / "fork", trained)
+
+
+def test_a_new_run_from_a_denoisers_checkpoint_may_train_it_further(trained, tmp_path):
+    checkpoint = trained / "checkpoints" / "denoiser-00000006"
+    train(small(tmp_path / "fork", resume_from_checkpoint=str(checkpoint), denoiser_steps=8))
+    assert "denoiser-00000008" in names(tmp_path / "fork")
+
+
+def test_a_new_run_from_an_autoencoders_checkpoint_may_have_another_denoiser(trained, tmp_path):
+    checkpoint = str(trained / "checkpoints" / "autoencoder-00000006")
+    pipe = train(small(tmp_path / "fork", resume_from_checkpoint=checkpoint, denoiser_block_out_channels=[4, 4]))
+    assert list(pipe.unet.config.block_out_channels) == [4, 4]
+    ours, theirs = weights(tmp_path / "fork"), weights(trained)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours if key.startswith("vae"))
+    assert (tmp_path / "fork" / "metrics.json").exists()
+
+
+def test_a_new_run_goes_on_with_the_best_autoencoder(tmp_path):
+    best = {"load_best_model_at_end": True, "validation_steps": 1, "autoencoder_learning_rate": 0.3}
+    train(small(tmp_path / "run", **best))
+    checkpoint = str(tmp_path / "run" / "checkpoints" / "denoiser-00000004")
+    train(small(tmp_path / "fork", resume_from_checkpoint=checkpoint, **best))
+    assert_same_weights(tmp_path / "fork", tmp_path / "run")
+
+
+def test_a_new_run_does_not_start_from_a_torn_checkpoint(trained, tmp_path):
+    torn = tmp_path / "torn" / "checkpoints" / "denoiser-00000004"
+    shutil.copytree(trained, tmp_path / "torn")
+    (torn / "optimizer.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="^resume_from_checkpoint must be a whole checkpoint, got .*optimizer.bin"):
+        train(small(tmp_path / "fork", resume_from_checkpoint=str(torn)))
+
+
+@pytest.mark.parametrize("resume", ["yes", "runs/x/checkpoints/denoiser-00000100", "runs/x/checkpoints"])
+def test_what_is_no_checkpoint_is_named(tmp_path, resume):
+    with pytest.raises(ValueError, match="^resume_from_checkpoint must be 'latest' or a folder such as"):
+        train(small(tmp_path / "run", resume_from_checkpoint=resume))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_does_not_go_on_with_other_settings(trained):
+    before = (trained / "config.yaml").read_text()
+    with pytest.raises(
+        ValueError, match="^resume_from_checkpoint must .* kl_weight was 1.0, is 0.5; denoiser_steps was 6"
+    ):
+        train(small(trained, resume_from_checkpoint="latest", kl_weight=0.5, denoiser_steps=8, validation_steps=2))
+    assert (trained / "config.yaml").read_text() == before
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_earlier_checkpoints(trained, tmp_path, monkeypatch):
+    """The limit on the size of a file stands in for the disk: the system refuses the write in the same way."""
+    run = tmp_path / "run"
+    interrupt(monkeypatch, run, "denoiser")
+    before = names(run)
+
+    def small_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, resource.RLIM_INFINITY))
+
+    process = start([*command_line(run), "--resume_from_checkpoint", "latest"], preexec_fn=small_disk)
+    messages = process.communicate()[1]
+    assert process.returncode == 1
+    assert messages.splitlines()[-1].startswith("error: the checkpoint of denoiser at step 6 could not be written to")
+    assert names(run) == before
+    train(small(run, resume_from_checkpoint="latest"))
+    assert_same_weights(run, trained)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_the_state_and_ends_the_process(trained, tmp_path):
+    run = tmp_path / "run"
+    process = start(command_line(run, denoiser_steps=40, checkpointing_steps=100))
+    for line in process.stderr:  # progress bars end their lines by carriage returns, which text mode translates
+        if line.startswith("denoiser") and " 5/40" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    messages = process.communicate()[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "denoiser has stopped at step" in messages
+    (stopped,) = [name for name in names(run) if name.startswith("denoiser")]
+    assert 5 <= int(stopped.removeprefix("denoiser-")) < 40
+    again = finish(start([*command_line(run, denoiser_steps=40), "--resume_from_checkpoint", "latest"]))
+    assert f"denoiser goes on from step {int(stopped.removeprefix('denoiser-'))}" in again
+    train(small(tmp_path / "straight", denoiser_steps=40))
+    assert_same_weights(run, tmp_path / "straight")
+
+
+def test_the_best_weights_are_those_of_least_loss(tmp_path):
+    best, module = BestWeights(tmp_path, "stage"), nn.Linear(1, 1)
+    for step, loss in enumerate([3.0, 1.0, 2.0]):
+        nn.init.constant_(module.weight, loss)
+        best.offer(module, loss, step)
+    best.load_into(module)
+    assert module.weight.item() == 1.0
+
+
+def test_a_run_may_end_with_its_best_weights(tmp_path):
+    # at this learning rate the loss on held-out designs does not fall steadily
+    settings = {"validation_steps": 1, "denoiser_learning_rate": 0.3}
+    pipe = train(small(tmp_path / "best", load_best_model_at_end=True, **settings))
+    kept = load_file(tmp_path / "best" / "checkpoints" / "best-denoiser.safetensors")
+    for key, value in pipe.unet.state_dict().items():
+        assert torch.equal(value, kept[f"unet.{key}"])
+    train(small(tmp_path / "last", **settings))
+    best, last = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("best", "last"))
+    assert best["denoiser/loss"] < last["denoiser/loss"]
+    assert best["denoiser/step"] < last["denoiser/step"]
+
+
+def test_the_newest_intact_checkpoint_of_an_empty_folder_is_none(tmp_path):
+    assert checkpoints.newest_intact(tmp_path, "denoiser") is None

@@ -1,0 +1,89 @@
+"""Several processes train as one does, and sharded models go on from their checkpoints."""
+
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mechdiffusers.training.randomness import StepRandomness
+from mechdiffusers.training.train import train
+from small_runs import SCRIPT, assert_same_weights, command_line, finish, loss_curve, small, start
+
+LAUNCH = ["-m", "accelerate.commands.launch", "--config_file"]
+CONFIGS = SCRIPT.parent / "configs" / "accelerate"
+FIFTY = {"autoencoder_steps": 50, "denoiser_steps": 50, "logging_steps": 1, "checkpointing_steps": 20}
+
+
+def launch(configuration: str, folder: Path, *more: str, **settings: object):
+    return start([*LAUNCH, str(CONFIGS / f"{configuration}.yaml"), *command_line(folder, **settings), *more])
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "alone"
+    finish(start(command_line(folder, **FIFTY)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "sharded"
+    finish(launch("fsdp", folder, **FIFTY))
+    return folder
+
+
+def assert_same_curves(one: Path, other: Path, tolerance: dict[str, float]) -> None:
+    for stage, rel in tolerance.items():
+        expected, curve = loss_curve(one, stage), loss_curve(other, stage)
+        assert set(curve) == set(range(1, 51))
+        assert [curve[step] for step in expected] == pytest.approx(list(expected.values()), rel=rel)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(alone, tmp_path):
+    finish(launch("one_machine", tmp_path / "run", **FIFTY))
+    assert_same_curves(alone, tmp_path / "run", {"autoencoder": 1e-4, "denoiser": 1e-4})
+
+
+@pytest.mark.slow
+def test_two_processes_rehearse(tmp_path):
+    messages = finish(launch("one_machine", tmp_path / "run", "--dry_run", "true"))
+    assert messages.count("48 training designs of 8 x 8 pixels, 16 held out") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"run.yaml"}
+
+
+@pytest.mark.slow
+def test_two_processes_with_shards_of_the_weights_train_as_one(alone, sharded):
+    # shards are summed in another order than whole gradients, which the second stage amplifies
+    assert_same_curves(alone, sharded, {"autoencoder": 1e-4, "denoiser": 1e-3})
+
+
+@pytest.mark.slow
+def test_sharded_processes_stop_on_sigterm_and_go_on(sharded, tmp_path):
+    run = tmp_path / "run"
+    process = launch("fsdp", run, **FIFTY)
+    for line in process.stderr:
+        if line.startswith("denoiser") and " 5/50" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode != 0
+    assert not (run / "pipeline").exists()
+    assert "denoiser goes on from step" in finish(launch("fsdp", run, "--resume_from_checkpoint", "latest", **FIFTY))
+    assert_same_weights(run, sharded)
+
+
+def test_two_processes_draw_what_one_draws_for_the_same_batch():
+    together = StepRandomness((0, "stage", 7))
+    shares = [StepRandomness((0, "stage", 7), rank) for rank in range(2)]
+    normal, integers = together.normal(6, 3), together.integers(1000, 6)
+    assert torch.equal(torch.cat([share.normal(3, 3) for share in shares]), normal)
+    assert torch.equal(torch.cat([share.integers(1000, 3) for share in shares]), integers)
+    assert not torch.equal(StepRandomness((0, "stage", 8)).normal(6, 3), normal)
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("mechdiffusers.training.stages.process_state", lambda: SimpleNamespace(num_processes=3))
+    with pytest.raises(ValueError, match="^denoiser_batch_size must be a multiple of the number of processes, got 16"):
+        train(small(tmp_path, autoencoder_batch_size=15))

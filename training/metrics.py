@@ -1,0 +1,37 @@
+"""``metrics.json`` of a run: the newest figures of both stages, for its card and for whoever compares runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+__all__ = ["peak_memory", "update_metrics"]
+
+
+def update_metrics(output_dir: Path, name: str, metrics: dict[str, float]) -> None:
+    """Writes figures of a stage as ``STAGE/NAME``, beside those that are there, or in their place.
+
+    Args:
+        output_dir: Folder of the run.
+        name: Stage.
+        metrics: Figures by name.
+    """
+    path = output_dir / "metrics.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known |= {f"{name}/{key}": value for key, value in metrics.items()}
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    unfinished.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
+    os.replace(unfinished, path)
+
+
+def peak_memory() -> float:
+    """The most memory that the process has held, GiB: the GPU's where it has one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    return kibibytes / 2**20

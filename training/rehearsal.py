@@ -1,0 +1,67 @@
+"""A dry run: the whole of a training on a few designs and for a few steps, to say what the real one will take."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+from mechdiffusers.training.accelerators import process_state
+from mechdiffusers.training.config import TrainingConfig
+from mechdiffusers.training.data import Designs, load_designs
+from mechdiffusers.training.stages import run_stages
+from torch.utils.data import IterableDataset, Subset
+
+__all__ = ["rehearse"]
+
+#: Steps of a rehearsed stage; the time is that of the second half, behind whatever the first step sets up.
+_STEPS = 8
+
+
+def rehearse(config: TrainingConfig) -> str:
+    """Runs both stages small in a temporary folder.
+
+    Args:
+        config: Settings of the run; ``output_dir`` is not touched.
+
+    Returns:
+        In the main process: what would be trained, the memory and the time that it takes, as a text.
+
+    Raises:
+        ValueError: If a setting or the data are unfit.
+        OSError: If the folder in which ``output_dir`` would be made cannot be written.
+    """
+    designs = load_designs(config)
+    num = min(designs.num_train, max(config.autoencoder_batch_size, config.denoiser_batch_size))
+    few = designs.train if isinstance(designs.train, IterableDataset) else Subset(designs.train, range(num))
+    process, metrics = process_state(), {}
+    existing = next(folder for folder in Path(config.output_dir).absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=".dry-run-", dir=existing) as own_folder:
+        folder = broadcast_object_list([own_folder])[0]  # the main process's
+        short = replace(
+            config,
+            output_dir=folder,
+            autoencoder_steps=_STEPS,
+            denoiser_steps=_STEPS,
+            logging_steps=_STEPS // 2,
+            checkpointing_steps=_STEPS,
+            report_to="tensorboard",
+        )
+        pipe = run_stages(short, Designs(few, designs.heldout, num))
+        if process.is_main_process:
+            metrics = json.loads((Path(folder) / "metrics.json").read_text())
+        process.wait_for_everyone()
+    if not process.is_main_process:
+        return ""
+    height, width = designs.size
+    lines = [f"{designs.num_train} training designs of {height} x {width} pixels, {len(designs.heldout)} held out"]
+    for name, module in (("autoencoder", pipe.vae), ("denoiser", pipe.unet)):
+        stage, seconds = config.stage(name), metrics[f"{name}/seconds_per_step"]  # type: ignore[arg-type]
+        lines.append(
+            f"{name}: {module.num_parameters() / 1e6:.2f} million parameters, {stage.steps} steps of "
+            f"{stage.batch_size}, {seconds:.3f} s a step, {stage.steps * seconds / 60:.1f} minutes, "
+            f"{metrics[f'{name}/peak_memory_gib']:.2f} GiB"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,24 @@
+"""What a process holds of a module that is sharded among several (FSDP), or all of one that is not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+__all__ = ["local_parameters"]
+
+
+def local_parameters(module: nn.Module) -> list[Tensor]:
+    """This process's part of each parameter, in the memory of the parameter itself.
+
+    The averaging of weights works on these, as not every fused operation knows sharded tensors.
+    """
+    return [_local(parameter) for parameter in module.parameters()]
+
+
+def _local(parameter: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return parameter
+    with torch.no_grad():
+        return parameter.to_local().detach().requires_grad_(parameter.requires_grad)

@@ -1,0 +1,88 @@
+"""Both stages one after the other, with the cached latents between them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from mechdiffusers.pipelines import LatentDDPMPipeline
+from mechdiffusers.training.accelerators import process_state, stage_accelerator
+from mechdiffusers.training.autoencoder import encode_all, measure_latents, train_autoencoder
+from mechdiffusers.training.config import TrainingConfig
+from mechdiffusers.training.data import Designs
+from mechdiffusers.training.denoiser import train_denoiser
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+__all__ = ["run_stages"]
+
+logger = logging.getLogger(__name__)
+
+
+def run_stages(config: TrainingConfig, designs: Designs) -> LatentDDPMPipeline:
+    """Trains the autoencoder, caches the latents, trains the denoiser and saves ``output_dir/pipeline``.
+
+    Args:
+        config: Settings of the run, whose folder is there.
+        designs: What to train on.
+
+    Returns:
+        The trained pipeline, on the CPU, in the main process.
+
+    Raises:
+        ValueError: If there are fewer designs than a batch of either stage, or the processes cannot share one evenly.
+    """
+    _check_batches(config, designs)
+    output_dir = Path(config.output_dir)
+    accelerator = stage_accelerator(config, "autoencoder")
+    autoencoder = train_autoencoder(accelerator, config, designs)
+    vae, scale = autoencoder.vae, autoencoder.decoder_scale
+    latents = _cached_latents(accelerator, vae, designs, output_dir / "checkpoints" / "latents.safetensors")
+    measure_latents(vae, latents["train"])
+
+    accelerator = stage_accelerator(config, "denoiser")
+    pipe = train_denoiser(
+        accelerator,
+        config,
+        vae,
+        None if scale is None else scale.item(),
+        designs,
+        latents["train"],
+        latents["heldout"],
+    )
+    if accelerator.is_main_process:
+        pipe.save_pretrained(output_dir / "pipeline")
+        logger.info("the pipeline is in %s", output_dir / "pipeline")
+    accelerator.wait_for_everyone()
+    return pipe
+
+
+def _check_batches(config: TrainingConfig, designs: Designs) -> None:
+    """Checks both stages before the first begins."""
+    num_processes = process_state().num_processes
+    for stage in ("autoencoder_batch_size", "denoiser_batch_size"):
+        size = getattr(config, stage)
+        if size % num_processes:
+            raise ValueError(f"{stage} must be a multiple of the number of processes, got {size} for {num_processes}")
+        if size > designs.num_train:
+            raise ValueError(
+                f"{stage} must be at most the number of training designs, got {size} for {designs.num_train} designs"
+            )
+
+
+def _cached_latents(accelerator: Accelerator, vae: AutoencoderKL, designs: Designs, path: Path) -> dict[str, Tensor]:
+    """The moments of all designs, encoded by the main process unless that is done already."""
+    if accelerator.is_main_process and not path.exists():
+        moments = {
+            "train": encode_all(vae, designs.train, accelerator.device, designs.num_train),
+            "heldout": encode_all(vae, TensorDataset(designs.heldout), accelerator.device, len(designs.heldout)),
+        }
+        unfinished = path.with_name(f".unfinished-{path.name}")
+        save_file(moments, unfinished)
+        os.replace(unfinished, path)
+    accelerator.wait_for_everyone()
+    return load_file(path)
