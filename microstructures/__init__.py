@@ -1,6 +1,7 @@
-"""Microstructures: designs and where they come from."""
+"""Microstructures: designs, where they come from, and datasets of them with their responses."""
 
+from mechdiffusers.microstructures.build_dataset import build_dataset, response_meaning
 from mechdiffusers.microstructures.mechanical_mnist import load_mechanical_mnist
 from mechdiffusers.microstructures.random_composites import random_composites
 
-__all__ = ["load_mechanical_mnist", "random_composites"]
+__all__ = ["build_dataset", "load_mechanical_mnist", "random_composites", "response_meaning"]

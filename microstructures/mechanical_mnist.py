@@ -12,12 +12,13 @@ References:
 from __future__ import annotations
 
 import io
-import json
 import zipfile
 from pathlib import Path
 
 import numpy as np
-from datasets import Array2D, Dataset, DatasetInfo, Features
+from datasets import Dataset
+from mechdiffusers.mechanics.materials import CompressibleNeoHookean
+from mechdiffusers.microstructures.build_dataset.columns import dataset_of
 
 __all__ = ["load_mechanical_mnist"]
 
@@ -33,9 +34,9 @@ def load_mechanical_mnist(folder: str | Path) -> Dataset:
         folder: Where ``summary_psi.txt`` and ``mnist_img.txt.zip`` or ``mnist_img.txt`` lie.
 
     Returns:
-        Columns ``image``, float64, (28, 28), in [0, 1], and ``response``, float64, (1, 12): total strain energy at the
-        strains of the meaning. The meaning of the response is JSON in ``info.description``. Energies have 5 decimals:
-        those of the first three strains carry hardly a digit.
+        A row a bitmap, with the columns of :func:`build_dataset`: 8-bit images and responses (1, 12), the total strain
+        energy. :func:`response_meaning` says at which strains. Energies have 5 decimals: those of the first three
+        strains carry hardly a digit. The published meshes are of triangles of order 2, finer than the bitmap.
 
     Raises:
         ValueError: If a file is missing or does not hold what is described.
@@ -45,32 +46,23 @@ def load_mechanical_mnist(folder: str | Path) -> Dataset:
     energies = _read(folder, "summary_psi.txt", len(_DISPLACEMENTS) + 1)
     if len(bitmaps) != len(energies):
         raise ValueError(f"folder must hold as many bitmaps as energies, got {len(bitmaps)} and {len(energies)}")
+    if (bitmaps != np.clip(np.rint(bitmaps), 0, 255)).any():
+        raise ValueError("folder must hold bitmaps of integers from 0 to 255, got others")
     meaning = {
         "quantity": "energy",
         "load_cases": ["uniaxial_extension"],
         "strains": [[displacement / _SIZE for displacement in _DISPLACEMENTS]],
-        "units": "modulus x pixel^2 per unit thickness",
-        "young_soft": 1.0,
-        "young_stiff": 100.0,
-        "poisson": 0.3,
+        "units": "Young's modulus of a black pixel x pixel^2, per unit thickness",
+        "element_order": 2,
         "pixel_size": 1.0,
+        "material": {"law": CompressibleNeoHookean.__name__, "young_soft": 1.0, "young_stiff": 100.0, "poisson": 0.3},
     }
-    features = Features(
-        {"image": Array2D((_SIZE, _SIZE), "float64"), "response": Array2D((1, len(_DISPLACEMENTS)), "float64")}
-    )
-    return Dataset.from_dict(
-        {
-            "image": bitmaps.reshape(-1, _SIZE, _SIZE) / 255,
-            "response": (energies[:, 1:] - energies[:, :1])[:, None],
-        },
-        info=DatasetInfo(
-            features=features,
-            description=json.dumps(meaning),
-            license="CC BY-SA 3.0",
-            homepage="https://github.com/elejeune11/Mechanical-MNIST",
-            citation="E. Lejeune, Mechanical MNIST, Extreme Mechanics Letters 36 (2020) 100659",
-        ),
-    )
+    images = bitmaps.astype(np.uint8).reshape(-1, _SIZE, _SIZE)
+    dataset = dataset_of(images, (energies[:, 1:] - energies[:, :1])[:, None], {}, meaning)
+    dataset.info.license = "CC BY-SA 3.0"
+    dataset.info.homepage = "https://github.com/elejeune11/Mechanical-MNIST"
+    dataset.info.citation = "E. Lejeune, Mechanical MNIST, Extreme Mechanics Letters 36 (2020) 100659"
+    return dataset
 
 
 def _read(folder: Path, name: str, columns: int) -> np.ndarray:

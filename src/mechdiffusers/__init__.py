@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mechdiffusers.mechanics import SimulationResult, simulate
-    from mechdiffusers.microstructures import random_composites
+    from mechdiffusers.microstructures import (
+        build_dataset,
+        load_mechanical_mnist,
+        random_composites,
+        response_meaning,
+    )
     from mechdiffusers.models import ResponseEncoder
     from mechdiffusers.pipelines import ClassifierGuidance, LatentDDPMPipeline
     from mechdiffusers.schedulers import PredictorCorrectorScheduler, ProbabilityFlowScheduler, VDMScheduler
@@ -23,7 +28,10 @@ _ROOMS = {
     "ResponseEncoder": "mechdiffusers.models",
     "SimulationResult": "mechdiffusers.mechanics",
     "VDMScheduler": "mechdiffusers.schedulers",
+    "build_dataset": "mechdiffusers.microstructures",
+    "load_mechanical_mnist": "mechdiffusers.microstructures",
     "random_composites": "mechdiffusers.microstructures",
+    "response_meaning": "mechdiffusers.microstructures",
     "simulate": "mechdiffusers.mechanics",
 }
 
@@ -36,7 +44,10 @@ __all__ = [
     "SimulationResult",
     "VDMScheduler",
     "__version__",
+    "build_dataset",
+    "load_mechanical_mnist",
     "random_composites",
+    "response_meaning",
     "simulate",
 ]
 

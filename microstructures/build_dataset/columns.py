@@ -1,0 +1,121 @@
+r"""What a row of a dataset of responses holds, and how the meaning of the responses travels with them.
+
+========== ============================ ==============================================================
+column     type                         what
+========== ============================ ==============================================================
+image      PNG of one channel           the design, row 0 at the top: black the soft phase, white the stiff one
+response   float32, shape (L, S)        L load cases, S strains; NaN from where a design is not solved
+converged  bool, shape (L,)             whether all strains of a load case are solved
+...        float64                      what else is known of a design, such as its volume fraction
+========== ============================ ==============================================================
+
+The meaning of the responses is JSON in the ``id`` of the feature of their column. Of all places that a dataset has for
+metadata, that is the one which ``datasets`` carries through parquet files, streams, ``map``, concatenation and the Hub.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from datasets import Array2D, Dataset, Features, List, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+from torch import Tensor
+
+__all__ = ["dataset_of", "grey_levels", "response_meaning"]
+
+
+def response_meaning(dataset: Any) -> dict[str, Any]:
+    """What the responses of a dataset mean.
+
+    Args:
+        dataset: A ``datasets.Dataset`` or ``IterableDataset`` that :func:`build_dataset` or
+            :func:`load_mechanical_mnist` made, wherever it has been stored since.
+
+    Returns:
+        ``quantity`` ("stress" or "energy"), ``load_cases`` (L names), ``strains`` (L lists of S magnitudes of nominal
+        strain), ``units`` of the response, ``element_order``, ``pixel_size`` and ``material`` (``law``, ``young_soft``,
+        ``young_stiff``, ``poisson``).
+
+    Raises:
+        ValueError: If the dataset has no responses, or they came without their meaning.
+
+    Example:
+        >>> dataset = load_dataset("parquet", data_files="data/composites-32/train.parquet", split="train")
+        >>> response_meaning(dataset)["load_cases"]
+        ['uniaxial_extension', 'uniaxial_extension_x', 'shear']
+    """
+    features = getattr(dataset, "features", None)
+    if not isinstance(features, Features) or "response" not in features:
+        raise ValueError(f"dataset must be one split of a dataset with a column 'response', got {dataset!r}")
+    stored = getattr(features["response"], "id", None)
+    if stored is None:
+        raise ValueError("dataset must say what its responses mean, got a column 'response' that has lost its 'id'")
+    return json.loads(stored)
+
+
+def grey_levels(designs: Tensor | np.ndarray) -> np.ndarray:
+    """Designs as an image file holds them.
+
+    Args:
+        designs: Shape ``(B, H, W)``, multiples of 1/255 in [0, 1].
+
+    Returns:
+        Bool of the same shape if all values are 0 or 1, else uint8.
+
+    Raises:
+        ValueError: If the designs are not as described.
+    """
+    values = designs.detach().cpu().numpy() if isinstance(designs, Tensor) else designs
+    if not isinstance(values, np.ndarray) or values.ndim != 3 or not values.size or values.dtype.kind not in "buif":
+        what = getattr(values, "shape", type(values).__name__)
+        raise ValueError(f"designs must be a tensor or array of numbers, shape (B, H, W), none of them 0, got {what}")
+    if not ((values >= 0) & (values <= 1)).all():  # also false for NaN
+        raise ValueError("designs must lie in [0, 1] everywhere, got values outside or NaN")
+    if ((values == 0) | (values == 1)).all():
+        return values.astype(bool)
+    levels = np.rint(values * 255.0)
+    if np.abs(values * 255.0 - levels).max() > 1e-3:
+        raise ValueError(
+            "designs must be multiples of 1/255, so that the stored 8-bit images are what is simulated, got values in "
+            "between: np.rint(255 * designs) / 255 rounds them"
+        )
+    return levels.astype(np.uint8)
+
+
+def dataset_of(
+    levels: np.ndarray, response: np.ndarray, parameters: Mapping[str, np.ndarray], meaning: Mapping[str, Any]
+) -> Dataset:
+    """The dataset, in memory.
+
+    Args:
+        levels: The designs, bool or uint8, shape ``(B, H, W)``.
+        response: Shape ``(B, L, S)``, NaN where not solved.
+        parameters: Further columns, shape ``(B,)`` each.
+        meaning: What the responses mean, see :func:`response_meaning`.
+    """
+    shape = response.shape[1:]
+    features = {
+        "image": ImageFeature(),
+        "response": Array2D(shape, "float32", id=json.dumps(meaning)),
+        "converged": List(Value("bool"), length=shape[0]),
+        **{name: Value("float64") for name in parameters},
+    }
+    columns = {
+        "image": [{"bytes": _png(image), "path": None} for image in levels],
+        "response": response.astype(np.float32),
+        "converged": ~np.isnan(response).any(-1),
+        **parameters,
+    }
+    return Dataset.from_dict(columns, features=Features(features))
+
+
+def _png(image: np.ndarray) -> bytes:
+    """A PNG file of 1 bit a pixel for bool, of 8 for uint8."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
