@@ -29,12 +29,12 @@ from diffusers import ConfigMixin, DDPMScheduler, HeunDiscreteScheduler, Schedul
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from torch import Tensor
 
-__all__ = ["LogSnrCurve", "VariancePreservingScheduler", "alpha_sigma", "predictions"]
+__all__ = ["NOISE_SCHEDULE", "LogSnrCurve", "VariancePreservingScheduler", "alpha_sigma", "predictions"]
 
 _PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "score")
 _SPACINGS = ("leading", "linspace", "trailing", "log_snr")
-#: What from_config takes over even where it stands at the defaults of the class that it comes from.
-_NOISE_SCHEDULE = {
+#: What one solver's configuration hands on to the next, even where it stands at the defaults of its class.
+NOISE_SCHEDULE = {
     "num_train_timesteps",
     "beta_start",
     "beta_end",
@@ -155,7 +155,7 @@ class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
             The scheduler.
         """
         if isinstance(config, Mapping):
-            dropped = set(config.get("_use_default_values", ())) - _NOISE_SCHEDULE
+            dropped = set(config.get("_use_default_values", ())) - NOISE_SCHEDULE
             config = {**config, "_use_default_values": sorted(dropped)}
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 

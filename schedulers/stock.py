@@ -19,6 +19,7 @@ from diffusers import (
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
+from mechdiffusers.schedulers.log_snr_curve import NOISE_SCHEDULE
 from mechdiffusers.schedulers.scheduling_vdm import VDMScheduler
 
 __all__ = ["STOCK_SCHEDULERS", "stock_scheduler"]
@@ -35,19 +36,6 @@ STOCK_SCHEDULERS: Mapping[str, tuple[type[SchedulerMixin], Mapping[str, Any]]] =
     "euler-karras": (EulerDiscreteScheduler, {"use_karras_sigmas": True}),
     "deis": (DEISMultistepScheduler, {}),
 }
-
-#: What one solver's configuration hands on to the next.
-_NOISE_SCHEDULE = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "prediction_type",
-    "timestep_spacing",
-    "steps_offset",
-    "rescale_betas_zero_snr",
-)
 
 
 def stock_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
@@ -78,7 +66,7 @@ def stock_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     scheduler_class, options = STOCK_SCHEDULERS[name]
     unclipped = {"clip_sample": False} if scheduler_class in (DDPMScheduler, DDIMScheduler) else {}
     # all of the noise schedule, which from_config drops where it stands at a default, and nothing of the old solver
-    schedule = {key: config[key] for key in _NOISE_SCHEDULE if key in config}
+    schedule = {key: config[key] for key in NOISE_SCHEDULE if key in config}
     if schedule.get("timestep_spacing") == "log_snr":  # ours alone; this one starts at pure noise too
         schedule["timestep_spacing"] = "trailing"
     if config.get("log_snr", "betas") != "betas":  # a curve of ours, as the betas between its integer timesteps
