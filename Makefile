@@ -1,6 +1,7 @@
 # Both targets install everything they need into a fresh .venv, once.
 PYTHON ?= python3
 BIN = .venv/bin
+PYTEST = $(BIN)/python -m pytest --numprocesses logical --dist worksteal
 
 .PHONY: demo test lint wheel-test
 
@@ -10,7 +11,7 @@ demo: .venv/installed
 		--output runs/quick/sample_statistics.json --figures runs/quick
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 lint: .venv/installed build/wheel
 	$(BIN)/ruff check
@@ -18,7 +19,7 @@ lint: .venv/installed build/wheel
 	MYPYPATH=$(CURDIR)/build/wheel $(BIN)/mypy -p mechdiffusers
 
 wheel-test: .venv/installed build/wheel
-	MECHDIFFUSERS_FROM=$(CURDIR)/build/wheel PYTHONPATH=$(CURDIR)/build/wheel $(BIN)/python -m pytest
+	MECHDIFFUSERS_FROM=$(CURDIR)/build/wheel PYTHONPATH=$(CURDIR)/build/wheel $(PYTEST)
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv

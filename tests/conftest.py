@@ -10,6 +10,11 @@ from collections.abc import Callable
 import pytest
 from hub_server import OWNER, HubServer
 
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    # a core for each worker and all that it starts: threads that compete for a core wait for each other
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
 # huggingface_hub reads these when it is imported: no test, nor what it starts, ever reaches the real Hub
 HUB = HubServer()
 HOME = tempfile.TemporaryDirectory(prefix="huggingface-")
