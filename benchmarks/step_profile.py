@@ -12,9 +12,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler
 from mechdiffusers.training import parse_config
-from mechdiffusers.training.denoiser import LatentDenoiser, denoising_loss
+from mechdiffusers.training.denoiser import denoising_loss
+from mechdiffusers.training.latent_denoiser import LatentDenoiser
 from mechdiffusers.training.randomness import StepRandomness
 from record import record
 from torch.profiler import profile
@@ -42,11 +42,12 @@ def main() -> None:
     config = parse_config(["--config", str(PRESET)])
     denoiser = LatentDenoiser(config, (16, 16)).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(denoiser.parameters(), config.denoiser_learning_rate, fused=True)
-    moments = torch.randn(config.denoiser_batch_size, 2 * config.latent_channels, 16, 16)
-    loss = denoising_loss(DDPMScheduler(prediction_type=config.prediction_type, clip_sample=False), 0.0, 1.0)
+    moments = torch.randn(config.denoiser_batch_size, 1, 2 * config.latent_channels, 16, 16)
+    batch = moments, torch.empty(len(moments), 0, 0)
+    loss = denoising_loss(config, 0.0, 1.0)
 
     def step() -> None:
-        value, _ = loss(denoiser, (moments,), StepRandomness(("profile",)))
+        value, _ = loss(denoiser, batch, StepRandomness(("profile",)))
         value.backward()
         torch.nn.utils.clip_grad_norm_(denoiser.parameters(), config.max_grad_norm)
         optimizer.step()

@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler
 from mechdiffusers.training import TrainingConfig, parse_config
 from mechdiffusers.training.accelerators import stage_accelerator
-from mechdiffusers.training.denoiser import LatentDenoiser, denoising_loss
+from mechdiffusers.training.denoiser import denoising_loss
+from mechdiffusers.training.latent_denoiser import LatentDenoiser
 from mechdiffusers.training.loop import run_stage
 from mechdiffusers.training.randomness import StepRandomness
 from record import record
@@ -37,13 +37,13 @@ def main() -> None:
     config = parse_config(["--config", str(PRESET)])
     config.denoiser_steps = arguments.steps // arguments.rounds
     config.checkpointing_steps = config.validation_steps = 10**9
-    moments = torch.randn(4096, 2 * config.latent_channels, *SIZE, generator=torch.Generator().manual_seed(0))
-    scheduler = DDPMScheduler(prediction_type=config.prediction_type, clip_sample=False)
-    loss = denoising_loss(scheduler, 0.0, 1.0)
+    moments = torch.randn(4096, 1, 2 * config.latent_channels, *SIZE, generator=torch.Generator().manual_seed(0))
+    latents = TensorDataset(moments, torch.empty(len(moments), 0, 0))
+    loss = denoising_loss(config, 0.0, 1.0)
     ours, bare = [], []
     for _ in range(arguments.rounds):
-        ours.append(time_ours(config, moments, loss))
-        bare.append(time_bare(config, moments, loss))
+        ours.append(time_ours(config, latents, loss))
+        bare.append(time_bare(config, latents, loss))
     ratio = sum(ours) / sum(bare)
     record(
         {
@@ -56,7 +56,7 @@ def main() -> None:
     )
 
 
-def time_ours(config: TrainingConfig, moments: torch.Tensor, loss) -> float:
+def time_ours(config: TrainingConfig, latents: TensorDataset, loss) -> float:
     """Seconds of a stage with its last checkpoint, from the first step on."""
     begin = []
 
@@ -69,15 +69,15 @@ def time_ours(config: TrainingConfig, moments: torch.Tensor, loss) -> float:
         config.output_dir = folder
         accelerator = stage_accelerator(config, "denoiser")
         denoiser = LatentDenoiser(config, SIZE)
-        run_stage(accelerator, config, "denoiser", denoiser, TensorDataset(moments), timed, lambda *_: {"loss": 0.0})
+        run_stage(accelerator, config, "denoiser", denoiser, latents, timed, lambda *_: {"loss": 0.0})
         return time.perf_counter() - begin[0]
 
 
-def time_bare(config: TrainingConfig, moments: torch.Tensor, loss) -> float:
+def time_bare(config: TrainingConfig, latents: TensorDataset, loss) -> float:
     """Seconds of as many steps with nothing around them."""
     denoiser = LatentDenoiser(config, SIZE).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(denoiser.parameters(), config.denoiser_learning_rate, fused=True)
-    loader = DataLoader(TensorDataset(moments), batch_size=config.denoiser_batch_size, shuffle=True, drop_last=True)
+    loader = DataLoader(latents, batch_size=config.denoiser_batch_size, shuffle=True, drop_last=True)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
     begin = time.perf_counter()
     for step in range(config.denoiser_steps):

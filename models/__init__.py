@@ -2,6 +2,6 @@
 
 from mechdiffusers.models.monotone_noise_schedule import MonotoneNoiseSchedule
 from mechdiffusers.models.noisy_latent_predictor import NoisyLatentPredictor
-from mechdiffusers.models.response_encoder import ResponseEncoder
+from mechdiffusers.models.response_encoder import ResponseEncoder, response_normalisation
 
-__all__ = ["MonotoneNoiseSchedule", "NoisyLatentPredictor", "ResponseEncoder"]
+__all__ = ["MonotoneNoiseSchedule", "NoisyLatentPredictor", "ResponseEncoder", "response_normalisation"]

@@ -90,7 +90,8 @@ def tiny_pipeline(
         cross_attention_dim=6,
         attention_head_dim=2,
     )
-    options = {"mean": [[1.0, 2.0, 3.0]] * 2, "std": [[0.5, 1.0, 2.0]] * 2, "meaning": MEANING} if conditional else {}
+    normalisation = {"scale": [[0.5, 1.0, 2.0]] * 2, "mean": [[1.0, 2.0, 3.0]] * 2, "std": [[0.5, 1.0, 2.0]] * 2}
+    options = {"meaning": MEANING, **normalisation} if conditional else {}
     encoder = ResponseEncoder(token_dim=6, hidden_dim=8, **options)
     scheduler = DDPMScheduler(**{"clip_sample": False, "prediction_type": "v_prediction", **scheduler_options})
     pipe = LatentDDPMPipeline(vae.eval(), unet.eval(), scheduler, encoder.eval(), decoder_likelihood, decoder_scale)

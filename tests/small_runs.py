@@ -5,8 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
+from mechdiffusers.microstructures import random_composites
+from mechdiffusers.microstructures.build_dataset.columns import dataset_of, grey_levels
 from mechdiffusers.training import TrainingConfig
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -38,6 +41,50 @@ SMALL = {
 
 def small(folder: Path, **settings: object) -> TrainingConfig:
     return TrainingConfig(output_dir=str(folder), **{**SMALL, **settings})
+
+
+MEANING = {
+    "quantity": "stress",
+    "load_cases": ["uniaxial_extension", "shear"],
+    "strains": [[0.1, 0.2, 0.3], [0.1, 0.2, 0.3]],
+    "units": "modulus of the soft phase",
+    "element_order": 1,
+    "pixel_size": 1.0,
+    "material": {"law": "CompressibleNeoHookean", "young_soft": 1.0, "young_stiff": 100.0, "poisson": 0.3},
+}
+
+
+def responses_of(designs: np.ndarray) -> np.ndarray:
+    """In the place of finite elements: volume fraction and connection, growing with the strain; NaN here and there."""
+    fraction, connected = designs.mean((1, 2)), (designs[:, 1:] * designs[:, :-1]).mean((1, 2))
+    response = np.exp(4 * np.stack([fraction, connected], axis=1))[..., None] * np.array([0.1, 0.2, 0.3])
+    response[::5, 1, 2] = np.nan
+    response[3::20] = np.nan
+    return response.astype(np.float32)
+
+
+def write_dataset(folder: Path, num_train: int = 48, num_heldout: int = 16, column: str = "response") -> Path:
+    """A folder of the splits of a dataset of 8 x 8 designs with responses."""
+    designs, _ = random_composites(num_train + num_heldout, size=8)
+    folder.mkdir(parents=True)
+    for split, rows in (("heldout", designs[:num_heldout]), ("train", designs[num_heldout:])):
+        dataset = dataset_of(grey_levels(rows), responses_of(rows), {}, MEANING)
+        if column != "response":
+            dataset = dataset.rename_column("response", column)
+        dataset.to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def conditional(dataset: Path) -> dict[str, object]:
+    """Settings of a small run that uses all that a dataset of responses allows."""
+    return {
+        "dataset": str(dataset),
+        "response_column": "response",
+        "response_dropout": 0.2,
+        "response_masking": 0.5,
+        "random_half_turn": True,
+        "num_train_designs": None,
+    }
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-__all__ = ["LikelihoodAutoencoder", "encode_all", "train_autoencoder"]
+__all__ = ["LikelihoodAutoencoder", "encode_all", "half_turn", "measure_latents", "train_autoencoder"]
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +107,9 @@ def train_autoencoder(accelerator: Accelerator, config: TrainingConfig, designs:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         images = batch[0].float() / 255
         noise = randomness.normal(len(images), *latent_shape).to(images.device)
+        if config.random_half_turn:
+            turned = randomness.integers(2, len(images)).bool().to(images.device)
+            images = torch.where(turned[:, None, None, None], half_turn(images), images)
         reconstruction, kl, _ = module(images, noise)
         loss = (config.kl_weight * kl - reconstruction).mean() / num_pixels
         return loss, {"loss": loss, **_bound(reconstruction.mean(), kl.mean(), num_pixels)}
@@ -151,32 +154,49 @@ def _bound(reconstruction: Tensor, kl: Tensor, num_pixels: int) -> dict[str, Ten
     }
 
 
+def half_turn(designs: Tensor) -> Tensor:
+    """Designs turned by 180 degrees, shape ``(*, H, W)``.
+
+    Under every load case of :mod:`mechdiffusers.mechanics` they respond as they are: what moved then stands still and
+    what stood still moves, which is the same load seen from the other side.
+    """
+    return designs.flip(-2, -1)
+
+
 @torch.no_grad()
-def encode_all(vae: AutoencoderKL, images: Dataset, device: torch.device, num: int) -> Tensor:
-    """Means and log-variances of the posteriors of all designs.
+def encode_all(
+    vae: AutoencoderKL, designs: Dataset, device: torch.device, num: int, with_half_turn: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Means and log-variances of the posteriors of all designs, and their responses.
 
     Args:
         vae: Trained autoencoder; left on the CPU.
-        images: Yields tuples of one uint8 image.
+        designs: Yields pairs of a uint8 image and its response.
         device: Where to encode.
         num: Number of designs to encode.
+        with_half_turn: Whether to encode the half-turn of each design too.
 
     Returns:
-        Shape ``(num, 2 C, h, w)``, float32: the means, then the log-variances.
+        The means, then the log-variances, of each design and, if asked for, of its half-turn behind it: shape
+        ``(num, 1 or 2, 2 C, h, w)``, float32. The responses, shape ``(num, L, S)``.
     """
     vae.to(device)
     moments: list[Tensor] = []
+    responses: list[Tensor] = []
     left = num
     with tqdm(total=num, desc="caching latents", unit="design") as progress:
-        for (batch,) in DataLoader(images, batch_size=_VALIDATION_BATCH):
-            posterior = posterior_of(vae, batch[:left].to(device).float() / 255)
-            moments.append(torch.cat([posterior.mean, posterior.logvar], dim=1).cpu())
+        for images, response in DataLoader(designs, batch_size=_VALIDATION_BATCH):
+            pixels = images[:left].to(device).float() / 255
+            posteriors = [posterior_of(vae, x) for x in ((pixels, half_turn(pixels)) if with_half_turn else (pixels,))]
+            views = [torch.cat([posterior.mean, posterior.logvar], dim=1) for posterior in posteriors]
+            moments.append(torch.stack(views, dim=1).cpu())
+            responses.append(response[:left])
             progress.update(len(moments[-1]))
             left -= len(moments[-1])
             if left == 0:
                 break
     vae.cpu()
-    return torch.cat(moments)
+    return torch.cat(moments), torch.cat(responses)
 
 
 def measure_latents(vae: AutoencoderKL, moments: Tensor) -> None:
@@ -188,7 +208,7 @@ def measure_latents(vae: AutoencoderKL, moments: Tensor) -> None:
         vae: Its configuration is changed.
         moments: From :func:`encode_all`.
     """
-    means, logvars = moments.double().chunk(2, dim=1)
+    means, logvars = moments.double().chunk(2, dim=-3)
     variance, posterior_variance = means.var(correction=0), logvars.exp().mean()
     std = (variance + posterior_variance).sqrt().item()
     vae.register_to_config(shift_factor=means.mean().item(), scaling_factor=1 / std)

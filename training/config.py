@@ -61,17 +61,28 @@ class TrainingConfig:
     dataset: str = field(
         default="random_composites",
         metadata={
-            "help": "'random_composites', a folder of images, a parquet file or the name of a dataset on the Hub."
+            "help": "'random_composites', a folder of images, a folder of parquet files named by their splits, a "
+            "parquet file or the name of a dataset on the Hub."
         },
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
+    dataset_split: str = field(
+        default="train", metadata={"help": "Split to train on; designs of a split 'heldout' are held out."}
+    )
     image_column: str = field(default="image", metadata={"help": "Column of the images, single-channel or grey."})
+    response_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of the responses that the denoiser is conditioned on; it is unconditional if unset."},
+    )
     streaming: bool = field(default=False, metadata={"help": "Read a dataset as it is needed, not all of it first."})
     num_train_designs: int | None = field(
         default=None, metadata={"help": "Designs to train on; all there are if unset (needed for generated ones)."}
     )
     num_heldout_designs: int = field(default=512, metadata={"help": "Designs kept from training, for validation."})
     resolution: int = field(default=32, metadata={"help": "Pixels along a side of generated designs."})
+    random_half_turn: bool = field(
+        default=False,
+        metadata={"help": "Turn half of the designs by 180 degrees at random, which no response notices."},
+    )
 
     decoder_likelihood: Literal["bernoulli", "discretized_logistic"] = field(
         default="bernoulli", metadata={"help": "bernoulli for binary designs, discretized_logistic for 8-bit images."}
@@ -97,10 +108,22 @@ class TrainingConfig:
         default_factory=lambda: [64, 128], metadata={"help": "Widths of the blocks."}
     )
     denoiser_layers_per_block: int = field(default=2, metadata={"help": "Residual layers of a block."})
-    snr_gamma: float | None = field(
-        default=None, metadata={"help": "Losses are weighted by min-SNR with this gamma; 5 is usual, unset is off."}
+    learned_noise_schedule: bool = field(
+        default=False,
+        metadata={"help": "Learn the log-SNR between the ends of beta_schedule, for the least variance of the bound."},
     )
+    loss_weighting: Literal["prediction", "min_snr", "elbo"] = field(
+        default="prediction",
+        metadata={"help": "prediction: all errors of it alike; elbo: the objective of likelihood."},
+    )
+    snr_gamma: float = field(default=5.0, metadata={"help": "Highest weight of loss_weighting min_snr."})
     noise_offset: float = field(default=0.0, metadata={"help": "Standard deviation of noise common to all pixels."})
+    response_dropout: float = field(
+        default=0.1, metadata={"help": "Share of responses that are left out, for guidance and samples without one."}
+    )
+    response_masking: float = field(
+        default=0.3, metadata={"help": "Share of responses of which some load cases or strains are left open."}
+    )
     token_dim: int = field(default=32, metadata={"help": "Length of the response encoder's tokens."})
     denoiser_steps: int = field(default=20_000, metadata={"help": "Optimiser steps of the denoiser."})
     denoiser_batch_size: int = field(default=128, metadata={"help": "Latents a step, all processes together."})
@@ -163,6 +186,8 @@ class TrainingConfig:
             "kl_weight",
             "weight_decay",
             "noise_offset",
+            "response_dropout",
+            "response_masking",
             "autoencoder_warmup_steps",
             "denoiser_warmup_steps",
         }
@@ -187,6 +212,9 @@ class TrainingConfig:
         for name in ("hub_model_id", "hub_private"):
             if getattr(self, name) is not None and not self.push_to_hub:
                 raise ValueError(f"{name} must be left out without push_to_hub, got {getattr(self, name)!r}")
+        for name in ("response_dropout", "response_masking"):
+            if not getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be at most 1, got {getattr(self, name)!r}")
         if not self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie inside (0, 1), got {self.ema_decay!r}")
         if self.streaming and self.num_train_designs is None:
@@ -196,6 +224,11 @@ class TrainingConfig:
                 raise ValueError("decoder_likelihood must be 'bernoulli' for random_composites, which are binary")
             if self.num_train_designs is None or self.streaming:
                 raise ValueError("random_composites need num_train_designs and streaming=False: they are generated")
+            if self.response_column is not None:
+                raise ValueError(
+                    f"response_column must be left out for random_composites, which have no responses, got "
+                    f"{self.response_column!r}: build_dataset makes a dataset of designs with theirs"
+                )
 
     def stage(self, name: Literal["autoencoder", "denoiser"]) -> StageConfig:
         """The settings of one stage."""

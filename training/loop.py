@@ -101,7 +101,8 @@ def run_stage(
                 batch = next(batches)
                 # a batch that is summed draws what it would as a part of the batch that they make together
                 share = part * accelerator.num_processes + accelerator.process_index
-                randomness = StepRandomness((config.seed, name, step), share)
+                num_shares = config.gradient_accumulation_steps * accelerator.num_processes
+                randomness = StepRandomness((config.seed, name, step), share, num_shares)
                 with accelerator.accumulate(module):
                     loss, quantities = compute_loss(module, batch, randomness)
                     accelerator.backward(loss)

@@ -36,7 +36,18 @@ _MAY_CHANGE = {
 #: What besides a new run may change which starts from a denoiser's checkpoint, whose optimiser goes on with its rates.
 _OF_THE_WAY_ON = {"denoiser_steps", "denoiser_warmup_steps", "lr_scheduler", "max_grad_norm", "ema_decay"}
 #: What only the denoiser depends on, besides all that is called after it.
-_OF_THE_DENOISER = {"prediction_type", "beta_schedule", "snr_gamma", "noise_offset", "token_dim"}
+_OF_THE_DENOISER = {
+    "prediction_type",
+    "beta_schedule",
+    "learned_noise_schedule",
+    "loss_weighting",
+    "snr_gamma",
+    "noise_offset",
+    "response_column",
+    "response_dropout",
+    "response_masking",
+    "token_dim",
+}
 
 
 def claim(config: TrainingConfig) -> Path:

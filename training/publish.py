@@ -45,7 +45,10 @@ _DESCRIPTIONS = {
     "denoiser/step": "steps of the denoiser",
     "denoiser/seconds_per_step": "time of a step of the denoiser, seconds",
     "denoiser/peak_memory_gib": "memory up to the end of the denoiser's stage, GiB",
-    "denoiser/loss": "mean square error of the denoiser's prediction",
+    "denoiser/loss": "weighted mean square error of the denoiser's prediction, all of the response given",
+    "denoiser/loss_without_response": "the same without a response",
+    "denoiser/elbo_nats": "evidence lower bound of the whole model in continuous time, nats",
+    "denoiser/elbo_bits_per_dim": "its negative, bits per pixel",
 }
 
 
@@ -176,6 +179,7 @@ def model_card(output_dir: str | os.PathLike, repo_id: str) -> ModelCard:
         num_heldout=settings["num_heldout_designs"],
         is_local=not is_public and dataset != "random_composites",
         settings_yaml=yaml.safe_dump(shown, sort_keys=False).strip(),
+        meaning=json.loads((run / "pipeline" / "response_encoder" / "config.json").read_text())["meaning"],
         parts=_parts(run / "pipeline", settings),
         metrics=[{"name": key, "description": descriptions[key], "value": value} for key, value in metrics.items()],
     )
@@ -213,9 +217,10 @@ def _designs(settings: dict[str, Any], dataset: str) -> str:
 
 def _parts(pipeline: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the card's table of the model."""
+    curve = "a learned curve of log-SNR" if settings["learned_noise_schedule"] else f"{settings['beta_schedule']} betas"
     what = {
         "vae": f"`AutoencoderKL`, {settings['decoder_likelihood']} decoder, KL weight {settings['kl_weight']}",
-        "unet": f"`UNet2DConditionModel`, predicts {settings['prediction_type']}, {settings['beta_schedule']} betas",
+        "unet": f"`UNet2DConditionModel`, predicts {settings['prediction_type']}, {curve}",
         "response_encoder": "`ResponseEncoder`, which gives the tokens that the denoiser attends to",
     }
     return [{"name": name, "what": what[name], "num_parameters": _num_parameters(pipeline / name)} for name in what]

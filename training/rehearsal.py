@@ -10,7 +10,7 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list
 from mechdiffusers.training.accelerators import process_state
 from mechdiffusers.training.config import TrainingConfig
-from mechdiffusers.training.data import Designs, load_designs
+from mechdiffusers.training.data import load_designs
 from mechdiffusers.training.stages import run_stages
 from torch.utils.data import IterableDataset, Subset
 
@@ -49,7 +49,7 @@ def rehearse(config: TrainingConfig) -> str:
             checkpointing_steps=_STEPS,
             report_to="tensorboard",
         )
-        pipe = run_stages(short, Designs(few, designs.heldout, num))
+        pipe = run_stages(short, replace(designs, train=few, num_train=num))
         if process.is_main_process:
             metrics = json.loads((Path(folder) / "metrics.json").read_text())
         process.wait_for_everyone()

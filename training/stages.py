@@ -41,7 +41,7 @@ def run_stages(config: TrainingConfig, designs: Designs) -> LatentDDPMPipeline:
     accelerator = stage_accelerator(config, "autoencoder")
     autoencoder = train_autoencoder(accelerator, config, designs)
     vae, scale = autoencoder.vae, autoencoder.decoder_scale
-    latents = _cached_latents(accelerator, vae, designs, output_dir / "checkpoints" / "latents.safetensors")
+    latents = _cached_latents(accelerator, config, vae, designs)
     measure_latents(vae, latents["train"])
 
     accelerator = stage_accelerator(config, "denoiser")
@@ -51,7 +51,7 @@ def run_stages(config: TrainingConfig, designs: Designs) -> LatentDDPMPipeline:
         vae,
         None if scale is None else scale.item(),
         designs,
-        latents["train"],
+        TensorDataset(latents["train"], latents["response"]),
         latents["heldout"],
     )
     if accelerator.is_main_process:
@@ -74,15 +74,18 @@ def _check_batches(config: TrainingConfig, designs: Designs) -> None:
             )
 
 
-def _cached_latents(accelerator: Accelerator, vae: AutoencoderKL, designs: Designs, path: Path) -> dict[str, Tensor]:
-    """The moments of all designs, encoded by the main process unless that is done already."""
+def _cached_latents(
+    accelerator: Accelerator, config: TrainingConfig, vae: AutoencoderKL, designs: Designs
+) -> dict[str, Tensor]:
+    """The moments of all designs, encoded by the main process unless that is done already, and the responses."""
+    path = Path(config.output_dir) / "checkpoints" / "latents.safetensors"
     if accelerator.is_main_process and not path.exists():
-        moments = {
-            "train": encode_all(vae, designs.train, accelerator.device, designs.num_train),
-            "heldout": encode_all(vae, TensorDataset(designs.heldout), accelerator.device, len(designs.heldout)),
-        }
+        device = accelerator.device
+        train, response = encode_all(vae, designs.train, device, designs.num_train, config.random_half_turn)
+        kept = TensorDataset(designs.heldout, designs.heldout_response)
+        heldout, _ = encode_all(vae, kept, device, len(kept))
         unfinished = path.with_name(f".unfinished-{path.name}")
-        save_file(moments, unfinished)
+        save_file({"train": train, "response": response, "heldout": heldout}, unfinished)
         os.replace(unfinished, path)
     accelerator.wait_for_everyone()
     return load_file(path)

@@ -233,7 +233,7 @@ def test_training_reads_the_images(tmp_path):
     build(output=tmp_path / "d.parquet")
     config = TrainingConfig(output_dir="unused", dataset=str(tmp_path / "d.parquet"), num_heldout_designs=4)
     read = load_designs(config)
-    images = {image.numpy().tobytes() for (image,) in read.train} | {image.numpy().tobytes() for image in read.heldout}
+    images = {image.numpy().tobytes() for image, _ in read.train} | {image.numpy().tobytes() for image in read.heldout}
     assert images == {(design * 255).astype(np.uint8).tobytes() for design in DESIGNS}
 
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from mechdiffusers.models import ResponseEncoder
+from mechdiffusers.models import ResponseEncoder, response_normalisation
 
 MEANING = {"quantity": "stress", "load_cases": ["a", "b"], "strains": [[0.1, 0.2, 0.3]] * 2}
 
@@ -10,7 +10,14 @@ MEANING = {"quantity": "stress", "load_cases": ["a", "b"], "strains": [[0.1, 0.2
 def encoder(**options) -> ResponseEncoder:
     torch.manual_seed(0)
     return ResponseEncoder(
-        **{"token_dim": 8, "meaning": MEANING, "mean": [[1.0] * 3] * 2, "std": [[2.0] * 3] * 2, **options}
+        **{
+            "token_dim": 8,
+            "meaning": MEANING,
+            "scale": [[0.5] * 3] * 2,
+            "mean": [[1.0] * 3] * 2,
+            "std": [[2.0] * 3] * 2,
+            **options,
+        }
     )
 
 
@@ -33,16 +40,57 @@ def test_an_open_entry_is_not_the_same_as_the_mean():
     model = encoder()
     given = torch.randn(1, 2, 3)
     mean, left_open = given.clone(), given.clone()
-    mean[0, 0, 1], left_open[0, 0, 1] = 1.0, math.nan  # both are zero once normalised: the mask tells them apart
+    # both are zero once normalised: the mask tells them apart
+    mean[0, 0, 1], left_open[0, 0, 1] = 0.5 * math.sinh(1.0), math.nan
     assert not torch.equal(model(mean)[:, 0], model(left_open)[:, 0])
     assert torch.equal(model(mean)[:, 1], model(left_open)[:, 1])
     assert model(left_open).isfinite().all()
 
 
-def test_tokens_do_not_depend_on_the_units_once_mean_and_std_are_in_them():
+def test_tokens_do_not_depend_on_the_units_once_the_scale_is_in_them():
     response = torch.randn(5, 2, 3)
-    in_kilo = encoder(mean=[[1e-3] * 3] * 2, std=[[2e-3] * 3] * 2)
+    in_kilo = encoder(scale=[[5e-4] * 3] * 2)
     torch.testing.assert_close(encoder()(response), in_kilo(response / 1000))
+
+
+def test_equal_relative_changes_of_a_response_are_equal_changes_of_what_the_network_sees():
+    """Above its scale the normalisation is logarithmic: for responses from 3 to 300 scales to 6 %, above 10 to 1 %."""
+    model, seen = encoder(scale=[[1.0] * 3] * 2), []
+    model.proj_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][..., :3]))
+    for factor in (1.0, 1.05):
+        model(factor * torch.tensor([3.0, 10.0, 300.0]).expand(1, 2, 3))
+    change = (seen[1] - seen[0]) * 2  # times the standard deviation
+    expected = torch.full((2, 3), math.log(1.05))
+    torch.testing.assert_close(change[0], expected, rtol=0.06, atol=0)
+    torch.testing.assert_close(change[0, :, 1:], expected[:, 1:], rtol=0.01, atol=0)
+
+
+def test_the_measured_normalisation_gives_every_entry_mean_0_and_variance_1():
+    responses = torch.exp(torch.randn(500, 2, 3, generator=torch.manual_seed(0)) + torch.tensor([-3.0, 0.0, 3.0]))
+    responses[::7, 1, 2] = math.nan
+    responses[:, 0, 1] = 0.0  # as at strain 0
+    model, seen = encoder(**response_normalisation(responses)), []
+    model.proj_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][..., :3]))
+    model(responses)
+    values = torch.where(responses.isnan(), math.nan, seen[0])
+    constant = torch.tensor([[False, True, False], [False, False, False]])
+    torch.testing.assert_close(values.nanmean(0), torch.zeros(2, 3), atol=1e-5, rtol=0)
+    variance = values.square().nanmean(0)
+    torch.testing.assert_close(variance, torch.where(constant, 0.0, 1.0), atol=1e-4, rtol=0)
+
+
+def test_an_entry_that_no_design_has_cannot_be_normalised():
+    responses = torch.rand(5, 2, 3)
+    responses[:, 1, 2] = math.nan
+    with pytest.raises(
+        ValueError, match="^response must be known of some design .* got none in load case 1 at strain 2"
+    ):
+        response_normalisation(responses)
+
+
+@pytest.mark.parametrize("value", [0.0, -4.0, 1e8])
+def test_what_no_design_does_still_has_tokens(value):
+    assert encoder()(torch.full((1, 2, 3), value)).isfinite().all()
 
 
 def test_gradients_reach_the_null_tokens_only_through_open_responses():
@@ -65,9 +113,10 @@ def test_it_comes_back_from_disk_with_its_meaning(tmp_path):
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"mean": None}, "mean"),
+        ({"mean": None}, "scale, mean and std"),
         ({"meaning": {"strains": []}}, "meaning"),
-        ({"std": [[1.0] * 2] * 2}, "mean and std"),
+        ({"std": [[1.0] * 2] * 2}, "scale, mean and std"),
+        ({"scale": [[0.0] * 3] * 2}, "scale"),
         ({"std": [[0.0] * 3] * 2}, "std"),
     ],
 )

@@ -29,7 +29,7 @@ def write_parquet(folder, images, column="image"):
 
 
 def all_of(designs) -> set[bytes]:
-    return {image.numpy().tobytes() for (image,) in designs.train} | {x.numpy().tobytes() for x in designs.heldout}
+    return {image.numpy().tobytes() for image, _ in designs.train} | {x.numpy().tobytes() for x in designs.heldout}
 
 
 def test_generated_designs_are_those_of_the_generator_and_heldout_ones_stay_when_more_are_trained_on():
@@ -77,7 +77,7 @@ def test_grey_images_keep_their_levels(tmp_path):
 def test_a_stream_repeats_without_end_and_never_shows_a_heldout_design(tmp_path):
     path = write_parquet(tmp_path, BINARY)
     designs = load_designs(config(path, streaming=True, num_train_designs=5))
-    seen = [image.numpy().tobytes() for (image,) in islice(designs.train, 20)]
+    seen = [image.numpy().tobytes() for image, _ in islice(designs.train, 20)]
     assert len(set(seen)) == 5
     assert all(seen.count(image) == 4 for image in set(seen))
     assert not set(seen) & {image.numpy().tobytes() for image in designs.heldout}
@@ -172,5 +172,7 @@ def test_too_few_designs_are_refused(tmp_path):
 def test_a_dataset_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match="^dataset must exist, got the parquet file"):
         load_designs(config(tmp_path / "absent.parquet"))
-    with pytest.raises(ValueError, match="^dataset must be 'random_composites', a folder of images, a parquet"):
+    with pytest.raises(
+        ValueError, match="^dataset must be 'random_composites', a folder of images or of parquet files, a"
+    ):
         load_designs(config(tmp_path / "no-such-folder"))

@@ -5,14 +5,16 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from mechdiffusers.schedulers.log_snr_curve import alpha_sigma
 from mechdiffusers.training import parse_config
 from mechdiffusers.training.accelerators import stage_accelerator
 from mechdiffusers.training.autoencoder import LikelihoodAutoencoder
-from mechdiffusers.training.denoiser import LatentDenoiser, denoising_loss
+from mechdiffusers.training.denoiser import denoising_loss
+from mechdiffusers.training.latent_denoiser import LatentDenoiser
 from mechdiffusers.training.loop import run_stage
 from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.rehearsal import rehearse
@@ -25,49 +27,86 @@ from torch import nn
 class Shifted(nn.Module):
     """Predicts noise, latents and velocity of latents that are off by 1: the truth plus what that makes of it."""
 
-    def __init__(self, scheduler: DDPMScheduler, latents: torch.Tensor):
+    def __init__(self, process, latents: torch.Tensor):
         super().__init__()
-        self.scheduler, self.latents = scheduler, latents
+        self.process, self.latents = process, latents
 
-    def forward(self, noisy, timesteps, response):
-        alpha_squared = self.scheduler.alphas_cumprod.double()[timesteps][:, None, None, None]
-        alpha, sigma = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+    def forward(self, noisy, timesteps, encoder_hidden_states):
+        alpha, sigma = (scale[:, None, None, None] for scale in alpha_sigma(self.process.curve(timesteps)))
         wrong = self.latents + 1
         noise = (noisy - alpha * wrong) / sigma
-        return {"sample": wrong, "epsilon": noise, "v_prediction": alpha * noise - sigma * wrong}[
-            self.scheduler.config.prediction_type
-        ]
+        outputs = {"sample": wrong, "epsilon": noise, "v_prediction": alpha * noise - sigma * wrong}
+        return SimpleNamespace(sample=outputs[self.process.config.prediction_type])
+
+
+def shifted_denoiser(num: int, **settings) -> tuple[LatentDenoiser, tuple[torch.Tensor, ...]]:
+    denoiser = LatentDenoiser(small(Path("unused"), **settings), (2, 2))
+    randomness = StepRandomness(("test",))
+    latents, noise = (randomness.normal(num, 1, 2, 2).double() for _ in range(2))
+    denoiser.unet = Shifted(denoiser.process, latents)
+    return denoiser, (latents, noise, (torch.arange(num).double() + 0.5) / num, torch.empty(num, 0, 0))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_min_snr_weights_one_error_of_the_latents_alike_whatever_is_predicted(prediction_type):
-    """Latents off by 1 everywhere cost min(SNR, gamma), averaged over the times drawn."""
-    gamma, num = 5.0, 500
-    scheduler = DDPMScheduler(prediction_type=prediction_type, clip_sample=False)
-    latents = torch.randn(num, 1, 2, 2, generator=torch.manual_seed(0), dtype=torch.float64)
-    moments = torch.cat([latents, torch.full_like(latents, -100.0)], dim=1)  # posteriors of no width
-    loss_function = denoising_loss(scheduler, 0.0, 1.0, gamma)
-    loss, _ = loss_function(Shifted(scheduler, latents), (moments,), StepRandomness(("test",)))
-    again = StepRandomness(("test",))
-    again.normal(*latents.shape), again.normal(*latents.shape)
-    alpha_squared = scheduler.alphas_cumprod.double()[again.integers(1000, num)]
-    snr = alpha_squared / (1 - alpha_squared)
-    assert loss.item() == pytest.approx(snr.clamp(max=gamma).mean().item(), rel=1e-4)
+    """Latents off by 1 everywhere cost min(SNR, gamma)."""
+    settings = {"prediction_type": prediction_type, "loss_weighting": "min_snr", "snr_gamma": 3.0}
+    denoiser, batch = shifted_denoiser(50, **settings)
+    snr = denoiser.process.curve(999 * batch[2]).exp()
+    expected = snr.clamp(max=3).float()
+    torch.testing.assert_close(denoiser(*batch)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_the_objective_of_likelihood_is_the_diffusion_part_of_the_bound(prediction_type, learned):
+    """Latents off by 1 cost half the fall of the SNR, in nats an entry (Kingma et al. 2021, section 5.1)."""
+    settings = {"prediction_type": prediction_type, "loss_weighting": "elbo", "learned_noise_schedule": learned}
+    denoiser, batch = shifted_denoiser(20_000, **settings)
+    errors, nats, _ = denoiser(*batch)
+    torch.testing.assert_close(errors, nats / 4)
+    first, last = denoiser.process.curve(torch.tensor([0.0, 999.0], dtype=torch.float64)).exp()
+    assert nats.double().mean().item() == pytest.approx(4 * (first - last).item() / 2, rel=2e-3)
+
+
+def test_a_learned_curve_moves_towards_less_variance_and_nothing_else_moves_it():
+    """The denoiser's error is large at the clean end alone: the curve spends more of its time there."""
+
+    class WrongWhereClean(nn.Module):
+        def forward(self, noisy, timesteps, encoder_hidden_states):
+            return SimpleNamespace(sample=noisy * (timesteps < 300)[:, None, None, None])
+
+    denoiser = LatentDenoiser(small(Path("unused"), learned_noise_schedule=True, prediction_type="epsilon"), (2, 2))
+    denoiser.unet = WrongWhereClean()
+    curve = denoiser.noise_schedule
+    before = curve(torch.tensor(0.3)).item()
+    ends = curve(torch.tensor([0.0, 1.0])).tolist()
+    optimizer = torch.optim.AdamW(curve.parameters(), 1e-2)
+    for step in range(60):
+        randomness = StepRandomness(("test", step))
+        latents, noise = randomness.normal(64, 1, 2, 2), randomness.normal(64, 1, 2, 2)
+        errors, nats, loss = denoiser(latents, noise, randomness.stratified(64), torch.empty(64, 0, 0))
+        assert not errors.requires_grad
+        assert not nats.requires_grad
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert curve(torch.tensor(0.3)).item() > before + 0.5
+    assert curve(torch.tensor([0.0, 1.0])).tolist() == pytest.approx(ends)
 
 
 def test_offset_noise_is_common_to_the_pixels_of_a_channel():
     """The noise that the network should predict has covariance offset^2 between two pixels of a channel."""
     offset, num, seen = 0.7, 20_000, []
-    scheduler = DDPMScheduler(clip_sample=False)
 
     class Listener(nn.Module):
-        def forward(self, noisy, timesteps, response):
-            sigma = (1 - scheduler.alphas_cumprod.double()[timesteps]).sqrt()
-            seen.append(noisy / sigma[:, None, None, None])  # latents are 0: what is left is the noise
-            return torch.zeros_like(noisy)
+        def forward(self, latents, noise, times, response):
+            seen.append(noise)
+            return torch.zeros(num), torch.zeros(num), torch.zeros(())
 
-    moments = torch.cat([torch.zeros(num, 2, 1, 2), torch.full((num, 2, 1, 2), -100.0)], dim=1).double()
-    denoising_loss(scheduler, 0.0, 1.0, None, offset)(Listener(), (moments,), StepRandomness(("test",)))
+    moments = torch.cat([torch.zeros(num, 1, 2, 1, 2), torch.full((num, 1, 2, 1, 2), -100.0)], dim=2)
+    loss = denoising_loss(small(Path("unused"), noise_offset=offset), 0.0, 1.0)
+    loss(Listener(), (moments, torch.empty(num, 0, 0)), StepRandomness(("test",)))
     covariance = torch.cov(seen[0].flatten(1).T)
     same = torch.block_diag(torch.ones(2, 2), torch.ones(2, 2))
     expected = torch.eye(4) + offset**2 * same
@@ -82,7 +121,8 @@ def test_gradient_checkpointing_gives_the_same_gradients_from_less_that_is_kept(
         module = network(small(Path("unused"), gradient_checkpointing=wanted), (8, 8)).train()
         inputs = torch.rand(4, 1, 8, 8), torch.randn(4, 2, 4, 4)
         if network is LatentDenoiser:
-            inputs = torch.randn(4, 2, 8, 8), torch.tensor([1, 10, 100, 900]), torch.empty(4, 0, 0)
+            noise, times = torch.randn(4, 2, 8, 8), torch.tensor([0.0, 0.01, 0.1, 0.9])
+            inputs = torch.randn(4, 2, 8, 8), noise, times, torch.empty(4, 0, 0)
         sizes = []
 
         def keep(tensor, sizes=sizes):
@@ -92,7 +132,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_from_less_that_is_kept(
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             out = module(*inputs)
             kept[wanted] = sum(sizes)
-            (out[0] if isinstance(out, tuple) else out).square().mean().backward()
+            out[0].mean().backward()
         gradients[wanted] = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     assert kept[True] < 0.7 * kept[False]
     torch.testing.assert_close(gradients[True], gradients[False])
@@ -188,6 +228,9 @@ def test_a_run_leaves_its_newest_figures(tmp_path):
         ({"hub_model_id": "me/x"}, "hub_model_id must be left out without push_to_hub, got 'me/x'"),
         ({"hub_private": True}, "hub_private must be left out without push_to_hub, got True"),
         ({"snr_gamma": -1.0}, "snr_gamma must be positive, got -1.0"),
+        ({"response_dropout": 1.5}, "response_dropout must be at most 1, got 1.5"),
+        ({"response_masking": -0.5}, "response_masking must be at least 0, got -0.5"),
+        ({"response_column": "response"}, "response_column must be left out for random_composites"),
         ({"noise_offset": -0.1}, "noise_offset must be at least 0, got -0.1"),
         ({"checkpoints_total_limit": 0}, "checkpoints_total_limit must be positive, got 0"),
     ],

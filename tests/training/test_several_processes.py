@@ -8,11 +8,29 @@ import pytest
 import torch
 from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.train import train
-from small_runs import SCRIPT, assert_same_weights, command_line, finish, loss_curve, small, start
+from scipy.stats import kstest
+from small_runs import (
+    SCRIPT,
+    assert_same_weights,
+    command_line,
+    conditional,
+    finish,
+    loss_curve,
+    small,
+    start,
+    write_dataset,
+)
 
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file"]
 CONFIGS = SCRIPT.parent / "configs" / "accelerate"
-FIFTY = {"autoencoder_steps": 50, "denoiser_steps": 50, "logging_steps": 1, "checkpointing_steps": 20}
+#: Everything that is drawn a sample and everything that is trained beside the networks.
+FIFTY = {
+    "autoencoder_steps": 50,
+    "denoiser_steps": 50,
+    "logging_steps": 1,
+    "checkpointing_steps": 20,
+    "learned_noise_schedule": True,
+}
 
 
 def launch(configuration: str, folder: Path, *more: str, **settings: object):
@@ -20,16 +38,21 @@ def launch(configuration: str, folder: Path, *more: str, **settings: object):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Path:
+def fifty(tmp_path_factory) -> dict[str, object]:
+    return {**FIFTY, **conditional(write_dataset(tmp_path_factory.mktemp("data") / "composites"))}
+
+
+@pytest.fixture(scope="module")
+def alone(fifty, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "alone"
-    finish(start(command_line(folder, **FIFTY)))
+    finish(start(command_line(folder, **fifty)))
     return folder
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory) -> Path:
+def sharded(fifty, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "sharded"
-    finish(launch("fsdp", folder, **FIFTY))
+    finish(launch("fsdp", folder, **fifty))
     return folder
 
 
@@ -41,8 +64,8 @@ def assert_same_curves(one: Path, other: Path, tolerance: dict[str, float]) -> N
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(alone, tmp_path):
-    finish(launch("one_machine", tmp_path / "run", **FIFTY))
+def test_two_processes_train_as_one(alone, fifty, tmp_path):
+    finish(launch("one_machine", tmp_path / "run", **fifty))
     assert_same_curves(alone, tmp_path / "run", {"autoencoder": 1e-4, "denoiser": 1e-4})
 
 
@@ -60,9 +83,9 @@ def test_two_processes_with_shards_of_the_weights_train_as_one(alone, sharded):
 
 
 @pytest.mark.slow
-def test_sharded_processes_stop_on_sigterm_and_go_on(sharded, tmp_path):
+def test_sharded_processes_stop_on_sigterm_and_go_on(sharded, fifty, tmp_path):
     run = tmp_path / "run"
-    process = launch("fsdp", run, **FIFTY)
+    process = launch("fsdp", run, **fifty)
     for line in process.stderr:
         if line.startswith("denoiser") and " 5/50" in line:
             break
@@ -70,17 +93,26 @@ def test_sharded_processes_stop_on_sigterm_and_go_on(sharded, tmp_path):
     process.communicate()
     assert process.returncode != 0
     assert not (run / "pipeline").exists()
-    assert "denoiser goes on from step" in finish(launch("fsdp", run, "--resume_from_checkpoint", "latest", **FIFTY))
+    assert "denoiser goes on from step" in finish(launch("fsdp", run, "--resume_from_checkpoint", "latest", **fifty))
     assert_same_weights(run, sharded)
 
 
 def test_two_processes_draw_what_one_draws_for_the_same_batch():
     together = StepRandomness((0, "stage", 7))
-    shares = [StepRandomness((0, "stage", 7), rank) for rank in range(2)]
-    normal, integers = together.normal(6, 3), together.integers(1000, 6)
+    shares = [StepRandomness((0, "stage", 7), rank, 2) for rank in range(2)]
+    normal, integers, uniform = together.normal(6, 3), together.integers(1000, 6), together.uniform(6, 2)
     assert torch.equal(torch.cat([share.normal(3, 3) for share in shares]), normal)
     assert torch.equal(torch.cat([share.integers(1000, 3) for share in shares]), integers)
+    assert torch.equal(torch.cat([share.uniform(3, 2) for share in shares]), uniform)
+    assert torch.equal(torch.cat([share.stratified(3) for share in shares]), together.stratified(6))
     assert not torch.equal(StepRandomness((0, "stage", 8)).normal(6, 3), normal)
+
+
+def test_stratified_numbers_are_equally_spaced_and_each_uniform():
+    numbers = StepRandomness((0, "stage", 7)).stratified(8)
+    torch.testing.assert_close(numbers.sort().values.diff(), torch.full((7,), 1 / 8))
+    firsts = torch.tensor([StepRandomness(("test", step)).stratified(8)[5] for step in range(2000)])
+    assert kstest(firsts.numpy(), "uniform").pvalue > 1e-4
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path, monkeypatch):
