@@ -107,7 +107,8 @@ def stiff_connectivity(designs: np.ndarray | Tensor) -> np.ndarray:
 
 def _phases(name: str, designs: np.ndarray | Tensor) -> Tensor:
     """1.0 where the stiff phase is, float32, on the CPU, shape ``(B, H, W)``."""
-    values = torch.as_tensor(designs).detach().cpu()
+    # a view that runs backwards is none for torch
+    values = designs.detach().cpu() if isinstance(designs, Tensor) else torch.from_numpy(np.array(designs))
     if values.ndim != 3 or not values.numel():
         raise ValueError(
             f"{name} must be a stack of designs, shape (B, H, W), none of them 0, got {tuple(values.shape)}"

@@ -84,9 +84,12 @@ def save_verification_figure(report: VerificationReport, path: Path, *, index: i
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(10, 4.2), layout="constrained")
         top, bottom = figure.subfigures(2, 1, height_ratios=[1, 2])
-        figure.suptitle(f"{name}: best error {error[best[0]]:.2%} of {per_target}" if name else None)
+        outside = report.reach is not None and report.reach.out_of_range[index]
+        remark = ", outside what the training data can reach" if outside else ""
+        figure.suptitle(f"{name}: best of {per_target} has an error of {error[best[0]]:.2%}{remark}".lstrip(": "))
         for i, axes in enumerate(np.atleast_1d(top.subplots(1, _SHOWN))):
-            axes.set_axis_off()
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(i < len(best))
             if i < len(best):
                 axes.imshow(designs[best[i]], cmap="gray_r", vmin=0, vmax=1.15)
                 axes.set_title(f"{error[best[i]]:.2%}" if np.isfinite(error[best[i]]) else "not solved", fontsize=8)

@@ -42,7 +42,10 @@ def response_error(response: np.ndarray | Tensor, target: np.ndarray | Tensor) -
         >>> float(response_error(np.full((1, 2, 3), 1.1), np.ones((2, 3)))[0])
         0.1000000000000000...
     """
-    found, wanted = (torch.as_tensor(values).to(torch.float64) for values in (response, target))
+    found, wanted = (
+        (values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))).to(torch.float64)
+        for values in (response, target)
+    )
     if found.ndim != 3 or wanted.shape not in (found.shape, found.shape[1:]):
         raise ValueError(
             "target must have the shape (B, L, S) or (L, S) of the response (B, L, S), got "

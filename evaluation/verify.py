@@ -19,7 +19,14 @@ import numpy as np
 import torch
 from mechdiffusers.evaluation.novelty import diversity, novelty, stiff_connectivity
 from mechdiffusers.evaluation.plots import save_verification_figure
-from mechdiffusers.evaluation.response import NearestDesigns, nearest_training_designs, response_error, stored_designs
+from mechdiffusers.evaluation.response import (
+    NearestDesigns,
+    nearest_training_designs,
+    response_error,
+    stored_designs,
+    stored_responses,
+)
+from mechdiffusers.evaluation.target_range import RangeCheck, TargetRange
 from mechdiffusers.mechanics.materials import CompressibleNeoHookean
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.microstructures.build_dataset.parts import simulated_response
@@ -46,6 +53,7 @@ class VerificationReport:
     diversity: Any  #: mean fraction of differing pixels within a target, shape (T,), NaN for single designs
     novelty: Any = None  #: least fraction of differing pixels to any training design, shape (B,)
     retrieval: NearestDesigns | None = None  #: as many training designs for each target, by their stored responses
+    reach: RangeCheck | None = None  #: whether the targets lie within what the training data can reach
 
     def rows(self, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """A row a design: its target (its number, or its name), rank, error and what else is known of it."""
@@ -74,6 +82,8 @@ class VerificationReport:
             "designs": [{key: _plain(value) for key, value in row.items()} for row in self.rows(names)],
             "diversity": _plain(self.diversity),
         }
+        if self.reach is not None:
+            content["reach"] = {name: _plain(values) for name, values in vars(self.reach).items()}
         if self.retrieval is not None:
             content["retrieval"] = {"error": _plain(self.retrieval.error), "row": _plain(self.retrieval.index)}
         return content
@@ -112,6 +122,7 @@ def verify(
     meaning: Mapping[str, Any],
     *,
     dataset: Any = None,
+    heldout: Any = None,
     binary: bool = True,
     device: str | torch.device | None = None,
     progress: bool = False,
@@ -125,6 +136,8 @@ def verify(
         meaning: What the response means, as ``pipe.response_encoder.config.meaning`` or
             :func:`mechdiffusers.response_meaning` has it.
         dataset: The training data, for novelty and for retrieval, the baseline of as many stored designs.
+        heldout: Designs kept from training, likewise: with them an :class:`OutOfRangeWarning` says which targets lie
+            outside what the training data can reach.
         binary: Whether the family of designs is binary; then so must these be.
         device: Where to simulate; by default on the CPU.
         progress: Whether to show a progress bar.
@@ -159,12 +172,18 @@ def verify(
             "designs must be 0 or 1 everywhere, as their family is, got values in between: np.rint(designs) makes them "
             "so; binary=False is for a family of grey designs"
         )
-    if dataset is not None and any(response_meaning(dataset)[key] != meaning[key] for key in _MEANING):
-        raise ValueError("dataset must have responses of the meaning of the target, got another meaning")
+    for name, rows in (("dataset", dataset), ("heldout", heldout)):
+        if rows is not None and any(response_meaning(rows)[key] != meaning[key] for key in _MEANING):
+            raise ValueError(f"{name} must have responses of the meaning of the target, got another meaning")
+    if heldout is not None and dataset is None:
+        raise ValueError("heldout must come with the training data, got no dataset")
     per_target = len(array) // len(wanted)
     each = np.repeat(wanted, per_target, axis=0)
     response_error(each, each)  # an unfit target is refused before hours of simulation
 
+    reach = None
+    if heldout is not None:
+        reach = TargetRange(stored_responses(dataset), stored_responses(heldout)).check(wanted)
     response = simulated_response(array, meaning, device=device, progress=progress)
     error = response_error(response, each)
     groups = array.reshape(len(wanted), per_target, *array.shape[1:])
@@ -185,7 +204,7 @@ def verify(
     else:
         report = VerificationReport(meaning, designs, wanted, **found)
     if dataset is not None:
-        report.retrieval = nearest_training_designs(wanted, dataset, per_target)
+        report.retrieval, report.reach = nearest_training_designs(wanted, dataset, per_target), reach
     return report
 
 
