@@ -1,6 +1,14 @@
 """Evaluation: how good generated designs are."""
 
 from mechdiffusers.evaluation.analytic_denoisers import GaussianMixture, two_moons
+from mechdiffusers.evaluation.novelty import diversity, novelty, stiff_connectivity
+from mechdiffusers.evaluation.response import (
+    NearestDesigns,
+    nearest_training_designs,
+    response_error,
+    stored_designs,
+    stored_responses,
+)
 from mechdiffusers.evaluation.statistics import (
     bootstrap_interval,
     distance_of_means,
@@ -9,14 +17,29 @@ from mechdiffusers.evaluation.statistics import (
     two_point_error,
     volume_fraction_distance,
 )
+from mechdiffusers.evaluation.target_range import OutOfRangeWarning, RangeCheck, TargetRange
+from mechdiffusers.evaluation.verify import VerificationReport, verify
 
 __all__ = [
     "GaussianMixture",
+    "NearestDesigns",
+    "OutOfRangeWarning",
+    "RangeCheck",
+    "TargetRange",
+    "VerificationReport",
     "bootstrap_interval",
     "distance_of_means",
+    "diversity",
+    "nearest_training_designs",
+    "novelty",
+    "response_error",
     "sliced_wasserstein_distance",
+    "stiff_connectivity",
+    "stored_designs",
+    "stored_responses",
     "two_moons",
     "two_point_correlation",
     "two_point_error",
+    "verify",
     "volume_fraction_distance",
 ]

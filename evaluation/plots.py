@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -13,7 +13,13 @@ from matplotlib.figure import Figure
 from mechdiffusers.evaluation.statistics import two_point_correlation
 from PIL import Image
 
-__all__ = ["save_image_grid", "save_statistics_figure"]
+if TYPE_CHECKING:
+    from mechdiffusers.evaluation.verify import VerificationReport
+
+__all__ = ["save_image_grid", "save_statistics_figure", "save_verification_figure"]
+
+#: Designs that a picture of a target shows, the best ones.
+_SHOWN = 8
 
 
 def save_image_grid(designs: np.ndarray, path: Path, *, columns: int = 8, zoom: int = 3) -> None:
@@ -56,6 +62,49 @@ def save_statistics_figure(sets: Mapping[str, np.ndarray], path: Path) -> None:
         fractions.set(xlabel="volume fraction of the stiff phase", ylabel="probability density")
         correlations.set(xlabel="lag along x in pixels", ylabel="two-point correlation $S_2$")
         correlations.legend(frameon=False)
+        _write(path, lambda file: figure.savefig(file, format="png", dpi=150))
+
+
+def save_verification_figure(report: VerificationReport, path: Path, *, index: int = 0, name: str = "") -> None:
+    """Writes the best designs for a target with their errors, and their curves beside the target's.
+
+    Args:
+        report: A verification.
+        path: File to write, ending in ``.png``; its folder is made if need be.
+        index: Which target.
+        name: Of the target, for the title.
+    """
+    per_target = len(report.designs) // len(report.target)
+    rows = slice(index * per_target, (index + 1) * per_target)
+    designs, response, error, rank = (
+        np.asarray(values[rows]) for values in (report.designs, report.response, report.error, report.rank)
+    )
+    best = np.argsort(rank)[:_SHOWN]
+    cases, strains = report.meaning["load_cases"], np.asarray(report.meaning["strains"])
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        top, bottom = figure.subfigures(2, 1, height_ratios=[1, 2])
+        outside = report.reach is not None and report.reach.out_of_range[index]
+        remark = ", outside what the training data can reach" if outside else ""
+        figure.suptitle(f"{name}: best of {per_target} has an error of {error[best[0]]:.2%}{remark}".lstrip(": "))
+        for i, axes in enumerate(np.atleast_1d(top.subplots(1, _SHOWN))):
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(i < len(best))
+            if i < len(best):
+                axes.imshow(designs[best[i]], cmap="gray_r", vmin=0, vmax=1.15)
+                axes.set_title(f"{error[best[i]]:.2%}" if np.isfinite(error[best[i]]) else "not solved", fontsize=8)
+        for case, axes in enumerate(np.atleast_1d(bottom.subplots(1, len(cases)))):
+            for i in best[::-1]:
+                style = {"color": "C0", "linewidth": 1.8} if i == best[0] else {"color": "0.7", "linewidth": 0.8}
+                axes.plot(strains[case], response[i, case], label="best design" if i == best[0] else None, **style)
+            if report.retrieval is not None:
+                nearest = report.retrieval.response[index, 0, case]
+                axes.plot(strains[case], nearest, "C1--", linewidth=1, label="nearest training design")
+            axes.plot(strains[case], np.asarray(report.target[index][case]), "ko", markersize=4, label="target")
+            axes.set(xlabel="nominal strain", title=cases[case].replace("_", " "), ylim=(0, None))
+        axes = figure.axes[-len(cases)]
+        axes.set_ylabel(report.meaning["quantity"])
+        axes.legend(frameon=False, fontsize=7)
         _write(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
 

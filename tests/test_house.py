@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "models": set(),
     "schedulers": set(),
     "pipelines": set(),
-    "evaluation": {"pipelines", "schedulers", "microstructures"},
+    "evaluation": {"pipelines", "schedulers", "microstructures", "mechanics"},
     "training": {"evaluation", "microstructures", "models", "pipelines", "schedulers"},
 }
 TRAVELS = [

@@ -30,6 +30,7 @@ from .latent_likelihood import (
     posterior_of,
 )
 from .portable_checkpoint import PortableCheckpoint
+from .response_conditioning import Guidance, prepare_response
 
 __all__ = ["LatentDDPMPipeline"]
 
@@ -102,6 +103,9 @@ class LatentDDPMPipeline(HubCheckpoint, PortableCheckpoint):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Any, dict], dict] | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_start: float = 0.0,
+        guidance_stop: float = 1.0,
     ) -> ImagePipelineOutput | tuple:
         r"""Generates images.
 
@@ -129,6 +133,13 @@ class LatentDDPMPipeline(HubCheckpoint, PortableCheckpoint):
             callback_on_step_end (`Callable`, *optional*):
                 Called as ``callback_on_step_end(pipe, step, timestep, {"latents": latents})`` after every step; what
                 it returns under ``"latents"`` replaces the latents.
+            guidance_rescale (`float`, defaults to 0.0):
+                How much of the guided prediction's spread is brought back to the conditional one's, in [0, 1], as in
+                section 3.4 of Lin et al. (2024).
+            guidance_start (`float`, defaults to 0.0):
+                Fraction of the steps after which guidance starts.
+            guidance_stop (`float`, defaults to 1.0):
+                Fraction of the steps after which guidance stops; outside, the response acts without guidance.
 
         Returns:
             [`ImagePipelineOutput`], or a tuple of the images.
@@ -145,11 +156,11 @@ class LatentDDPMPipeline(HubCheckpoint, PortableCheckpoint):
         ):
             if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
-        if not 0 <= guidance_scale < math.inf:
-            raise ValueError(f"guidance_scale must be a non-negative number, got {guidance_scale!r}")
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_stop)
         device, dtype = self._execution_device, self.unet.dtype
 
-        responses = self._prepare_response(response, batch_size).repeat_interleave(num_images_per_response, dim=0)
+        responses = prepare_response(response, batch_size, self.response_encoder)
+        responses = responses.repeat_interleave(num_images_per_response, dim=0)
         num_images = len(responses)
         if isinstance(generator, torch.Generator):
             generator = _spread(generator, num_images)
@@ -162,10 +173,7 @@ class LatentDDPMPipeline(HubCheckpoint, PortableCheckpoint):
             raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
 
         tokens = self.response_encoder(responses.to(device))
-        guided = response is not None and guidance_scale != 1
-        if guided:
-            open_tokens = self.response_encoder(torch.full_like(responses, math.nan).to(device))
-            tokens = torch.cat([open_tokens, tokens])
+        open_tokens = self.response_encoder(torch.full_like(responses, math.nan).to(device))
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
@@ -173,12 +181,12 @@ class LatentDDPMPipeline(HubCheckpoint, PortableCheckpoint):
         latents = latents.to(device, dtype) * self.scheduler.init_noise_sigma
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             model_input = self.scheduler.scale_model_input(latents, t)
-            prediction = self.unet(
-                torch.cat([model_input] * 2) if guided else model_input, t, encoder_hidden_states=tokens
-            ).sample
-            if guided:
-                unconditional, conditional = prediction.chunk(2)
-                prediction = unconditional + guidance_scale * (conditional - unconditional)
+            if response is not None and guidance.acts_at(i, len(self.scheduler.timesteps)):
+                both = torch.cat([open_tokens, tokens])
+                prediction = self.unet(torch.cat([model_input] * 2), t, encoder_hidden_states=both).sample
+                prediction = guidance(*prediction.chunk(2))
+            else:
+                prediction = self.unet(model_input, t, encoder_hidden_states=tokens).sample
             latents = self.scheduler.step(prediction, t, latents, **step_kwargs).prev_sample.to(dtype)
             if callback_on_step_end is not None:
                 latents = callback_on_step_end(self, i, t, {"latents": latents}).get("latents", latents)
@@ -290,28 +298,6 @@ class LatentDDPMPipeline(HubCheckpoint, PortableCheckpoint):
         if not ((pixels >= 0) & (pixels <= 1)).all():  # also false for NaN
             raise ValueError("images must lie in [0, 1] and hold no NaN")
         return pixels
-
-    def _prepare_response(self, response: Tensor | np.ndarray | None, batch_size: int) -> Tensor:
-        """The response as float32 (B, L, S); all open, ``batch_size`` times, where there is none."""
-        expected = tuple(self.response_encoder.response_shape)
-        if response is None:
-            return torch.full((batch_size, *expected), math.nan)
-        if expected == (0, 0):
-            raise ValueError("response must be None: this checkpoint was trained without responses")
-        wanted = torch.as_tensor(response).float()
-        if wanted.ndim != 3 or tuple(wanted.shape[1:]) != expected:
-            raise ValueError(
-                f"response must have shape (B, {expected[0]}, {expected[1]}): the load cases "
-                f"{self.response_encoder.config.meaning['load_cases']} at {expected[1]} strains each; "
-                f"got shape {tuple(wanted.shape)}"
-            )
-        if batch_size not in (1, len(wanted)):
-            raise ValueError(f"batch_size must be left out or be the {len(wanted)} responses, got {batch_size}")
-        if wanted.isnan().flatten(1).all(1).any() or wanted.isinf().any():
-            raise ValueError(
-                "response must be finite somewhere in each sample, NaN only where open, and never infinite"
-            )
-        return wanted
 
     def _check_variance_preserving(self, scheduler: Any) -> None:
         name, config = type(scheduler).__name__, scheduler.config

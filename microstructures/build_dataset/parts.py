@@ -16,7 +16,7 @@ from mechdiffusers.mechanics import simulate
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-__all__ = ["compute_by_parts"]
+__all__ = ["compute_by_parts", "simulated_response"]
 
 #: Designs of a part. On a CPU it is what a kill can lose: half a minute on binary composites of 32 x 32 pixels.
 _CPU_PART = 16
@@ -57,6 +57,26 @@ def compute_by_parts(
     return np.concatenate([np.load(path) for path in paths])
 
 
+def simulated_response(
+    designs: np.ndarray, meaning: Mapping[str, Any], device: str | torch.device | None = None, progress: bool = False
+) -> np.ndarray:
+    """The response, shape ``(B, L, S)``, that a meaning speaks of, for designs ``(B, H, W)`` in [0, 1]; float64."""
+    material = meaning["material"]
+    result = simulate(
+        designs,
+        meaning["load_cases"],
+        meaning["strains"],
+        element_order=meaning["element_order"],
+        young_soft=material["young_soft"],
+        young_stiff=material["young_stiff"],
+        poisson=material["poisson"],
+        pixel_size=meaning["pixel_size"],
+        device=device,
+        progress=progress,
+    )
+    return getattr(result, meaning["quantity"])
+
+
 class _Parts(Dataset[int]):
     """Parts to compute; taking one writes its file and gives the number of its designs."""
 
@@ -68,21 +88,11 @@ class _Parts(Dataset[int]):
 
     def __getitem__(self, index: int) -> int:
         path, levels = self._parts[index]
-        meaning, material = self._meaning, self._meaning["material"]
-        result = simulate(
-            levels.astype(np.float64) / (255 if levels.dtype == np.uint8 else 1),
-            meaning["load_cases"],
-            meaning["strains"],
-            element_order=meaning["element_order"],
-            young_soft=material["young_soft"],
-            young_stiff=material["young_stiff"],
-            poisson=material["poisson"],
-            pixel_size=meaning["pixel_size"],
-            device=self._device,
-        )
+        designs = levels.astype(np.float64) / (255 if levels.dtype == np.uint8 else 1)
+        response = simulated_response(designs, self._meaning, device=self._device)
         # the worker of a killed build may be at the same part, for as long as that takes
         unfinished = path.with_name(f".unfinished-{os.getpid()}-{path.name}")
-        np.save(unfinished, getattr(result, meaning["quantity"]))
+        np.save(unfinished, response)
         os.replace(unfinished, path)
         return len(levels)
 

@@ -161,7 +161,7 @@ def test_interpolation_starts_and_ends_at_its_ends(pipe):
 def test_guidance_is_the_weighted_sum_of_the_two_predictions(make_pipeline):
     pipe = make_pipeline(conditional=True)
     pipe.scheduler = stock_scheduler("ddim", pipe.scheduler.config)
-    response = torch.randn(2, 2, 3)
+    response = 3 * torch.rand(2, 2, 3)
     conditional, unconditional, guided = (
         _first_prediction(pipe, latents=noise(2), response=response, guidance_scale=scale) for scale in (1, 0, 2.5)
     )
@@ -169,6 +169,27 @@ def test_guidance_is_the_weighted_sum_of_the_two_predictions(make_pipeline):
     free = _first_prediction(pipe, latents=noise(2), batch_size=2)
     torch.testing.assert_close(unconditional, free, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(conditional, unconditional)
+
+
+def test_rescaled_guidance_has_the_spread_of_the_conditional_prediction(make_pipeline):
+    pipe = make_pipeline(conditional=True)
+    arguments = {"latents": noise(2), "response": 3 * torch.rand(2, 2, 3)}
+    conditional = _first_prediction(pipe, **arguments)
+    guided, rescaled, half = (
+        _first_prediction(pipe, guidance_scale=4.0, guidance_rescale=rescale, **arguments) for rescale in (0, 1, 0.5)
+    )
+    torch.testing.assert_close(rescaled.flatten(1).std(1), conditional.flatten(1).std(1))
+    torch.testing.assert_close(half, (guided + rescaled) / 2)
+
+
+def test_guidance_acts_between_its_start_and_its_stop_alone(make_pipeline):
+    pipe = make_pipeline(conditional=True)
+    sizes = []
+    forward = pipe.unet.forward
+    pipe.unet.forward = lambda sample, *args, **kwargs: (sizes.append(len(sample)), forward(sample, *args, **kwargs))[1]
+    interval = {"guidance_start": 0.2, "guidance_stop": 0.5}
+    pipe(response=torch.ones(3, 2, 3), num_inference_steps=10, guidance_scale=2.0, output_type="pt", **interval)
+    assert sizes == [3, 3, 6, 6, 6, 3, 3, 3, 3, 3]
 
 
 def _first_prediction(pipe, **arguments) -> torch.Tensor:
@@ -186,7 +207,7 @@ def _first_prediction(pipe, **arguments) -> torch.Tensor:
 
 def test_images_of_one_response_are_neighbours(make_pipeline):
     pipe = make_pipeline(conditional=True)
-    response = torch.randn(2, 2, 3)
+    response = 3 * torch.rand(2, 2, 3)
     four = latents_of(pipe, response=response, num_images_per_response=2, generator=generators(4))
     repeated = latents_of(pipe, response=response.repeat_interleave(2, 0), generator=generators(4))
     torch.testing.assert_close(four, repeated)
@@ -199,6 +220,9 @@ def test_images_of_one_response_are_neighbours(make_pipeline):
         ({"num_inference_steps": 1.5}, "num_inference_steps must"),
         ({"guidance_scale": -1.0}, "guidance_scale must be a non-negative number, got -1.0"),
         ({"guidance_scale": math.nan}, "guidance_scale must"),
+        ({"guidance_rescale": 1.5}, r"guidance_rescale must lie in \[0, 1\], got 1.5"),
+        ({"guidance_start": 0.6, "guidance_stop": 0.5}, "guidance_start and guidance_stop must be ordered"),
+        ({"guidance_stop": 1.1}, "guidance_start and guidance_stop must be ordered"),
         ({"output_type": "jpg"}, r"output_type must be one of \('pil', 'np', 'pt'\), got 'jpg'"),
         ({"generator": [torch.Generator()] * 2}, "generator must be one or a list of 1"),
         ({"latents": torch.zeros(1, 2, 3, 3)}, r"latents must have shape \(1, 2, 4, 4\), got \(1, 2, 3, 3\)"),
@@ -217,6 +241,9 @@ def test_bad_arguments_are_named(pipe, arguments, message):
         ({"response": torch.zeros(1, 3, 3)}, r"response must have shape"),
         ({"response": torch.full((1, 2, 3), math.nan)}, "response must be finite somewhere"),
         ({"response": torch.full((1, 2, 3), math.inf)}, "response must be finite somewhere"),
+        ({"response": torch.zeros(0, 2, 3)}, "response must be finite somewhere"),
+        ({"response": -torch.ones(1, 2, 3)}, "response must be non-negative, .* got -1 in sample 0, load case 'uniax"),
+        ({"response": "stiff"}, "response must be a tensor or array of numbers, got str"),
         (
             {"response": torch.zeros(3, 2, 3), "batch_size": 2},
             "batch_size must be left out or be the 3 responses, got 2",

@@ -29,6 +29,7 @@ def test_a_checkpoint_holds_code_weights_and_configurations_and_nothing_else(fol
         "model_index.json",
         "pipeline_latent_ddpm.py",
         "portable_checkpoint.py",
+        "response_conditioning.py",
         "response_encoder/config.json",
         "response_encoder/diffusion_pytorch_model.safetensors",
         "response_encoder/response_encoder.py",

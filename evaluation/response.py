@@ -1,0 +1,115 @@
+r"""How far responses are from a target, and which known designs come nearest: the baseline of inverse design.
+
+The error of a response :math:`y` is the mean over load cases of
+
+.. math:: \|y - y^*\|_2 / \|y^*\|_2,
+
+the norms along that case's strains, so that a soft load case counts as much as a stiff one. What the target :math:`y^*`
+leaves open (NaN) is left out, and with it a load case of which nothing is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+import torch
+from mechdiffusers.microstructures import response_meaning
+from torch import Tensor
+
+__all__ = ["NearestDesigns", "nearest_training_designs", "response_error", "stored_designs", "stored_responses"]
+
+
+@overload
+def response_error(response: np.ndarray, target: np.ndarray) -> np.ndarray: ...
+@overload
+def response_error(response: Tensor, target: Tensor) -> Tensor: ...
+def response_error(response: np.ndarray | Tensor, target: np.ndarray | Tensor) -> np.ndarray | Tensor:
+    """Relative error of responses, differentiable.
+
+    Args:
+        response: Shape ``(B, L, S)``, NaN where not solved.
+        target: Shape ``(B, L, S)``, or ``(L, S)`` for one target of all; NaN where open.
+
+    Returns:
+        Shape ``(B,)``, float64, of the kind of ``response``; NaN where an entry that the target gives is not solved.
+
+    Raises:
+        ValueError: If the shapes do not fit, or a target is infinite, open everywhere or zero in a whole load case.
+
+    Example:
+        >>> float(response_error(np.full((1, 2, 3), 1.1), np.ones((2, 3)))[0])
+        0.1000000000000000...
+    """
+    found, wanted = (
+        (values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))).to(torch.float64)
+        for values in (response, target)
+    )
+    if found.ndim != 3 or wanted.shape not in (found.shape, found.shape[1:]):
+        raise ValueError(
+            "target must have the shape (B, L, S) or (L, S) of the response (B, L, S), got "
+            f"{tuple(wanted.shape)} for {tuple(found.shape)}"
+        )
+    given = ~wanted.isnan()
+    size = torch.linalg.vector_norm(torch.where(given, wanted, 0.0), dim=-1)
+    cases = given.any(-1)
+    if not cases.any(-1).all() or wanted.isinf().any() or (cases & (size == 0)).any():
+        raise ValueError("target must be finite, given somewhere, and not zero all along a load case")
+    distance = torch.linalg.vector_norm(torch.where(given, found - wanted, 0.0), dim=-1)
+    relative = torch.where(cases, distance / torch.where(cases, size, 1.0), 0.0)
+    error = relative.sum(-1) / cases.sum(-1)
+    return error if isinstance(response, Tensor) else error.numpy()
+
+
+@dataclass
+class NearestDesigns:
+    """The k stored designs nearest to each of T targets, nearest first."""
+
+    designs: np.ndarray  #: shape (T, k, H, W)
+    response: np.ndarray  #: their stored responses, shape (T, k, L, S)
+    error: np.ndarray  #: of the stored responses, shape (T, k)
+    index: np.ndarray  #: rows of the dataset, shape (T, k)
+
+
+def nearest_training_designs(targets: np.ndarray | Tensor, dataset: Any, k: int = 8) -> NearestDesigns:
+    """Retrieves the designs of a dataset whose stored responses are nearest to targets; nothing is simulated.
+
+    Args:
+        targets: Shape ``(T, L, S)``, NaN where open.
+        dataset: A dataset of :func:`mechdiffusers.build_dataset`; a row without a solved response is never near.
+        k: How many designs for each target.
+
+    Returns:
+        The designs, nearest by :func:`response_error`.
+
+    Raises:
+        ValueError: If ``k`` exceeds the solved rows, or the targets have another shape than the stored responses.
+
+    Example:
+        >>> nearest_training_designs(targets, dataset, k=8).error.mean(0)  # doctest: +SKIP
+    """
+    stored = stored_responses(dataset)
+    wanted = np.asarray(targets, dtype=np.float64)
+    if wanted.ndim != 3 or wanted.shape[1:] != stored.shape[1:]:
+        raise ValueError(f"targets must have shape (T, {stored.shape[1]}, {stored.shape[2]}), got {wanted.shape}")
+    errors = np.array([response_error(stored, target) for target in wanted]).reshape(len(wanted), len(stored))
+    fewest = int(np.isfinite(errors).sum(1).min(initial=len(stored)))
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= fewest:
+        raise ValueError(f"k must be an integer from 1 to the {fewest} solved rows of the dataset, got {k!r}")
+    index = np.argsort(errors, axis=1, kind="stable")[:, :k]  # NaN comes last
+    rows, inverse = np.unique(index, return_inverse=True)
+    designs = stored_designs(dataset.select(rows))[inverse.reshape(index.shape)]
+    return NearestDesigns(designs, stored[index], np.take_along_axis(errors, index, 1), index)
+
+
+def stored_responses(dataset: Any) -> np.ndarray:
+    """The responses of a dataset, float64, shape ``(N, L, S)``; a ``ValueError`` if their meaning is lost."""
+    response_meaning(dataset)
+    return np.asarray(dataset.select_columns(["response"]).with_format("numpy")[:]["response"], dtype=np.float64)
+
+
+def stored_designs(dataset: Any) -> np.ndarray:
+    """The designs of a dataset in [0, 1], float32, shape ``(N, H, W)``."""
+    images = dataset.select_columns(["image"]).with_format("numpy")[:]["image"]
+    return np.asarray(images, dtype=np.float32) / (1 if images[0].dtype == bool else 255)

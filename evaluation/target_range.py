@@ -1,0 +1,152 @@
+r"""Does a target lie within what the training data can reach? A generator answers impossible wishes too.
+
+Two things can be wrong with a target, and each has its score:
+
+- *Nothing comes near it*: the :func:`~mechdiffusers.evaluation.response_error` of the nearest training design, which is
+  large where the curves are too stiff, too soft or contradict each other.
+- *No curve has its shape*: the Mahalanobis distance :math:`\left((y - m)^T (C + \tau^2 I)^{-1} (y - m)\right)^{1/2}`
+  of the logarithms :math:`y` of its entries, with mean :math:`m` and covariance :math:`C` of the training data. These
+  fill few of the directions of response space, so that a kink or a falling curve shows, however near its values are.
+  :math:`\tau` is the relative precision of a target: what lies within it is no contradiction.
+
+Each score becomes a p-value by its rank among those of held-out designs: the fraction of these that are as far out.
+It is exact for whatever distribution the responses have. Twice the smaller one is the p-value of the target
+(Bonferroni): of targets that are drawn as the held-out designs are, at most a fraction p has one of p or less. What a
+target leaves open is left out of all of it.
+
+References:
+    | Testing for Outliers with Conformal p-values (Bates et al., 2023), on p-values by rank
+    | https://arxiv.org/abs/2104.08279
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from mechdiffusers.evaluation.response import response_error
+from torch import Tensor
+
+__all__ = ["OutOfRangeWarning", "RangeCheck", "TargetRange"]
+
+
+class OutOfRangeWarning(UserWarning):
+    """A target lies outside what the training data can reach."""
+
+
+@dataclass
+class RangeCheck:
+    """How far out T targets lie."""
+
+    p_value: np.ndarray  #: fraction of held-out designs that lie as far out, shape (T,)
+    nearest_error: np.ndarray  #: error of the nearest training design's stored response, shape (T,)
+    shape_distance: np.ndarray  #: Mahalanobis distance of the logarithms, shape (T,)
+    out_of_range: np.ndarray  #: whether the p-value is below the level, bool, shape (T,)
+
+
+class TargetRange:
+    r"""What training data can reach, calibrated on held-out designs.
+
+    Args:
+        training_responses: Shape ``(N, L, S)``; designs that are not solved to their end (NaN) are left out.
+        heldout_responses: Shape ``(M, L, S)``, of designs that are not among the training data, likewise. A p-value is
+            at least ``2 / (M + 1)``.
+        tolerance: :math:`\tau`, the relative precision of targets.
+
+    Raises:
+        ValueError: If the responses are not of one shape, not positive, or too few.
+
+    Example:
+        >>> reach = TargetRange(stored_responses(train), stored_responses(heldout))  # doctest: +SKIP
+        >>> reach.check(targets).p_value  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        training_responses: np.ndarray | Tensor,
+        heldout_responses: np.ndarray | Tensor,
+        tolerance: float = 0.01,
+    ):
+        self._training = _solved("training_responses", training_responses)
+        self._heldout = _solved("heldout_responses", heldout_responses)
+        if self._training.shape[1:] != self._heldout.shape[1:]:
+            raise ValueError(
+                f"heldout_responses must be of the load cases and strains of the training responses, "
+                f"{self._training.shape[1:]}, got {self._heldout.shape}"
+            )
+        if not 0 < tolerance < math.inf:
+            raise ValueError(f"tolerance must be a positive number, got {tolerance!r}")
+        logs = np.log(self._training).reshape(len(self._training), -1)
+        self._mean = logs.mean(0)
+        self._covariance = np.atleast_2d(np.cov(logs.T)) + tolerance**2 * np.eye(logs.shape[1])
+
+    def check(
+        self, targets: np.ndarray | Tensor, *, level: float = 0.01, names: Sequence[str] | None = None
+    ) -> RangeCheck:
+        """Scores targets, and warns of those that lie outside.
+
+        Args:
+            targets: Shape ``(T, L, S)``, NaN where open.
+            level: p-value below which a target lies outside; so many of the targets within are called outside too.
+            names: Of the targets, for the warning; their numbers by default.
+
+        Returns:
+            The p-values and the scores behind them.
+
+        Raises:
+            ValueError: If the targets have another shape, or are open everywhere, not positive or infinite, or
+                ``level`` is not in [0, 1].
+
+        Warns:
+            OutOfRangeWarning: If a p-value is below ``level``.
+        """
+        wanted = np.asarray(targets, dtype=np.float64)
+        if wanted.ndim != 3 or wanted.shape[1:] != self._training.shape[1:]:
+            raise ValueError(
+                f"targets must have shape (T, {', '.join(map(str, self._training.shape[1:]))}), got {wanted.shape}"
+            )
+        if np.isnan(wanted).all((1, 2)).any() or np.isinf(wanted).any() or (wanted <= 0).any():
+            raise ValueError("targets must be positive and finite where given, and given somewhere in each")
+        if not 0 <= level <= 1:
+            raise ValueError(f"level must lie in [0, 1], got {level!r}")
+        scores = np.empty((2, len(wanted)))
+        p_values = np.empty(len(wanted))
+        given = ~np.isnan(wanted)
+        for mask in np.unique(given, axis=0):  # targets that leave the same open share their calibration
+            alike = (given == mask).all((1, 2))
+            heldout = self._scores(np.where(mask, self._heldout, np.nan))
+            scores[:, alike] = self._scores(wanted[alike])
+            as_far = (heldout[:, None, :] >= scores[:, alike, None]).sum(-1)
+            p_values[alike] = np.minimum(1, 2 * (1 + as_far).min(0) / (1 + heldout.shape[1]))
+        outside = p_values < level
+        if outside.any():
+            names = [str(index) for index in range(len(wanted))] if names is None else names
+            which = "; ".join(f"{names[i]} (p = {p_values[i]:.2g})" for i in np.flatnonzero(outside))
+            warnings.warn(
+                f"outside what the training data can reach, so that designs will miss them: targets {which}",
+                OutOfRangeWarning,
+                stacklevel=2,
+            )
+        return RangeCheck(p_values, scores[0], scores[1], outside)
+
+    def _scores(self, targets: np.ndarray) -> np.ndarray:
+        """Both scores of targets that leave the same open, shape ``(2, T)``."""
+        nearest = np.array([response_error(self._training, target).min() for target in targets])
+        given = ~np.isnan(targets[0]).ravel()
+        offset = np.log(targets.reshape(len(targets), -1)[:, given]) - self._mean[given]
+        lower = np.linalg.cholesky(self._covariance[np.ix_(given, given)])
+        return np.stack([nearest, np.linalg.norm(np.linalg.solve(lower, offset.T), axis=0)])
+
+
+def _solved(name: str, responses: np.ndarray | Tensor) -> np.ndarray:
+    """Those of the responses that are solved to their end, float64."""
+    values = np.asarray(responses, dtype=np.float64)
+    if values.ndim != 3:
+        raise ValueError(f"{name} must have shape (N, L, S), got {values.shape}")
+    values = values[np.isfinite(values).all((1, 2))]
+    if len(values) < 2 or (values <= 0).any():
+        raise ValueError(f"{name} must be positive and hold at least two solved designs, got {len(values)} solved")
+    return values

@@ -1,0 +1,112 @@
+"""Targets as a table of curves: a CSV file with a row a point.
+
+=========  ====================================================================================
+column     what
+=========  ====================================================================================
+target     name of the target that the point belongs to
+load_case  one of the load cases of the checkpoint
+strain     magnitude of nominal strain
+stress     the stress there, or ``energy``, as the checkpoint has it and in its units; empty to leave it open
+=========  ====================================================================================
+
+A curve may have its points at other strains than the checkpoint: it is interpolated linearly between them, and open
+before the first, behind the last and on both sides of an empty one. A load case without points is open.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["read_targets", "write_targets"]
+
+
+def read_targets(path: str | os.PathLike[str], meaning: Mapping[str, Any]) -> tuple[list[str], np.ndarray]:
+    """Reads targets of a response that means what is given.
+
+    Args:
+        path: A CSV file, see this module's text.
+        meaning: What the response means, such as ``pipe.response_encoder.config.meaning``.
+
+    Returns:
+        The names, in the order of the file, and the targets, shape ``(T, L, S)``, NaN where open.
+
+    Raises:
+        ValueError: If the file cannot be read, its columns or load cases are others than those of the meaning, a number
+            is none or negative, a strain comes twice, or a target is open at all strains of the meaning.
+
+    Example:
+        >>> names, targets = read_targets("examples/targets.csv", meaning)  # doctest: +SKIP
+    """
+    columns = ["target", "load_case", "strain", meaning["quantity"]]
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            header, *rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row] or [[]]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"targets must be a CSV file that can be read, got {path}: {error}") from error
+    if header != columns or not rows:
+        raise ValueError(f"targets must have the columns {','.join(columns)} and at least one point, got {header}")
+    curves: dict[str, dict[str, dict[float, float]]] = {}
+    for number, row in enumerate(rows, start=2):
+        where = f"row {number} of {Path(path).name}"
+        if len(row) != len(columns) or row[1] not in meaning["load_cases"]:
+            raise ValueError(f"targets must have load cases out of {list(meaning['load_cases'])}, got {row} in {where}")
+        strain, value = _number(row[2], where), _number(row[3] or "nan", where)
+        points = curves.setdefault(row[0], {}).setdefault(row[1], {})
+        if math.isnan(strain) or strain in points:
+            raise ValueError(f"targets must have each strain of a curve once, got {row[2]!r} again in {where}")
+        points[strain] = value
+
+    strains = np.asarray(meaning["strains"], dtype=np.float64)
+    targets = np.full((len(curves), *strains.shape), math.nan)
+    for target, cases in zip(targets, curves.values(), strict=True):
+        for name, points in cases.items():
+            case = list(meaning["load_cases"]).index(name)
+            target[case] = _interpolated(strains[case], points)
+    if (empty := np.isnan(targets).all((1, 2))).any():
+        name = list(curves)[int(empty.argmax())]
+        raise ValueError(
+            f"targets must be given at one at least of the strains {strains.tolist()}, got none of {name!r}"
+        )
+    return list(curves), targets
+
+
+def write_targets(path: str | os.PathLike[str], targets: Mapping[str, np.ndarray], meaning: Mapping[str, Any]) -> None:
+    """Writes targets, shape ``(L, S)`` each, by name, as :func:`read_targets` reads them; what is open is left out."""
+    unfinished = Path(path).with_name(f".unfinished-{Path(path).name}")
+    with open(unfinished, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["target", "load_case", "strain", meaning["quantity"]])
+        for name, target in targets.items():
+            for case, strains, values in zip(meaning["load_cases"], meaning["strains"], target, strict=True):
+                points = [point for point in zip(strains, values, strict=True) if not math.isnan(point[1])]
+                table.writerows([name, case, f"{strain:.6g}", f"{value:.6g}"] for strain, value in points)
+    os.replace(unfinished, path)
+
+
+def _number(text: str, where: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if number < 0 or math.isinf(number):
+        raise ValueError(
+            f"targets must have strains and values that are finite and not negative, got {text!r} in {where}"
+        )
+    return number
+
+
+def _interpolated(strains: np.ndarray, points: Mapping[float, float]) -> np.ndarray:
+    """A curve at ``strains``, NaN where it is open."""
+    at = np.array(sorted(points))
+    values = np.array([points[strain] for strain in at])
+    curve = np.interp(strains, at, values, left=math.nan, right=math.nan)
+    # a point that coincides with a strain, up to the last digit of a decimal number, stands for itself
+    nearest = np.abs(strains[:, None] - at).argmin(1)
+    return np.where(np.isclose(strains, at[nearest], rtol=1e-6, atol=0), values[nearest], curve)

@@ -1,0 +1,151 @@
+import csv
+import json
+import math
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+from mechdiffusers.evaluation import OutOfRangeWarning, response_error, stored_designs, stored_responses, verify
+from mechdiffusers.microstructures import build_dataset, random_composites, response_meaning
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def report(composites):
+    """Three targets with two designs each: the first one the target's own."""
+    designs, targets = stored_designs(composites), stored_responses(composites)[[2, 5, 9]]
+    return verify(designs[[2, 3, 5, 6, 9, 10]], targets, response_meaning(composites), dataset=composites)
+
+
+def test_a_training_design_has_its_stored_response():
+    designs, _ = random_composites(3, size=16, seed=5)
+    cases = ("uniaxial_extension", "shear_x")
+    dataset = build_dataset(
+        designs, cases, [0.1, 0.2], young_stiff=50.0, pixel_size=0.5, quantity="energy", progress=False
+    )
+    report = verify(designs, stored_responses(dataset), response_meaning(dataset))
+    np.testing.assert_allclose(report.response, stored_responses(dataset), rtol=1e-5)
+    assert (report.error < 1e-5).all()
+    assert report.solved.all()
+
+
+def test_designs_are_ranked_within_their_target_by_their_error(report):
+    np.testing.assert_array_equal(report.rank, [1, 2] * 3)
+    assert (report.error[::2] < 1e-6).all()
+    np.testing.assert_allclose(report.error, response_error(report.response, np.repeat(report.target, 2, axis=0)))
+
+
+def test_training_designs_are_not_new_and_are_what_retrieval_finds(report):
+    assert (report.novelty == 0).all()
+    np.testing.assert_array_equal(report.retrieval.index[:, 0], [2, 5, 9])
+    assert report.retrieval.index.shape == (3, 2)
+
+
+def test_a_design_that_is_not_solved_is_kept_flagged_and_ranked_last(composites, monkeypatch):
+    def failing(designs, *args, **kwargs):
+        response = np.ones((len(designs), 2, 3))
+        response[0, 1, 2] = math.nan
+        return response
+
+    monkeypatch.setattr(import_module("mechdiffusers.evaluation.verify"), "simulated_response", failing)
+    report = verify(stored_designs(composites)[:3], np.full((2, 3), 2.0), response_meaning(composites))
+    np.testing.assert_array_equal(report.solved, [False, True, True])
+    np.testing.assert_array_equal(np.isnan(report.error), [True, False, False])
+    assert report.rank[0] == 3
+    assert report.to_dict()["designs"][0]["error"] is None
+
+
+def test_a_target_out_of_range_is_warned_of():
+    designs, _ = random_composites(250, size=4)
+    dataset = build_dataset(designs, ("shear",), [0.1], element_order=1, progress=False)
+    training, heldout = dataset.select(range(30)), dataset.select(range(30, 250))
+    inside = np.median(stored_responses(training), axis=0)
+    targets = np.stack([inside, 100 * inside])
+    with pytest.warns(OutOfRangeWarning, match="targets 1 "):
+        report = verify(designs[:2], targets, response_meaning(dataset), dataset=training, heldout=heldout)
+    np.testing.assert_array_equal(report.reach.out_of_range, [False, True])
+    assert report.to_dict()["reach"]["out_of_range"] == [False, True]
+
+
+def test_a_report_of_tensors_holds_the_numbers_of_one_of_arrays(report, composites):
+    designs = torch.from_numpy(report.designs)
+    ours = verify(designs, torch.from_numpy(report.target), response_meaning(composites), dataset=composites)
+    for name in (
+        "designs",
+        "target",
+        "response",
+        "error",
+        "rank",
+        "solved",
+        "stiff_connectivity",
+        "diversity",
+        "novelty",
+    ):
+        torch.testing.assert_close(getattr(ours, name), torch.from_numpy(getattr(report, name)), msg=name)
+    for row, expected in zip(ours.rows(), report.rows(), strict=True):
+        assert row == pytest.approx(expected)
+
+
+def test_a_saved_report_is_a_table_a_picture_a_target_and_everything_as_json(report, tmp_path):
+    report.save(tmp_path / "report", ["soft", "middling", "stiff"])
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {
+        *("soft.png", "middling.png", "stiff.png"),
+        *("verification.csv", "verification.json", "designs.npy"),
+    }
+    with Image.open(tmp_path / "report" / "soft.png") as picture:
+        assert picture.width > picture.height > 100
+    rows = list(csv.DictReader((tmp_path / "report" / "verification.csv").open()))
+    np.testing.assert_allclose([float(row["error"]) for row in rows], report.error)
+    assert [row["target"] for row in rows] == ["soft", "soft", "middling", "middling", "stiff", "stiff"]
+    content = json.loads((tmp_path / "report" / "verification.json").read_text())
+    np.testing.assert_allclose(content["responses"], report.response)
+    assert content["meaning"] == report.meaning
+    np.testing.assert_array_equal(np.load(tmp_path / "report" / "designs.npy"), report.designs)
+
+
+def test_a_report_is_saved_under_fit_names_alone(report, tmp_path):
+    for names in (["a", "b"], ["a", "b", "b"], ["a", "b", "../c"], ["a", "b", ""]):
+        with pytest.raises(ValueError, match="^names must be 3 different names of files"):
+            report.save(tmp_path / "report", names)
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"designs": np.full((2, 8, 8), 0.5)}, "designs must be 0 or 1 everywhere, as their family is"),
+        ({"designs": np.zeros((8, 8))}, r"designs must have shape \(B, H, W\)"),
+        (
+            {"designs": np.zeros((3, 8, 8)), "target": np.ones((2, 2, 3))},
+            "designs must have shape .* each of 2 targets",
+        ),
+        ({"target": np.ones((3, 3))}, r"target must have shape \(T, 2, 3\): the load cases \['uniaxial_extension', "),
+        ({"target": np.full((2, 3), np.nan)}, "target must be finite, given somewhere"),
+        ({"meaning": {"load_cases": ["shear"]}}, "meaning must have .* got .'load_cases'."),
+        ({"meaning": None}, "meaning must have"),
+    ],
+)
+def test_unfit_arguments_are_named(composites, changes, message):
+    arguments = {"designs": np.zeros((2, 8, 8)), "target": np.ones((2, 3)), "meaning": response_meaning(composites)}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        verify(**{**arguments, **changes})
+
+
+def test_a_meaning_that_the_solver_does_not_know_is_refused(composites):
+    meaning = response_meaning(composites)
+    arguments = np.zeros((1, 8, 8)), np.ones((2, 3))
+    with pytest.raises(ValueError, match="^meaning must have a material with .* its law CompressibleNeoHookean"):
+        verify(*arguments, {**meaning, "material": {**meaning["material"], "law": "Ogden"}})
+    with pytest.raises(ValueError, match="^strains must be positive, finite and increasing"):
+        verify(*arguments, {**meaning, "strains": [[-0.1, 0.1, 0.2]] * 2})
+    with pytest.raises(ValueError, match="^dataset must have responses of the meaning of the target"):
+        verify(*arguments, {**meaning, "element_order": 2}, dataset=composites)
+    with pytest.raises(ValueError, match="^heldout must come with the training data"):
+        verify(*arguments, meaning, heldout=composites)
+
+
+def test_grey_designs_are_verified_where_their_family_is_grey(composites):
+    report = verify(np.full((1, 8, 8), 0.5), np.ones((2, 3)), response_meaning(composites), binary=False)
+    assert report.solved.all()
+    assert math.isnan(report.diversity[0])
