@@ -1,0 +1,290 @@
+import itertools
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from exact_pipeline import NOISE, exact_diffusion, exact_pipeline, rotated_gaussian
+from mechdiffusers.evaluation import GaussianMixture
+from mechdiffusers.pipelines.probability_flow import ContinuousDiffusion, log_snr_table
+from mechdiffusers.pipelines.variational_likelihood import ancestral_terms, continuous_terms
+from mechdiffusers.schedulers import VDMScheduler
+
+FAR = VDMScheduler(log_snr="linear", log_snr_range=(13.3, -12.0), prediction_type="v_prediction")
+METHODS = [("elbo", "continuous"), ("elbo", "ancestral"), ("elbo", "standard_normal"), ("iwae", "ancestral"), ("ode", None)]
+
+
+def source(num, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(shape=None):
+        if shape is None:
+            return torch.rand(num, generator=generator, dtype=torch.float64)
+        return torch.randn(num, *shape, generator=generator, dtype=torch.float64)
+
+    return draw
+
+
+def total(terms):
+    return torch.stack(list(terms.values())).sum(0)
+
+
+@pytest.mark.parametrize(("steps", "gap"), [(10, 9.77), (50, 1.13), (100, 0.53), (1000, 0.050)])
+def test_the_bound_of_a_chain_of_few_steps_lies_below_the_truth_by_the_known_gap(steps, gap):
+    # Gaussian data of standard deviation 0.5, exact denoiser, log-SNR from 13.3 to -5 in equal steps
+    gaussian, num = rotated_gaussian([0.5] * 64), 64
+    scheduler = VDMScheduler(log_snr="linear")
+    diffusion = exact_diffusion(gaussian, scheduler)
+    latents = gaussian.sample(num, torch.manual_seed(0))[:, None, None]
+    timesteps = torch.linspace(999, 0, steps + 1, dtype=torch.float64)
+    bound = total(ancestral_terms(diffusion, latents, timesteps, "fixed_small", source(num)))
+    found = (gaussian.log_prob(latents.flatten(1), torch.tensor(torch.inf)) - bound) / 64
+    assert abs(found.mean() - gap) < 3 * found.std() / num**0.5 + 0.005
+    assert found.std() / num**0.5 < 0.05 * gap + 0.005
+
+
+def test_the_continuous_bound_of_an_exact_denoiser_is_the_entropy_of_the_data():
+    gaussian, num = rotated_gaussian([0.3, 0.7, 1.3, 2.0]), 2000
+    latents = gaussian.sample(num, torch.manual_seed(0))[:, None, None]
+    terms, error = continuous_terms(exact_diffusion(gaussian, FAR), latents, 16, source(num))
+    deviation = total(terms) - gaussian.log_prob(latents.flatten(1), torch.tensor(torch.inf))
+    assert abs(deviation.mean()) < 4 * deviation.std() / num**0.5
+    assert deviation.std() / num**0.5 < 0.05
+    assert error.isfinite().all()
+
+
+def test_with_a_network_that_says_nothing_the_continuous_bound_is_that_of_a_standard_normal_prior():
+    silent = ContinuousDiffusion(lambda x, t: torch.zeros_like(x), log_snr_table(FAR), "v_prediction")
+    latents = torch.randn(64, 1, 1, 4, generator=torch.manual_seed(0), dtype=torch.float64)
+    terms, error = continuous_terms(silent, latents, 2, source(64))
+    expected = -(latents.flatten(1).square() + math.log(2 * math.pi)).sum(1) / 2
+    assert (error == 0).all()
+    # the last step misses nothing but the noise of timestep 0
+    torch.testing.assert_close(total(terms), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_spread_over_levels_is_above_the_spread_of_repeated_draws():
+    gaussian = rotated_gaussian([0.5] * 8)
+    latents = gaussian.sample(1, torch.manual_seed(0))[:, None, None].expand(400, -1, -1, -1)
+    terms, error = continuous_terms(exact_diffusion(gaussian, FAR), latents, 8, source(400))
+    assert terms["diffusion"].std() < error.square().mean().sqrt() < 5 * terms["diffusion"].std()
+
+
+def chain_std(std, levels):
+    """Standard deviation of what a chain of ancestral steps with the exact denoiser of N(0, std^2) draws."""
+    alpha, sigma = torch.sigmoid(levels).sqrt(), torch.sigmoid(-levels).sqrt()
+    shrink = alpha * std**2 / (alpha**2 * std**2 + sigma**2)  # the clean latent is this times the noisy one
+    variance = torch.ones((), dtype=torch.float64)
+    for t in range(len(levels) - 1):
+        c = -torch.expm1(levels[t] - levels[t + 1])
+        mean = alpha[t + 1] / alpha[t] * (1 - c) + alpha[t + 1] * c * shrink[t]
+        variance = mean**2 * variance + sigma[t + 1] ** 2 * c
+    return (shrink[-1] ** 2 * variance + (sigma[-1] / alpha[-1]) ** 2).sqrt().item()
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
+def test_the_weights_of_whole_paths_have_the_chains_own_density_as_their_mean(variance_type):
+    std = 0.7
+    gaussian = rotated_gaussian([std])
+    timesteps = torch.linspace(999, 0, 6, dtype=torch.float64)
+    scheduler = VDMScheduler(log_snr="linear", log_snr_range=(4.0, -4.0))
+    diffusion = exact_diffusion(gaussian, scheduler)
+    line = torch.linspace(-6, 6, 61, dtype=torch.float64)
+    latents = line.repeat_interleave(4000)[:, None, None, None]
+    terms = ancestral_terms(diffusion, latents, timesteps, variance_type, source(len(latents)), sampled=True)
+    density = total(terms).exp().reshape(61, 4000).mean(1)
+    assert torch.trapezoid(density, line).item() == pytest.approx(1, abs=0.02)
+    if variance_type == "fixed_small":
+        own = chain_std(std, diffusion.log_snr(timesteps))
+        variance = torch.trapezoid(density * line**2, line).item()
+        assert variance == pytest.approx(own**2, rel=0.03)
+        bound = total(ancestral_terms(diffusion, latents, timesteps, variance_type, source(len(latents))))
+        assert (bound.reshape(61, 4000).mean(1) < density.log() + 0.05).all()
+
+
+def gaussian_evidence(pipe, mixture, images):
+    """log p(x) of x = code + noise, the code being the latent, scaled and shifted back."""
+    scale, shift = pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor
+    dims = images.shape[-1]
+    covariance = mixture.covariance / scale**2 + NOISE**2 * torch.eye(dims, dtype=torch.float64)
+    normal = torch.distributions.MultivariateNormal(mixture.mean / scale + shift, covariance)
+    return normal.log_prob(images.flatten(1).double())
+
+
+def test_the_bounds_rise_with_the_samples_to_the_known_likelihood():
+    mixture = rotated_gaussian([0.4, 1.1])
+    pipe = exact_pipeline(mixture, FAR)
+    images = torch.tensor([[0.2, 0.9], [0.5, 0.1]]).reshape(2, 1, 1, 2)
+    truth = gaussian_evidence(pipe, mixture, images)
+    means, errors = [], []
+    for samples, repetitions in ((1, 400), (4, 200), (16, 100), (64, 50)):
+        batch = images.repeat_interleave(repetitions, dim=0)
+        values = pipe.log_likelihood(
+            batch, "iwae", samples, prior="flow", num_steps=4, num_probes=2, generator=torch.manual_seed(samples)
+        ).log_likelihood.reshape(2, repetitions)
+        means.append(values.mean(1))
+        errors.append(values.std(1) / repetitions**0.5)
+    for lower, upper, error in zip(means[:-1], means[1:], errors[:-1], strict=True):
+        assert (lower < upper + 3 * error).all()
+    assert (means[0] < means[-1] - 0.05).all()
+    assert (means[-1] < truth + 3 * errors[-1] + 2e-3).all()  # 4 steps of the flow leave a thousandth a dimension
+    assert (means[-1] > truth - 0.1).all()
+
+
+@pytest.mark.parametrize(("method", "prior"), [("elbo", "continuous"), ("elbo", "ancestral"), ("ode", None)])
+def test_the_bound_lies_below_the_known_likelihood_by_the_divergence_of_the_posteriors(method, prior):
+    mixture = rotated_gaussian([0.8, 0.8])
+    pipe = exact_pipeline(mixture, FAR)
+    repetitions = 300 if prior != "ancestral" else 4
+    images = torch.tensor([[0.2, 0.9]]).reshape(1, 1, 1, 2).expand(repetitions, -1, -1, -1)
+    output = pipe.log_likelihood(images, method, 4, prior=prior, generator=torch.manual_seed(0))
+    scale, shift = pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor
+    precision = 1 / NOISE**2 + scale**2 / 0.8**2  # of the codes
+    mean = (images[0].flatten().double() / NOISE**2 + (scale / 0.8) ** 2 * shift) / precision
+    ours = 0.7 * images[0].flatten().double() + 0.1
+    divergence = (
+        math.log(precision**-0.5 / 0.5) + (0.5**2 + (ours - mean) ** 2) * precision / 2 - 0.5
+    ).sum()
+    expected = gaussian_evidence(pipe, mixture, images[:1]) - divergence
+    chain_gap = {"ancestral": 2 * 0.05}.get(prior, 0)  # a thousand steps cost about a twentieth of a nat a dimension
+    deviation = (output.log_likelihood - expected).mean().abs()
+    assert deviation < 4 * output.error.mean() / repetitions**0.5 + chain_gap + 2e-3
+
+
+def test_probabilities_of_all_binary_images_are_those_of_quadrature_and_sum_to_one():
+    mixture = GaussianMixture([0.6, 0.4], [[-0.7, 0.3], [1.1, -0.5]], torch.eye(2, dtype=torch.float64).expand(2, 2, 2) * 0.2)
+    pipe = exact_pipeline(mixture, FAR, std=1.2, share=0.5, gain=2.0, gaussian=False)
+    images = torch.tensor(list(itertools.product((0.0, 1.0), repeat=2))).reshape(4, 1, 1, 2)
+    line = torch.linspace(-6, 6, 241, dtype=torch.float64)
+    grid = torch.cartesian_prod(line, line)
+    codes = grid / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    prior = mixture.log_prob(grid, torch.tensor(torch.inf)).exp() * (line[1] - line[0]) ** 2
+    given = torch.sigmoid(2.0 * codes * (2 * images.reshape(4, 1, 2) - 1)).prod(-1)
+    truth = given @ prior
+    output = pipe.log_likelihood(images, "iwae", 2000, prior="flow", num_probes=2, generator=torch.manual_seed(0))
+    probabilities = output.log_likelihood.exp()
+    assert ((probabilities - truth).abs() < 4 * output.error * truth + 1e-3 * truth).all()
+    assert probabilities.sum().item() == pytest.approx(1, abs=0.02)
+    assert (output.effective_sample_size > 1).all()
+    assert (output.effective_sample_size <= 2000).all()
+
+
+@pytest.mark.parametrize(("method", "prior"), METHODS)
+def test_the_terms_sum_to_the_total_in_nats_and_bits(pipe, method, prior):
+    images = torch.randint(0, 2, (3, 1, 8, 8), generator=torch.manual_seed(0)).float()
+    steps = None if prior in ("continuous", "standard_normal") else 2
+    output = pipe.log_likelihood(images, method, 2, prior=prior, num_steps=steps, num_probes=2, generator=torch.manual_seed(0))
+    torch.testing.assert_close(total(output.terms), output.log_likelihood)
+    torch.testing.assert_close(output.bits_per_dim * 64 * math.log(2), -output.log_likelihood)
+    assert output.log_likelihood.dtype == torch.float64
+    assert output.log_likelihood.shape == output.error.shape == (3,)
+    assert output.error.isfinite().all()
+
+
+@pytest.mark.parametrize(("method", "prior"), METHODS)
+def test_an_image_has_the_same_value_in_every_batch(pipe, method, prior):
+    images = torch.randint(0, 2, (3, 1, 8, 8), generator=torch.manual_seed(0)).float()
+    options = {"num_samples": 2, "prior": prior, "num_steps": None if prior == "standard_normal" else 2, "num_probes": 2}
+
+    def values(images, first, **more):
+        generators = [torch.Generator().manual_seed(first + i) for i in range(len(images))]
+        return pipe.log_likelihood(images, method, generator=generators, **options, **more).log_likelihood
+
+    together = values(images, 0)
+    torch.testing.assert_close(values(images, 0, batch_size=1), together, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(values(images[1:], 1), together[1:], rtol=1e-4, atol=1e-4)
+
+
+def test_images_of_all_kinds_have_the_same_value(pipe):
+    designs = np.random.default_rng(0).integers(0, 2, (2, 8, 8)).astype(np.float32)
+    pictures = pipe.image_processor.numpy_to_pil(designs[..., None])
+    first, *others = (
+        pipe.log_likelihood(images, generator=torch.manual_seed(0)).log_likelihood
+        for images in (designs, torch.from_numpy(designs)[:, None], designs[..., None], pictures)
+    )
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=1e-6, atol=1e-4)
+
+
+def test_grey_images_have_a_likelihood_under_a_discretised_logistic_decoder(make_pipeline):
+    pipe = make_pipeline(size=(7, 6), decoder_likelihood="discretized_logistic", decoder_scale=0.1)
+    images = torch.randint(0, 256, (2, 1, 7, 6), generator=torch.manual_seed(0)) / 255
+    output = pipe.log_likelihood(images, generator=torch.manual_seed(0))
+    assert (output.bits_per_dim > 0).all()  # a probability
+    with pytest.raises(ValueError, match="^images must have pixels of multiples of 1/255"):
+        pipe.log_likelihood(images * 0.999)
+
+
+def test_a_response_is_a_condition(make_pipeline):
+    pipe = make_pipeline(conditional=True)
+    images = torch.randint(0, 2, (2, 1, 8, 8), generator=torch.manual_seed(0)).float()
+    response = torch.ones(2, 2, 3)
+    free, given = (
+        pipe.log_likelihood(images, response=r, generator=torch.manual_seed(0)).log_likelihood for r in (None, response)
+    )
+    assert (free != given).all()
+    with pytest.raises(ValueError, match="^response must be one for each of 2"):
+        pipe.log_likelihood(images, response=response.repeat(2, 1, 1)[:3])
+
+
+def test_a_flow_of_large_error_is_warned_of_and_called_no_bound(pipe, caplog):
+    images = torch.randint(0, 2, (2, 1, 8, 8), generator=torch.manual_seed(0)).float()
+    pipe.unet.conv_out.weight.data.mul_(30)
+    with caplog.at_level(logging.WARNING):
+        output = pipe.log_likelihood(images, "ode", num_steps=2, num_probes=2, generator=torch.manual_seed(0))
+    assert "raise num_steps or num_probes" in caplog.text
+    assert not output.is_lower_bound
+    assert (output.error > 0.01 * 32).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "vlb"}, "method must be one of"),
+        ({"prior": "flow"}, "prior must be one of .* for method 'elbo'.*'ode'"),
+        ({"method": "iwae", "prior": "continuous"}, "prior must be one of"),
+        ({"num_samples": 0}, "num_samples must be"),
+        ({"num_samples": 1.5}, "num_samples must be"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"num_steps": 0}, "num_steps must be"),
+        ({"prior": "standard_normal", "num_steps": 3}, "num_steps must be None"),
+        ({"method": "ode", "num_steps": 5}, "num_steps must be an even"),
+        ({"method": "ode", "num_probes": 1}, "num_probes must be"),
+        ({"method": "ode", "tolerance": -1.0}, "tolerance must"),
+        ({"tolerance": 1e-3}, "tolerance must be None"),
+        ({"method": "iwae", "prior": "flow"}, "num_probes must be at least the 32 entries"),
+        ({"generator": [torch.Generator()]}, "generator must be"),
+        ({"response": torch.ones(2, 2, 3)}, "response must be None"),
+        ({"images": torch.full((2, 1, 8, 8), 0.5)}, "images must have pixels of 0 or 1"),
+        ({"images": torch.zeros(2, 1, 8, 9)}, "images must have one channel"),
+        ({"images": torch.full((2, 1, 8, 8), 1.5)}, "images must lie in"),
+    ],
+)
+def test_bad_input_is_named(pipe, options, message):
+    images = torch.zeros(2, 1, 8, 8)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        pipe.log_likelihood(**{"images": images, **options})
+
+
+def test_a_scheduler_without_an_ancestral_chain_says_what_it_can_do(pipe):
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    images = torch.zeros(1, 1, 8, 8)
+    with pytest.raises(ValueError, match="^scheduler must have an ancestral chain .* possible are"):
+        pipe.log_likelihood(images, prior="ancestral")
+    assert pipe.log_likelihood(images).is_lower_bound
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, variance_type="learned", clip_sample=False)
+    with pytest.raises(ValueError, match="^scheduler must have an ancestral chain"):
+        pipe.log_likelihood(images, "iwae")
+
+
+def test_a_deterministic_autoencoder_has_no_bound(pipe, monkeypatch):
+    def deterministic(self, parameters):
+        DiagonalGaussianDistribution.__init__(self, parameters, deterministic=True)
+
+    frozen = type("Frozen", (DiagonalGaussianDistribution,), {"__init__": deterministic})
+    monkeypatch.setattr("diffusers.models.autoencoders.autoencoder_kl.DiagonalGaussianDistribution", frozen)
+    with pytest.raises(ValueError, match="^vae must have a posterior of positive variance.*to_noise"):
+        pipe.log_likelihood(torch.zeros(1, 1, 8, 8))
