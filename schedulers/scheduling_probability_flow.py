@@ -326,6 +326,9 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
         """
         place = self._place(timestep, model_output, sample)
         now: _Evaluation = self._rows[place]
+        dtype = sample.dtype
+        # near pure noise the coefficients reach thousands and cancel: half precision would leave nothing
+        sample, model_output = (x.to(torch.promote_types(dtype, torch.float32)) for x in (sample, model_output))
         if now.memory and place != self._expected:
             raise ValueError(f"timestep must follow the order of set_timesteps, got {now.timestep:g} out of order")
         self._expected = place + 1
@@ -347,10 +350,11 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
             if weight != 0:
                 next_sample = next_sample + weight * slope
         if now.churn > 0:
-            draw = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+            draw = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=dtype)
             next_sample = next_sample + now.churn * draw
         if divergence is not None or self._divergences or self._log_density_change is not None:
             self._accumulate(now, place, sample, divergence)
+        next_sample, clean = next_sample.to(dtype), clean.to(dtype)
         if not return_dict:
             return (next_sample, clean)
         return ProbabilityFlowSchedulerOutput(next_sample, clean, self._log_density_change)
