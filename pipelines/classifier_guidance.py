@@ -23,11 +23,16 @@ from torch import Tensor
 
 __all__ = ["ClassifierGuidance"]
 
-_STOCHASTIC = ("DDPMScheduler", "VDMScheduler", "EulerAncestralDiscreteScheduler")
+# whose steps are those of the formula; others rebuild a step from what they saw before or scale the latents otherwise
+_DETERMINISTIC = ("DDIMScheduler", "DPMSolverMultistepScheduler", "DEISMultistepScheduler", "ProbabilityFlowScheduler")
+_STOCHASTIC = ("DDPMScheduler", "VDMScheduler")
 
 
 class ClassifierGuidance:
     r"""A ``callback_on_step_end`` that draws samples towards a target.
+
+    It knows the steps of ``DDPMScheduler``, ``VDMScheduler``, ``DDIMScheduler``, ``DPMSolverMultistepScheduler`` (its
+    stochastic algorithms too), ``DEISMultistepScheduler`` and ``ProbabilityFlowScheduler`` with one evaluation a step.
 
     Args:
         log_likelihood: Function of noisy latents ``(B, C, h, w)`` and a timestep ``()``: the log-likelihood of the
@@ -35,9 +40,9 @@ class ClassifierGuidance:
         guidance_scale: Weight w of its gradient; 1 is Bayes' rule.
 
     Raises:
-        ValueError: If ``guidance_scale`` is negative or not finite; when called, if the scheduler evaluates the network
-            more than once at a timestep, so that a step cannot be told from a stage of it, or ``log_likelihood`` does
-            not give one number a sample.
+        ValueError: If ``guidance_scale`` is negative or not finite; when called, if the scheduler is none of these,
+            churns or evaluates the network more than once at a timestep, so that a step cannot be told from a stage of
+            it, or ``log_likelihood`` does not give one number a sample.
 
     Example:
         >>> guidance = ClassifierGuidance(lambda latents, t: predictor.log_likelihood(latents, t, wanted))
@@ -75,6 +80,7 @@ class ClassifierGuidance:
 
 def _weights(scheduler: Any) -> list[float]:
     """What the gradient is weighted by after each step but the last."""
+    draws_noise = _draws_noise(scheduler)
     timesteps = scheduler.timesteps.double().cpu().numpy()
     if (np.diff(timesteps) >= 0).any():
         raise ValueError(
@@ -84,8 +90,21 @@ def _weights(scheduler: Any) -> list[float]:
     alphas_cumprod = scheduler.alphas_cumprod.double().cpu().numpy()
     table = np.log(alphas_cumprod) - np.log1p(-alphas_cumprod)
     log_snr = np.interp(timesteps, np.arange(len(table)), table)
-    config = scheduler.config
-    draws_noise = type(scheduler).__name__ in _STOCHASTIC or str(config.get("algorithm_type", "")).startswith("sde")
     share = -np.expm1(-np.diff(log_snr) * (1 if draws_noise else 0.5))
     alpha = 1 / np.sqrt(1 + np.exp(-log_snr))
     return (alpha[1:] / alpha[:-1] / (1 + np.exp(log_snr[:-1])) * share).tolist()
+
+
+def _draws_noise(scheduler: Any) -> bool:
+    """Whether a scheduler's steps draw noise, if the formula holds for them at all."""
+    # options of other classes may stand in a configuration too, so that the name comes first
+    name, config = type(scheduler).__name__, scheduler.config
+    if name == "DPMSolverMultistepScheduler":
+        return config.algorithm_type.startswith("sde")
+    churns = name == "ProbabilityFlowScheduler" and config.s_churn > 0
+    if name not in (*_DETERMINISTIC, *_STOCHASTIC) or churns:
+        raise ValueError(
+            f"scheduler must be one of {(*_STOCHASTIC, *_DETERMINISTIC)}, without churn, for classifier guidance, "
+            f"got {name}{f' with s_churn={config.s_churn}' if churns else ''}"
+        )
+    return name in _STOCHASTIC

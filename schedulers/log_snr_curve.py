@@ -295,17 +295,13 @@ class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
             place = int(timestep.storage_offset())
             same = timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr()
             if same and place < len(self._times):
-                self._next = place + 1
                 return place
         value = float(np.float32(float(timestep)))
         if self._next < len(self._times) and self._times[self._next] == value:
-            place = self._next
-        elif value in self._times:
-            place = self._times.index(value)
-        else:
+            return self._next
+        if value not in self._times:
             raise ValueError(f"timestep must be one of those of set_timesteps, {_short(self._times)}, got {value:g}")
-        self._next = place + 1
-        return place
+        return self._times.index(value)
 
     def _clean(self, sample: Tensor, model_output: Tensor, coefficients: tuple[float, float]) -> Tensor:
         """The predicted clean sample, clipped if so configured."""

@@ -118,6 +118,7 @@ class PredictorCorrectorScheduler(VariancePreservingScheduler, SchedulerMixin):
             raise ValueError(
                 f"corrector_snr must lie inside (0, 1), where Langevin steps are stable, got {corrector_snr!r}"
             )
+        self.order = num_corrector_steps + (predictor != "none")  # evaluations a timestep, as in stock
 
     def _plan(self, grid: np.ndarray) -> list[Any]:
         """One row an evaluation: timestep, coefficients of the clean sample, then of sample, clean sample and noise."""
@@ -163,7 +164,9 @@ class PredictorCorrectorScheduler(VariancePreservingScheduler, SchedulerMixin):
         Raises:
             ValueError: If the timestep is not one of ``self.timesteps`` or the shapes differ.
         """
-        _, of_clean, keep, pull, std = self._rows[self._place(timestep, model_output, sample)]
+        place = self._place(timestep, model_output, sample)
+        self._next = place + 1
+        _, of_clean, keep, pull, std = self._rows[place]
         clean = self._clean(sample, model_output, of_clean)
         prev_sample = keep * sample + pull * clean
         if std > 0:

@@ -176,7 +176,6 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
                 )
         self._inverse = False
         self._weights: Sequence[Sequence[float]] | None = None
-        self._expected = 0
         self._slopes: list[Tensor] = []
         self._divergences: list[Tensor] = []
         self._log_density_change: Tensor | None = None
@@ -206,9 +205,12 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
         else:
             self._weights = None
         self._inverse = inverse
+        self._first = 0
         self._lay(self._grid(num_inference_steps, timesteps), device)
 
-    def _plan(self, grid: np.ndarray) -> list[Any]:
+    def _plan(self, grid: np.ndarray, first: int = 0) -> list[Any]:
+        """As in the base class; a multistep method knows no slope from before the step ``first``."""
+        self._planned = grid
         to_clean = self.config.final_sigmas_type == "zero" and not self._inverse
         if not to_clean and grid[-1] > 0:
             grid = np.append(grid, 0.0)
@@ -220,13 +222,13 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
         plan: list[_Evaluation] = []
         for step, (start, end) in enumerate(zip(starts, levels[1:], strict=False)):
             next_level = float(self.curve.at(starts[step + 1])) if step + 1 < len(grid) else end
-            if self._weights and to_clean:
+            if self._weights and to_clean and not first:
                 weights = self._weights[step]
-                plan.append(self._evaluation(start, start, len(weights) - 1, weights, (end, next_level)))
+                plan.append(self._evaluation(start, start, weights, (end, next_level)))
             elif math.isfinite(end) and self.config.solver == _ADAMS:
-                known = self.curve.at(starts[max(step + 1 - _ADAMS_ORDER, 0) : step + 1])
-                weights = _adams_weights(known, float(self.curve.at(start)), end)
-                plan.append(self._evaluation(start, start, len(known) - 1, weights, (end, next_level)))
+                oldest = min(step, max(step + 1 - _ADAMS_ORDER, first))
+                weights = _adams_weights(self.curve.at(starts[oldest : step + 1]), float(self.curve.at(start)), end)
+                plan.append(self._evaluation(start, start, weights, (end, next_level)))
             else:
                 method = TABLEAUX[self.config.solver if math.isfinite(end) else "euler"]
                 plan += self._runge_kutta(start, method, end, next_level)
@@ -251,16 +253,16 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
             ends_step = stage + 1 == len(times)
             weights = [length * weight for weight in (method.weights if ends_step else method.stages[stage + 1])]
             target = (end, next_level) if ends_step else (float(self.curve.at(times[stage + 1])),) * 2
-            plan.append(self._evaluation(time, start, stage, weights, target, ends_step))
+            plan.append(self._evaluation(time, start, weights, target, stage, ends_step))
         return plan
 
     def _evaluation(
         self,
         time: float,
         start: float,
-        memory: int,
         weights: Sequence[float],
         target: tuple[float, float],
+        stage: int = 0,
         ends_step: bool = True,
     ) -> _Evaluation:
         """One evaluation.
@@ -268,9 +270,9 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
         Args:
             time: Timestep at which the network is evaluated.
             start: Timestep at which the step starts.
-            memory: Number of earlier slopes that it builds on.
-            weights: Weights of these and of its own slope in the change of y.
+            weights: Weights of the slopes before it that it builds on, and of its own, in the change of y.
             target: Log-SNR that the slopes lead to, and the lower one that churn raises it to.
+            stage: Its number within the step.
             ends_step: Whether the step ends here.
 
         Returns:
@@ -283,8 +285,8 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
         churn = alpha_next * math.sqrt(max(_noise_level(raised) ** 2 - _noise_level(reached) ** 2, 0.0))
         return _Evaluation(
             timestep=time,
-            starts_step=time == start,
-            memory=memory,
+            starts_step=stage == 0,
+            memory=len(weights) - 1,
             of_clean=of_clean,
             of_noise=of_noise,
             alpha=alpha,
@@ -325,16 +327,15 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
                 at some evaluation.
         """
         place = self._place(timestep, model_output, sample)
+        if place == 0 or place != self._next:
+            self._begin_at(place)
+        self._next = place + 1
         now: _Evaluation = self._rows[place]
-        if now.memory and place != self._expected:
-            raise ValueError(f"timestep must follow the order of set_timesteps, got {now.timestep:g} out of order")
-        self._expected = place + 1
-        if place == 0:
-            self._log_density_change = None
+        dtype = sample.dtype
+        # near pure noise the coefficients reach thousands and cancel: half precision would leave nothing
+        sample, model_output = (x.to(torch.promote_types(dtype, torch.float32)) for x in (sample, model_output))
         if now.starts_step:
             self._start = sample
-        if not now.memory:
-            self._slopes, self._divergences = [], []
 
         clean = self._clean(sample, model_output, now.of_clean)
         if self.config.clip_sample:
@@ -347,17 +348,30 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
             if weight != 0:
                 next_sample = next_sample + weight * slope
         if now.churn > 0:
-            draw = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+            draw = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=dtype)
             next_sample = next_sample + now.churn * draw
         if divergence is not None or self._divergences or self._log_density_change is not None:
             self._accumulate(now, place, sample, divergence)
+        next_sample, clean = next_sample.to(dtype), clean.to(dtype)
         if not return_dict:
             return (next_sample, clean)
         return ProbabilityFlowSchedulerOutput(next_sample, clean, self._log_density_change)
 
+    def _begin_at(self, place: int) -> None:
+        """Forgets what came before: the loop starts here, at the first entry or, as from an image, at a later one."""
+        row: _Evaluation = self._rows[place]
+        if not row.starts_step:
+            raise ValueError(f"timestep must follow the order of set_timesteps, got {row.timestep:g} out of order")
+        if self.config.solver == _ADAMS and self._first != place:
+            self._rows = self._plan(self._planned, first=place)
+        self._first = place
+        self._slopes, self._divergences, self._log_density_change = [], [], None
+
     def _accumulate(self, now: _Evaluation, place: int, sample: Tensor, divergence: Tensor | None) -> None:
         """Adds the change of the log-density over a step once all its divergences are there."""
-        if divergence is None or divergence.shape != sample.shape[:1] or (place and self._log_density_change is None):
+        begins = place == self._first
+        missed = not begins and self._log_density_change is None
+        if divergence is None or divergence.shape != sample.shape[:1] or missed:
             got = None if divergence is None else tuple(divergence.shape)
             raise ValueError(f"divergence must have shape ({len(sample)},) at every evaluation or none, got {got}")
         if self.config.clip_sample or self.config.s_churn > 0 or math.isnan(now.log_alpha_change):
@@ -366,7 +380,7 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
                 "set clip_sample=False, s_churn=0 and final_sigmas_type='sigma_min'"
             )
         dims = sample[0].numel()
-        if place == 0:
+        if begins:
             self._log_density_change = sample.new_zeros(len(sample), dtype=torch.float64)
         # the divergence by y of the noise: x = alpha y
         own = now.alpha * (now.of_noise[0] * dims + now.of_noise[1] * divergence.double())

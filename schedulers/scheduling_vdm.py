@@ -171,7 +171,9 @@ class VDMScheduler(VariancePreservingScheduler, SchedulerMixin):
         Raises:
             ValueError: If the timestep is not one of ``self.timesteps`` or the shapes differ.
         """
-        _, of_sample, of_output, keep, pull, std = self._rows[self._place(timestep, model_output, sample)]
+        place = self._place(timestep, model_output, sample)
+        self._next = place + 1
+        _, of_sample, of_output, keep, pull, std = self._rows[place]
         clean = self._clean(sample, model_output, (of_sample, of_output))
         prev_sample = keep * sample + pull * clean
         if std > 0:

@@ -1,9 +1,19 @@
+import inspect
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from mechdiffusers.evaluation import GaussianMixture
 from mechdiffusers.pipelines import ClassifierGuidance
 from mechdiffusers.schedulers import PredictorCorrectorScheduler, ProbabilityFlowScheduler, VDMScheduler
@@ -30,6 +40,7 @@ def log_likelihood(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         (DDIMScheduler, {"clip_sample": False}),
         (DPMSolverMultistepScheduler, {}),
         (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+        (DEISMultistepScheduler, {}),
         (VDMScheduler, {}),
         (ProbabilityFlowScheduler, {"solver": "euler"}),
         (ProbabilityFlowScheduler, {"solver": "adams_bashforth"}),
@@ -43,7 +54,8 @@ def test_guided_samples_follow_bayes_rule(cls, options, guidance_scale):
     x = torch.randn(num, 1, generator=generator, dtype=torch.float64)
     pipe = SimpleNamespace(scheduler=scheduler)
     guidance = ClassifierGuidance(log_likelihood, guidance_scale)
-    stochastic = {} if cls is DDIMScheduler else {"generator": generator}
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    stochastic = {"generator": generator} if takes_generator else {}
     for i, t in enumerate(scheduler.timesteps):
         x = scheduler.step(DATA.predict(x, CURVE(t)), t, x, **stochastic).prev_sample
         x = guidance(pipe, i, t, {"latents": x}).get("latents", x)
@@ -74,14 +86,43 @@ def test_the_pipeline_takes_it(pipe):
     assert seen[-1] > seen[9] + 0.5
 
 
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (UniPCMultistepScheduler, {}),  # corrects a step from its own last sample, which knows no guidance
+        (EulerDiscreteScheduler, {}),  # its latents are x / alpha
+        (EulerAncestralDiscreteScheduler, {}),
+        (DPMSolverSinglestepScheduler, {}),
+        (PredictorCorrectorScheduler, {"num_corrector_steps": 0}),
+        (PredictorCorrectorScheduler, {"predictor": "none"}),
+        (ProbabilityFlowScheduler, {"solver": "euler", "s_churn": 2.0}),
+    ],
+)
+def test_a_scheduler_whose_guided_samples_would_miss_bayes_rule_is_refused(cls, options):
+    scheduler = cls(**options)
+    scheduler.set_timesteps(10)
+    with pytest.raises(ValueError, match=f"^scheduler must be one of .* got {cls.__name__}"):
+        ClassifierGuidance(log_likelihood)(SimpleNamespace(scheduler=scheduler), 0, 999, {"latents": torch.zeros(2, 1)})
+
+
+def test_options_of_another_class_in_a_configuration_do_not_change_a_schedulers_kind():
+    config = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++").config
+    weights = []
+    for scheduler in (DDIMScheduler(), DDIMScheduler.from_config(config)):
+        scheduler.set_timesteps(10)
+        guidance = ClassifierGuidance(lambda x, t: x.sum(1))
+        weights.append(guidance(SimpleNamespace(scheduler=scheduler), 0, 999, {"latents": torch.zeros(2, 1)}))
+    assert torch.equal(weights[0]["latents"], weights[1]["latents"])
+
+
 def test_what_cannot_be_guided_is_named():
     with pytest.raises(ValueError, match="^guidance_scale must be a non-negative number, got -1.0"):
         ClassifierGuidance(log_likelihood, -1.0)
     x = torch.zeros(2, 1)
-    for scheduler in (ProbabilityFlowScheduler(solver="heun"), PredictorCorrectorScheduler()):
-        scheduler.set_timesteps(4)
-        with pytest.raises(ValueError, match=f"^scheduler must evaluate .* got {type(scheduler).__name__}"):
-            ClassifierGuidance(log_likelihood)(SimpleNamespace(scheduler=scheduler), 0, 999, {"latents": x})
+    scheduler = ProbabilityFlowScheduler(solver="heun")
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match="^scheduler must evaluate .* got ProbabilityFlowScheduler"):
+        ClassifierGuidance(log_likelihood)(SimpleNamespace(scheduler=scheduler), 0, 999, {"latents": x})
     scheduler = VDMScheduler()
     scheduler.set_timesteps(4)
     with pytest.raises(

@@ -134,6 +134,28 @@ def test_nothing_in_the_loop_waits_for_a_device(cls, options):
         float(scheduler.timesteps[0])
 
 
+@pytest.mark.parametrize(
+    ("cls", "options"), [(cls, options) for cls, options in VARIANTS if not options.get("s_churn")]
+)
+def test_a_loop_may_start_later_as_from_a_noised_image(cls, options):
+    """Stock pipelines cut the timesteps so; the rest goes as if there were no more of them."""
+    x = torch.randn(2, 3, generator=torch.manual_seed(0))
+    grid = [900.5, 600.25, 400.0, 120.0, 30.0, 4.0]
+    scheduler = cls(**options)
+    scheduler.set_timesteps(timesteps=grid)
+    for first in (2, 0, 3):
+        timesteps = scheduler.timesteps[first * scheduler.order :]
+        generators = torch.manual_seed(1), torch.Generator().manual_seed(1)
+        own, other = x, x
+        whole = cls(**options)
+        whole.set_timesteps(timesteps=grid[first:])
+        assert timesteps.tolist() == whole.timesteps.tolist()
+        for t, s in zip(timesteps, whole.timesteps, strict=True):
+            own = scheduler.step(torch.tanh(own), t, own, generator=generators[0]).prev_sample
+            other = whole.step(torch.tanh(other), s, other, generator=generators[1]).prev_sample
+        torch.testing.assert_close(own, other)
+
+
 @pytest.mark.parametrize(("cls", "options"), VARIANTS)
 def test_timesteps_may_be_given_as_numbers_too(cls, options):
     x = torch.randn(2, 3, generator=torch.manual_seed(0))

@@ -143,6 +143,31 @@ def test_a_stock_beta_schedule_gives_the_stock_steps(stock, ours, spacing, beta_
         x = expected.prev_sample
 
 
+def rounding_error(scheduler: SchedulerMixin, dtype: torch.dtype) -> float:
+    """Root mean square distance of the samples in a precision from the same in double precision."""
+    ends = []
+    curve = VDMScheduler.from_config(scheduler.config).curve
+    for kind in (torch.float64, dtype):
+        scheduler.set_timesteps(20)
+        x = noise(256).to(dtype).to(kind)
+        for t in scheduler.timesteps:
+            output = GAUSSIAN.predict(x.double(), curve(t), "v_prediction").to(dtype).to(kind)
+            x = scheduler.step(output, t, x, return_dict=False)[0]
+        ends.append(x.double())
+    return (ends[0] - ends[1]).square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("solver", "factor"), [("euler", 2), ("adams_bashforth", 2), ("heun", 6), ("rk4", 20)])
+def test_half_precision_costs_few_more_digits_than_in_ddim(solver, factor, dtype):
+    """From no signal at all, where the sample is scaled by thousands, and so is what rounds a stage on its way."""
+    stock = DDIMScheduler(
+        clip_sample=False, prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True
+    )
+    ours = ProbabilityFlowScheduler.from_config(stock.config, solver=solver)
+    assert rounding_error(ours, dtype) < factor * rounding_error(stock, dtype)
+
+
 def flow_error(solver: str, num: int, reference: torch.Tensor) -> float:
     scheduler = ProbabilityFlowScheduler(solver=solver, timestep_spacing="log_snr", final_sigmas_type="sigma_min")
     scheduler.set_timesteps(num + 1)
