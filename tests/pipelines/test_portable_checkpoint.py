@@ -29,6 +29,7 @@ def test_a_checkpoint_holds_code_weights_and_configurations_and_nothing_else(fol
         "model_index.json",
         "pipeline_latent_ddpm.py",
         "portable_checkpoint.py",
+        "probability_flow.py",
         "response_conditioning.py",
         "response_encoder/config.json",
         "response_encoder/diffusion_pytorch_model.safetensors",
@@ -38,6 +39,7 @@ def test_a_checkpoint_holds_code_weights_and_configurations_and_nothing_else(fol
         "unet/diffusion_pytorch_model.safetensors",
         "vae/config.json",
         "vae/diffusion_pytorch_model.safetensors",
+        "variational_likelihood.py",
     }
 
 
