@@ -88,8 +88,8 @@ def load_designs(config: TrainingConfig) -> Designs:
         raise ValueError(f"all responses must have one meaning, got {config.dataset!r} with another one in its heldout")
     num = config.num_heldout_designs
     if heldout_rows is not None or isinstance(rows, IterableDataset):
-        samples = islice(checked_samples(rows if heldout_rows is None else heldout_rows, config, meaning), num)
-        heldout = _stacked(tqdm(samples, total=num, desc="reading held-out designs", unit="design"))
+        kept = islice(checked_samples(rows if heldout_rows is None else heldout_rows, config, meaning), num)
+        heldout = _stacked(tqdm(kept, total=num, desc="reading held-out designs", unit="design"))
         if len(heldout[0]) < num:
             raise ValueError(
                 f"dataset must have more than the {num} designs to hold out, got {len(heldout[0])} "
@@ -120,8 +120,9 @@ def _split(
     _check_enough(len(order), wanted, config)
     end = None if config.num_train_designs is None else wanted
     heldout, train = order[: config.num_heldout_designs], order[config.num_heldout_designs : end]
+    images, responses = samples
     return Designs(
-        TensorDataset(*(part[train] for part in samples)), *(part[heldout] for part in samples), len(train), meaning
+        TensorDataset(images[train], responses[train]), images[heldout], responses[heldout], len(train), meaning
     )
 
 

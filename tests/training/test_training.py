@@ -13,6 +13,7 @@ import torch
 import yaml
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.pipelines import LatentDDPMPipeline
+from mechdiffusers.schedulers import VDMScheduler
 from mechdiffusers.schedulers.log_snr_curve import alpha_sigma
 from mechdiffusers.training import TrainingConfig, parse_config
 from mechdiffusers.training.autoencoder import LikelihoodAutoencoder, encode_all, measure_latents
@@ -42,6 +43,22 @@ def test_a_run_leaves_a_pipeline_grids_logs_and_its_settings(trained):
     assert list((trained / "logs").rglob("events*"))
     settings = yaml.safe_load((trained / "config.yaml").read_text())
     assert TrainingConfig(**settings) == small(trained)
+
+
+def test_the_pipelines_scheduler_has_the_error_of_the_denoiser(trained):
+    """Hardly trained, it predicts a velocity of about 0: the error is the velocity's own mean square, 1."""
+    config = LatentDDPMPipeline.from_pretrained(trained / "pipeline").scheduler.config
+    assert config.variance_type == "optimal"
+    assert config.velocity_error == pytest.approx([1.0] * 50, abs=0.35)
+
+
+@pytest.mark.slow
+def test_a_learned_curve_ends_in_the_pipelines_scheduler(tmp_path):
+    pipe = train(small(tmp_path, learned_noise_schedule=True))
+    curve = VDMScheduler.from_pretrained(tmp_path / "pipeline" / "scheduler").curve
+    fixed = VDMScheduler(beta_schedule=pipe.scheduler.config.beta_schedule).curve
+    assert curve.at([0, 999]) == pytest.approx(fixed.at([0, 999]))
+    assert abs(curve.at(300) - fixed.at(300)) > 1  # that of linear betas is no line, and the network starts near one
 
 
 def test_the_latents_that_the_denoiser_sees_have_unit_variance_and_no_mean(trained):
