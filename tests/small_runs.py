@@ -76,13 +76,14 @@ def write_dataset(folder: Path, num_train: int = 48, num_heldout: int = 16, colu
 
 
 def conditional(dataset: Path) -> dict[str, object]:
-    """Settings of a small run that uses all that a dataset of responses allows."""
+    """Settings of a small run in which all is drawn or learned that may be."""
     return {
         "dataset": str(dataset),
         "response_column": "response",
         "response_dropout": 0.2,
         "response_masking": 0.5,
         "random_half_turn": True,
+        "learned_noise_schedule": True,
         "num_train_designs": None,
     }
 

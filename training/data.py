@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from datasets import Dataset as HFDataset
 from datasets import Image as ImageFeature
-from datasets import IterableDataset, get_dataset_split_names, load_dataset
+from datasets import IterableDataset, load_dataset
 from mechdiffusers.microstructures import random_composites, response_meaning
 from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.samples import checked_samples
@@ -86,30 +86,34 @@ def load_designs(config: TrainingConfig) -> Designs:
     meaning = None if config.response_column is None else _meaning(rows, config)
     if heldout_rows is not None and meaning is not None and _meaning(heldout_rows, config) != meaning:
         raise ValueError(f"all responses must have one meaning, got {config.dataset!r} with another one in its heldout")
-    num = config.num_heldout_designs
-    if heldout_rows is not None or isinstance(rows, IterableDataset):
-        samples = islice(checked_samples(rows if heldout_rows is None else heldout_rows, config, meaning), num)
-        heldout = _stacked(tqdm(samples, total=num, desc="reading held-out designs", unit="design"))
-        if len(heldout[0]) < num:
-            raise ValueError(
-                f"dataset must have more than the {num} designs to hold out, got {len(heldout[0])} "
-                f"from {config.dataset!r}"
-            )
-        if isinstance(rows, IterableDataset):
-            assert config.num_train_designs is not None  # TrainingConfig has checked it
-            rows = (rows.skip(num) if heldout_rows is None else rows).take(config.num_train_designs)
-            rows = rows.shuffle(seed=config.seed, buffer_size=_SHUFFLE_BUFFER)
-            return Designs(
-                _Stream(rows, config, meaning, heldout[0].shape[1:]), *heldout, config.num_train_designs, meaning
-            )
-    shape = None if heldout_rows is None else heldout[0].shape[1:]
-    samples = checked_samples(rows, config, meaning, shape)
+    if isinstance(rows, IterableDataset):
+        assert config.num_train_designs is not None  # TrainingConfig has checked it
+        heldout = _first(rows if heldout_rows is None else heldout_rows, config, meaning)
+        others = rows.skip(config.num_heldout_designs) if heldout_rows is None else rows
+        shuffled = others.take(config.num_train_designs).shuffle(seed=config.seed, buffer_size=_SHUFFLE_BUFFER)
+        stream = _Stream(shuffled, config, meaning, heldout[0].shape[1:])
+        return Designs(stream, *heldout, config.num_train_designs, meaning)
+    samples = checked_samples(rows, config, meaning)
     everything = _stacked(tqdm(samples, total=len(rows), desc="reading designs", unit="design"))
     if heldout_rows is None:
         return _split(everything, config, np.random.default_rng(config.seed).permutation(len(rows)), meaning)
     _check_enough(len(rows), config.num_train_designs or 1, config)
-    train = tuple(part[: config.num_train_designs] for part in everything)
-    return Designs(TensorDataset(*train), *heldout, len(train[0]), meaning)
+    heldout = _first(heldout_rows, config, meaning, everything[0].shape[1:])
+    images, responses = (part[: config.num_train_designs] for part in everything)
+    return Designs(TensorDataset(images, responses), *heldout, len(images), meaning)
+
+
+def _first(
+    rows: Any, config: TrainingConfig, meaning: dict[str, Any] | None, shape: torch.Size | None = None
+) -> tuple[Tensor, Tensor]:
+    """The designs to hold out, the first of rows, and their responses."""
+    num = config.num_heldout_designs
+    images, responses = _stacked(islice(checked_samples(rows, config, meaning, shape), num))
+    if len(images) < num:
+        raise ValueError(
+            f"dataset must have more than the {num} designs to hold out, got {len(images)} from {config.dataset!r}"
+        )
+    return images, responses
 
 
 def _split(
@@ -120,8 +124,9 @@ def _split(
     _check_enough(len(order), wanted, config)
     end = None if config.num_train_designs is None else wanted
     heldout, train = order[: config.num_heldout_designs], order[config.num_heldout_designs : end]
+    images, responses = samples
     return Designs(
-        TensorDataset(*(part[train] for part in samples)), *(part[heldout] for part in samples), len(train), meaning
+        TensorDataset(images[train], responses[train]), images[heldout], responses[heldout], len(train), meaning
     )
 
 
@@ -165,11 +170,8 @@ def _rows(config: TrainingConfig) -> tuple[Any, Any]:
         files, split = {"train": str(path)}, "train"
     source: dict[str, Any] = {"path": "parquet", "data_files": files} if files else {"path": config.dataset}
     try:
-        names = files or get_dataset_split_names(config.dataset)
-        rows, heldout = (
-            load_dataset(**source, split=name, streaming=config.streaming) if name == split or name in names else None
-            for name in (split, _HELDOUT_SPLIT)
-        )
+        splits = load_dataset(**source, streaming=config.streaming)
+        rows, heldout = splits[split], None if split == _HELDOUT_SPLIT else splits.get(_HELDOUT_SPLIT)
     except Exception as error:  # datasets raises many kinds, all of them meaning that there is no such data
         raise ValueError(
             f"dataset must be 'random_composites', a folder of images or of parquet files, a parquet file or a dataset "

@@ -66,7 +66,7 @@ class LatentDenoiser(nn.Module):
         if config.learned_noise_schedule:
             ends = self.process.curve.at([0, len(self.process) - 1])
             self.noise_schedule = MonotoneNoiseSchedule(*map(float, ends))
-            self.process.curve = _LearnedCurve(self.noise_schedule, len(self.process) - 1)  # type: ignore[assignment]
+            self.process.curve = _LearnedCurve(self.noise_schedule, len(self.process) - 1)
 
     def forward(self, latents: Tensor, noise: Tensor, times: Tensor, response: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r"""What the noisy latents of a batch cost.

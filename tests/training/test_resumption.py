@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 import signal
+import time
 
 import datasets
 import pytest
@@ -13,7 +14,7 @@ from mechdiffusers.training import checkpoints
 from mechdiffusers.training.checkpoints import BestWeights
 from mechdiffusers.training.train import train
 from safetensors.torch import load_file
-from small_runs import SMALL, assert_same_weights, command_line, finish, small, start, weights
+from small_runs import SCRIPT, SMALL, assert_same_weights, command_line, finish, small, start, weights
 from torch import nn
 
 
@@ -179,6 +180,16 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(trained, tmp_path, monkeypat
     assert names(run) == before
     train(small(run, resume_from_checkpoint="latest"))
     assert_same_weights(run, trained)
+
+
+@pytest.mark.slow
+def test_runs_killed_at_random_moments_end_with_the_weights_of_an_undisturbed_one(tmp_path):
+    """Two of the benchmark, the second killed while it writes a checkpoint; the seed, which a failure shows, is new."""
+    seed = str(time.time_ns())
+    benchmark = SCRIPT.parents[1] / "benchmarks" / "kill_and_resume.py"
+    finish(start([str(benchmark), "--runs", "2", "--seed", seed, "--output", str(tmp_path / "killed.json")]))
+    figures = json.loads((tmp_path / "killed.json").read_text())["figures"]
+    assert (figures["runs"], figures["killed"], figures["identical"]) == (2, 2, 2), (seed, figures)
 
 
 @pytest.mark.slow

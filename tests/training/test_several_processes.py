@@ -23,14 +23,7 @@ from small_runs import (
 
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file"]
 CONFIGS = SCRIPT.parent / "configs" / "accelerate"
-#: Everything that is drawn a sample and everything that is trained beside the networks.
-FIFTY = {
-    "autoencoder_steps": 50,
-    "denoiser_steps": 50,
-    "logging_steps": 1,
-    "checkpointing_steps": 20,
-    "learned_noise_schedule": True,
-}
+FIFTY = {"autoencoder_steps": 50, "denoiser_steps": 50, "logging_steps": 1, "checkpointing_steps": 20}
 
 
 def launch(configuration: str, folder: Path, *more: str, **settings: object):

@@ -13,11 +13,12 @@ import torch
 import yaml
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.pipelines import LatentDDPMPipeline
+from mechdiffusers.schedulers import VDMScheduler
 from mechdiffusers.schedulers.log_snr_curve import alpha_sigma
 from mechdiffusers.training import TrainingConfig, parse_config
 from mechdiffusers.training.autoencoder import LikelihoodAutoencoder, encode_all, measure_latents
 from mechdiffusers.training.denoiser import denoising_loss
-from mechdiffusers.training.latent_bound import latent_nats
+from mechdiffusers.training.latent_bound import autoencoder_nats, latent_nats
 from mechdiffusers.training.latent_denoiser import LatentDenoiser
 from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.train import train
@@ -42,6 +43,22 @@ def test_a_run_leaves_a_pipeline_grids_logs_and_its_settings(trained):
     assert list((trained / "logs").rglob("events*"))
     settings = yaml.safe_load((trained / "config.yaml").read_text())
     assert TrainingConfig(**settings) == small(trained)
+
+
+def test_the_pipelines_scheduler_has_the_error_of_the_denoiser(trained):
+    """Hardly trained, it predicts a velocity of about 0: the error is the velocity's own mean square, 1."""
+    config = LatentDDPMPipeline.from_pretrained(trained / "pipeline").scheduler.config
+    assert config.variance_type == "optimal"
+    assert config.velocity_error == pytest.approx([1.0] * 50, abs=0.35)
+
+
+@pytest.mark.slow
+def test_a_learned_curve_ends_in_the_pipelines_scheduler(tmp_path):
+    pipe = train(small(tmp_path, learned_noise_schedule=True))
+    curve = VDMScheduler.from_pretrained(tmp_path / "pipeline" / "scheduler").curve
+    fixed = VDMScheduler(beta_schedule=pipe.scheduler.config.beta_schedule).curve
+    assert curve.at([0, 999]) == pytest.approx(fixed.at([0, 999]))
+    assert abs(curve.at(300) - fixed.at(300)) > 1  # that of linear betas is no line, and the network starts near one
 
 
 def test_the_latents_that_the_denoiser_sees_have_unit_variance_and_no_mean(trained):
@@ -238,6 +255,26 @@ def test_the_bound_of_an_exact_denoiser_is_the_log_density(prediction_type, lear
     _, nats, _ = denoiser(latents, noise, randomness.stratified(num), torch.empty(num, 0, 0))
     bound = latent_nats(denoiser.process, latents, nats)
     assert bound == pytest.approx(4 * -math.log(2 * math.pi * math.e) / 2, abs=4 * nats.std().item() / math.sqrt(num))
+
+
+def test_under_the_priors_log_density_of_the_latents_the_whole_bound_is_the_autoencoders():
+    """Reconstruction + entropy + E_q[log N(z; 0, 1)] = reconstruction - KL; and a scale s adds log s a dimension."""
+    autoencoder = LikelihoodAutoencoder(small(Path("unused")), (8, 8))
+    images = torch.rand(300, 1, 8, 8, generator=torch.manual_seed(0)).round()
+    designs = torch.utils.data.TensorDataset((images * 255).to(torch.uint8), torch.empty(300, 0, 0))
+    moments = encode_all(autoencoder.vae, designs, torch.device("cpu"), 300)[0][:, 0]
+
+    def nats() -> float:
+        return autoencoder_nats(autoencoder.vae, moments, images, "bernoulli", None, StepRandomness(("test",)))
+
+    with torch.no_grad():
+        reconstruction, kl, _ = autoencoder(images, StepRandomness(("test",)).normal(300, 2, 4, 4))
+    mean, logvar = moments.double().chunk(2, dim=1)
+    log_prior = -(math.log(2 * math.pi) + mean.square() + logvar.exp()).flatten(1).sum(1).mean().item() / 2
+    assert nats() + log_prior == pytest.approx((reconstruction - kl).mean().item(), abs=1e-4)
+    unscaled = nats()
+    autoencoder.vae.register_to_config(scaling_factor=3.0)
+    assert nats() - unscaled == pytest.approx(32 * math.log(3))
 
 
 def test_the_denoiser_is_conditioned_on_the_null_token_and_learns_it():
