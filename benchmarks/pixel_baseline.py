@@ -10,7 +10,9 @@ steps and at 20 DDIM steps, without guidance. What is trained and simulated is k
 """
 
 import argparse
+import json
 import math
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,8 @@ from mechdiffusers.models import ResponseEncoder
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.schedulers import stock_scheduler
 from record import record
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from tqdm.auto import tqdm
@@ -88,20 +92,22 @@ def trained(pipe: LatentDDPMPipeline, arguments: Any) -> tuple[nn.Module, nn.Mod
     unet = UNet2DConditionModel.from_config(config).to(arguments.device, memory_format=torch.channels_last)
     encoder = ResponseEncoder.from_config(pipe.response_encoder.config).to(arguments.device)
     both = nn.ModuleList([unet, encoder])
-    file = arguments.run_dir / "weights.pt"
+    file = arguments.run_dir / "weights.safetensors"
     if not file.exists():
         arguments.run_dir.mkdir(parents=True, exist_ok=True)
-        state = train(both, stock_scheduler("ddpm", pipe.scheduler.config), arguments)
-        torch.save(state, file.with_suffix(".unfinished"))
-        file.with_suffix(".unfinished").rename(file)
-    state = torch.load(file, weights_only=True)
-    both.load_state_dict(state["weights"])
+        training = train(both, stock_scheduler("ddpm", pipe.scheduler.config), arguments)
+        unfinished = file.with_name(f".unfinished-{file.name}")
+        save_file(both.state_dict(), unfinished, metadata={"training": json.dumps(training)})
+        os.replace(unfinished, file)
+    with safe_open(file, "pt") as stored:
+        both.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
+        training = json.loads(stored.metadata()["training"])
     parameters = {"pixel": count(both), "latent": count(pipe.unet) + count(pipe.response_encoder) + count(pipe.vae)}
-    return unet.eval(), encoder.eval(), {**state["training"], "parameters": parameters}
+    return unet.eval(), encoder.eval(), {**training, "parameters": parameters}
 
 
 def train(both: nn.ModuleList, scheduler: Any, arguments: Any) -> dict[str, Any]:
-    """Trains for the given time; returns the averaged weights."""
+    """Trains for the given time, to the averaged weights; returns what it took."""
     unet, encoder = both
     rows = load_split(arguments.dataset, "train")
     response = torch.from_numpy(stored_responses(rows)).float()
@@ -140,10 +146,7 @@ def train(both: nn.ModuleList, scheduler: Any, arguments: Any) -> dict[str, Any]
             spent = now
     average.copy_to(both.parameters())
     last = float(np.mean(losses[-max(1, steps // 10) :]))
-    return {
-        "weights": both.state_dict(),
-        "training": {"minutes": spent * arguments.minutes, "steps": steps, "last_loss": last},
-    }
+    return {"minutes": spent * arguments.minutes, "steps": steps, "last_loss": last}
 
 
 def aim(scheduler: Any, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
