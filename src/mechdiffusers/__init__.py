@@ -7,6 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mechdiffusers.evaluation import (
+        TargetRange,
+        VerificationReport,
+        nearest_training_designs,
+        response_error,
+        verify,
+    )
     from mechdiffusers.mechanics import SimulationResult, simulate
     from mechdiffusers.microstructures import (
         build_dataset,
@@ -27,12 +34,17 @@ _ROOMS = {
     "ProbabilityFlowScheduler": "mechdiffusers.schedulers",
     "ResponseEncoder": "mechdiffusers.models",
     "SimulationResult": "mechdiffusers.mechanics",
+    "TargetRange": "mechdiffusers.evaluation",
     "VDMScheduler": "mechdiffusers.schedulers",
+    "VerificationReport": "mechdiffusers.evaluation",
     "build_dataset": "mechdiffusers.microstructures",
     "load_mechanical_mnist": "mechdiffusers.microstructures",
+    "nearest_training_designs": "mechdiffusers.evaluation",
     "random_composites": "mechdiffusers.microstructures",
+    "response_error": "mechdiffusers.evaluation",
     "response_meaning": "mechdiffusers.microstructures",
     "simulate": "mechdiffusers.mechanics",
+    "verify": "mechdiffusers.evaluation",
 }
 
 __all__ = [
@@ -42,13 +54,18 @@ __all__ = [
     "ProbabilityFlowScheduler",
     "ResponseEncoder",
     "SimulationResult",
+    "TargetRange",
     "VDMScheduler",
+    "VerificationReport",
     "__version__",
     "build_dataset",
     "load_mechanical_mnist",
+    "nearest_training_designs",
     "random_composites",
+    "response_error",
     "response_meaning",
     "simulate",
+    "verify",
 ]
 
 

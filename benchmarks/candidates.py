@@ -1,0 +1,73 @@
+"""Candidates for targets and their errors by finite elements, kept in a run folder so that nothing is done twice."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from datasets import Dataset
+from mechdiffusers.evaluation import response_error
+from mechdiffusers.microstructures.build_dataset.columns import grey_levels
+from mechdiffusers.microstructures.build_dataset.parts import compute_by_parts
+
+
+def load_split(folder: Path, split: str) -> Dataset:
+    """One of the files of a dataset of responses."""
+    return Dataset(pq.read_table(folder / f"{split}.parquet"))
+
+
+def fingerprint(checkpoint: Path) -> str:
+    """Of a checkpoint's files, so that no run takes the designs of another."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in checkpoint.rglob("*") if path.suffix in (".safetensors", ".json")):
+        digest.update(str(path.relative_to(checkpoint)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def kept(folder: Path, recipe: list[Any], make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The designs that ``make`` gives; they are read where those of the same recipe were made before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"designs-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]}.npz"
+    if not path.exists():
+        unfinished = path.with_name(f".unfinished-{path.name}")
+        np.savez_compressed(unfinished, grey_levels(make()))
+        os.replace(unfinished, path)
+    levels = np.load(path)["arr_0"]
+    return levels.astype(np.float32) / (1 if levels.dtype == bool else 255)
+
+
+def errors_of(
+    designs: np.ndarray, targets: np.ndarray, meaning: dict[str, Any], folder: Path, device: str | None = None
+) -> np.ndarray:
+    """Errors by finite elements, shape ``(T, n)``, of designs ``(T n, H, W)`` for targets ``(T, L, S)``.
+
+    Parts of 16 designs are kept in ``folder``: after a kill the same call goes on where it was.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    response = compute_by_parts(grey_levels(designs), meaning, folder, device, progress=True)
+    per_target = len(designs) // len(targets)
+    return response_error(response, np.repeat(targets, per_target, axis=0)).reshape(len(targets), per_target)
+
+
+def summary(errors: np.ndarray) -> dict[str, Any]:
+    """Single designs and the best of each target, in per cent, with the standard error over targets."""
+    best = np.nanmin(errors, axis=1)
+    single = np.nanmean(errors, axis=1)
+    return {
+        "targets": len(errors),
+        "designs_a_target": errors.shape[1],
+        "single_percent": percent(single),
+        "best_percent": percent(best),
+        "best_median_percent": 100 * float(np.median(best)),
+        "unsolved": int(np.isnan(errors).sum()),
+    }
+
+
+def percent(values: np.ndarray) -> dict[str, float]:
+    """Mean and its standard error."""
+    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return {"mean": 100 * float(values.mean()), "standard_error": 100 * float(error)}

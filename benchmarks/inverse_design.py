@@ -1,0 +1,147 @@
+"""How near do designs come to held-out targets? Everything by finite elements, beside retrieval.
+
+    python benchmarks/inverse_design.py checkpoints/composites-32 --dataset data/composites-32
+
+The targets are the responses of held-out designs. Best of 8 on 256 of them takes 2,048 simulations, best of 64 on 32
+another 2,048, the autoencoder up to 256: hours on two cores, kept in --run_dir, so that the same command goes on after
+an interruption. The time from a target to eight verified designs is measured at the end, with nothing kept.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from candidates import errors_of, fingerprint, kept, load_split, percent, summary
+from mechdiffusers.evaluation import (
+    diversity,
+    nearest_training_designs,
+    novelty,
+    stiff_connectivity,
+    stored_designs,
+    stored_responses,
+    verify,
+)
+from mechdiffusers.evaluation.design import designs_for
+from mechdiffusers.microstructures import response_meaning
+from mechdiffusers.pipelines import LatentDDPMPipeline
+from mechdiffusers.schedulers import STOCK_SCHEDULERS, stock_scheduler
+from record import record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--dataset", type=Path, default=Path("data/composites-32"))
+    parser.add_argument("--num_targets", type=int, default=256)
+    parser.add_argument("--num_designs", type=int, default=8)
+    parser.add_argument("--num_targets_many", type=int, default=32, help="0 leaves the many candidates out")
+    parser.add_argument("--num_designs_many", type=int, default=64)
+    parser.add_argument("--num_timed", type=int, default=3, help="targets whose designs are timed")
+    parser.add_argument("--scheduler", choices=STOCK_SCHEDULERS, default="dpmsolver++")
+    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--guidance_scale", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--run_dir", type=Path, default=Path("runs/inverse_design"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/inverse_design.json"))
+    arguments = parser.parse_args()
+
+    train, heldout = load_split(arguments.dataset, "train"), load_split(arguments.dataset, "heldout")
+    meaning = response_meaning(heldout)
+    stored = stored_responses(heldout)
+    rows = np.flatnonzero(np.isfinite(stored).all((1, 2)))[: arguments.num_targets]
+    targets, originals = stored[rows], stored_designs(heldout.select(rows))
+    training_designs = stored_designs(train)
+
+    pipe = LatentDDPMPipeline.from_pretrained(arguments.checkpoint).to(arguments.device)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = stock_scheduler(arguments.scheduler, pipe.scheduler.config)
+    options = {"num_inference_steps": arguments.num_inference_steps, "guidance_scale": arguments.guidance_scale}
+    recipe = [fingerprint(arguments.checkpoint), arguments.scheduler, options, arguments.seed, rows.tolist()]
+
+    def candidates(num_targets: int, num_designs: int) -> tuple[np.ndarray, dict[str, Any]]:
+        designs = kept(
+            arguments.run_dir,
+            [*recipe, num_targets, num_designs],
+            lambda: designs_for(
+                pipe, targets[:num_targets], num_designs, seed=arguments.seed, progress=True, **options
+            ),
+        )
+        folder = arguments.run_dir / "responses"
+        return designs, summary(errors_of(designs, targets[:num_targets], meaning, folder, arguments.device))
+
+    designs, figures = candidates(len(targets), arguments.num_designs)
+    nearest = nearest_training_designs(targets, train, arguments.num_designs)
+    figures = {
+        "designs": figures,
+        "retrieval": {"training_designs": len(train), **summary(nearest.error)},
+        "novelty": {
+            "designs": float(novelty(designs, training_designs).mean()),
+            "heldout_designs": float(novelty(originals, training_designs).mean()),
+        },
+        "diversity_within_a_target": {
+            "designs": mean_diversity(designs.reshape(len(targets), -1, *designs.shape[1:])),
+            "retrieved": mean_diversity(nearest.designs),
+        },
+        "stiff_connectivity": {
+            "designs": float(np.nanmean(stiff_connectivity(designs))),
+            "heldout_designs": float(np.nanmean(stiff_connectivity(originals))),
+        },
+        "autoencoder": autoencoder(pipe, originals, targets, meaning, arguments),
+        "scheduler": arguments.scheduler,
+        **options,
+    }
+    if arguments.num_targets_many:
+        _, figures["many_designs"] = candidates(
+            min(arguments.num_targets_many, len(targets)), arguments.num_designs_many
+        )
+    if arguments.num_timed:
+        figures["from_target_to_verified"] = timed(pipe, targets[: arguments.num_timed], meaning, arguments, options)
+    record(figures, arguments.output)
+
+
+def mean_diversity(groups: np.ndarray) -> float | None:
+    """Mean over targets of the diversity of the designs ``(T, n, H, W)`` of each."""
+    return float(np.mean([diversity(group) for group in groups])) if groups.shape[1] > 1 else None
+
+
+def autoencoder(
+    pipe: LatentDDPMPipeline, designs: np.ndarray, targets: np.ndarray, meaning: dict[str, Any], arguments: Any
+) -> dict[str, Any]:
+    """Error of designs behind the autoencoder; what comes out unchanged has none and is not simulated."""
+    batches = torch.from_numpy(designs).split(256)
+    decoded = np.concatenate([pipe.decode(pipe.encode(batch), output_type="np")[..., 0] for batch in batches])
+    changed = (decoded != designs).any((1, 2))
+    errors = np.zeros(len(designs))
+    if changed.any():
+        folder = arguments.run_dir / "responses"
+        errors[changed] = errors_of(decoded[changed], targets[changed], meaning, folder, arguments.device)[:, 0]
+    return {
+        "error_percent": percent(errors),
+        "worst_percent": 100 * float(errors.max()),
+        "unchanged": float(1 - changed.mean()),
+        "pixels_reconstructed": float((decoded == designs).mean()),
+    }
+
+
+def timed(
+    pipe: LatentDDPMPipeline, targets: np.ndarray, meaning: dict[str, Any], arguments: Any, options: dict[str, Any]
+) -> dict[str, float]:
+    """Seconds from one target to its verified designs, the mean over targets, after one call to warm up."""
+    designs_for(pipe, targets[:1], 1, **options)
+    seconds = {"generation": 0.0, "verification": 0.0}
+    for target in targets:
+        start = time.perf_counter()
+        designs = designs_for(pipe, target[None], arguments.num_designs, seed=arguments.seed + 1, **options)
+        middle = time.perf_counter()
+        verify(designs, target, meaning, device=arguments.device)
+        seconds["generation"] += (middle - start) / len(targets)
+        seconds["verification"] += (time.perf_counter() - middle) / len(targets)
+    return {"designs": arguments.num_designs, **seconds, "seconds": sum(seconds.values())}
+
+
+if __name__ == "__main__":
+    main()

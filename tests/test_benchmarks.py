@@ -1,0 +1,82 @@
+"""The benchmarks of inverse design run, and go on where they were, on a model of random weights."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mechdiffusers.evaluation import stored_responses
+from mechdiffusers.microstructures import build_dataset, random_composites, response_meaning
+from mechdiffusers.models import ResponseEncoder
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def folder(make_pipeline, tmp_path):
+    """A checkpoint with random weights and a dataset of designs of 8 x 8 pixels."""
+    designs, _ = random_composites(60, size=8)
+    options = {"load_cases": ("uniaxial_extension", "shear"), "strains": [0.1, 0.2, 0.3], "element_order": 1}
+    (tmp_path / "data").mkdir()
+    build_dataset(designs[:20], output=tmp_path / "data" / "heldout.parquet", progress=False, **options)
+    train = build_dataset(designs[20:], output=tmp_path / "data" / "train.parquet", progress=False, **options)
+    pipe, stored = make_pipeline(conditional=True), stored_responses(train)
+    mean, std = stored.mean(0).tolist(), stored.std(0).tolist()
+    pipe.register_modules(response_encoder=ResponseEncoder(6, 8, meaning=response_meaning(train), mean=mean, std=std))
+    pipe.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path
+
+
+def run(folder: Path, script: str, *arguments: str, checkpoint: bool = True) -> dict:
+    """What a benchmark records."""
+    command = [sys.executable, str(BENCHMARKS / script), *(["checkpoint"] if checkpoint else [])]
+    command += ["--dataset", "data", "--output", "figures.json", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "figures.json").read_text())["figures"]
+
+
+@pytest.mark.slow
+def test_inverse_design_is_measured_and_nothing_is_computed_twice(folder):
+    quick = ["--num_targets", "5", "--num_designs", "3", "--num_targets_many", "2", "--num_designs_many", "4"]
+    quick += ["--num_inference_steps", "2", "--num_timed", "1"]
+    first = run(folder, "inverse_design.py", *quick)
+    files = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.np*")}
+    second = run(folder, "inverse_design.py", *quick)
+    assert {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.np*")} == files
+    assert first.pop("from_target_to_verified")["seconds"] > 0
+    second.pop("from_target_to_verified")
+    assert first == second
+    assert first["designs"]["designs_a_target"] == 3
+    assert first["many_designs"]["designs_a_target"] == 4
+    assert first["retrieval"]["best_percent"]["mean"] < first["retrieval"]["single_percent"]["mean"]
+
+
+@pytest.mark.slow
+def test_sweeps_have_a_point_for_each_setting(folder):
+    quick = ["--num_targets", "2", "--num_designs", "2", "--steps", "2", "3", "--num_inference_steps", "2"]
+    quick += ["--guidance_scales", "1", "2", "--trained_on", "20=checkpoint", "--figure", "sweeps.png"]
+    figures = run(folder, "inverse_design_sweeps.py", *quick)
+    assert {"vdm", "probability-flow", "predictor-corrector", "ddpm"} <= figures["steps"].keys()
+    assert all(found.keys() == {"2", "3"} for found in figures["steps"].values())
+    assert figures["guidance_scale"].keys() == {"1.0", "2.0"}
+    assert (folder / "sweeps.png").exists()
+
+
+@pytest.mark.slow
+def test_the_pixel_baseline_is_trained_and_measured_beside_the_latent_model(folder):
+    quick = ["--minutes", "0.02", "--num_targets", "1", "--num_designs", "2", "--batch_size", "4"]
+    quick += ["--ancestral_steps", "4", "--ddim_steps", "2"]
+    figures = run(folder, "pixel_baseline.py", *quick)
+    assert figures["pixel_training"]["steps"] >= 1
+    for model in ("latent", "pixel"):
+        for sampler in ("4 ancestral steps", "2 DDIM steps"):
+            assert figures[f"{model}, {sampler}"]["designs_a_target"] == 2
+
+
+@pytest.mark.slow
+def test_the_characteristic_of_out_of_range_targets_is_recorded(folder):
+    figures = run(folder, "out_of_range.py", "--figure", "roc.png", checkpoint=False)
+    assert figures["negative hardening"]["area"] > 0.5
+    assert (folder / "roc.png").exists()
