@@ -212,22 +212,21 @@ def _direction(cell: Cell, work: _Iterate) -> Tensor:
 def _factorise(cell: Cell, displacement: Tensor, modulus: Tensor) -> tuple[Factor, Tensor]:
     """A positive definite tangent, shifted where it has to be, and where that was.
 
-    It only leads the way, so single precision serves, at half the cost. What that finds indefinite may be so by
-    rounding.
+    It only leads the way, so single precision serves, at half the cost; what is indefinite by rounding alone is shifted
+    as well.
     """
     state = cell.elements.state(displacement)
-    factor = cell.solver.factorise(cell.elements.stiffness(state, modulus, torch.float32))
-    shifted = torch.zeros_like(factor.definite)
-    for shift in (0.0, *SHIFTS):
-        bad = (~factor.definite).nonzero()[:, 0]
+    stiffness = cell.elements.stiffness(state, modulus, torch.float32)
+    factor = cell.solver.factorise(stiffness)
+    shifted = ~factor.definite
+    bad = shifted.nonzero()[:, 0]
+    if len(bad):
+        unloaded = cell.elements.stiffness(cell.elements.state(0 * displacement), modulus, torch.float32)
+    for shift in SHIFTS:
         if not len(bad):
             break
-        here, unloaded = (
-            cell.elements.stiffness(cell.elements.state(place), modulus[bad])
-            for place in (displacement[bad], torch.zeros_like(displacement[bad]))
-        )
-        factor[bad] = cell.solver.factorise(here + shift * unloaded)
-        shifted[bad] = shift > 0
+        factor[bad] = cell.solver.factorise(stiffness[bad] + shift * unloaded[bad])
+        bad = (~factor.definite).nonzero()[:, 0]
     return factor, shifted
 
 
