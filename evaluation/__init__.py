@@ -2,6 +2,11 @@
 
 from mechdiffusers.evaluation.analytic_denoisers import GaussianMixture, two_moons
 from mechdiffusers.evaluation.novelty import diversity, novelty, stiff_connectivity
+from mechdiffusers.evaluation.out_of_distribution import (
+    DESIGN_FAMILIES,
+    StatisticsDistance,
+    receiver_operating_characteristic,
+)
 from mechdiffusers.evaluation.response import (
     NearestDesigns,
     nearest_training_designs,
@@ -21,10 +26,12 @@ from mechdiffusers.evaluation.target_range import OutOfRangeWarning, RangeCheck,
 from mechdiffusers.evaluation.verify import VerificationReport, verify
 
 __all__ = [
+    "DESIGN_FAMILIES",
     "GaussianMixture",
     "NearestDesigns",
     "OutOfRangeWarning",
     "RangeCheck",
+    "StatisticsDistance",
     "TargetRange",
     "VerificationReport",
     "bootstrap_interval",
@@ -32,6 +39,7 @@ __all__ = [
     "diversity",
     "nearest_training_designs",
     "novelty",
+    "receiver_operating_characteristic",
     "response_error",
     "sliced_wasserstein_distance",
     "stiff_connectivity",

@@ -178,11 +178,11 @@ def _weighted(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor | floa
 
 
 class FlowLikelihood(NamedTuple):
-    """Log-density of latents by the probability flow, in nats; every field has shape ``(B,)``.
+    r"""Log-density of latents by the probability flow, in nats; every field has shape ``(B,)``.
 
     Args:
         noise_log_density: Log-density of the noise that the latents flow to.
-        volume_change: What the flow's divergence and the scale :math:`z = x / \\alpha` add to it.
+        volume_change: What the flow's divergence and the scale :math:`z = x / \alpha` add to it.
         discretization_error: Distance to the value of half the steps, or of ten times the tolerance.
         probe_error: Standard error of the estimated divergence over its probes, zero where it is exact.
     """

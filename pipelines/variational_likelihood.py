@@ -190,7 +190,7 @@ def _last_step(velocity_error: Tensor, latents: Tensor, log_snr: Tensor) -> Tens
 
 
 def _mean_velocity_error(velocity: Tensor, latents: Tensor, noise: Tensor, log_snr: Tensor) -> Tensor:
-    r""":math:`\|v - \hat v\|^2`, where :math:`\|v\|^2` is replaced by its mean: the same on average, with less noise."""
+    r""":math:`\|v - \hat v\|^2`, where :math:`\|v\|^2` is replaced by its mean: as large on average, less noisy."""
     alpha, sigma = _alpha_sigma(log_snr, latents)
     part = (velocity * (velocity - 2 * (alpha * noise - sigma * latents))).flatten(1).sum(1)
     return part + _mean_velocity(latents, log_snr)

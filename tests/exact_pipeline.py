@@ -46,7 +46,7 @@ class Denoiser(torch.nn.Module):
 
 
 class LinearAutoencoder(torch.nn.Module):
-    """Images (B, 1, 1, D) have the posterior N(share x + shift, std^2); the decoder's output is ``gain`` times the code."""
+    """The posterior of images (B, 1, 1, D) is N(share x + 0.1, std^2), the decoder's output ``gain`` times the code."""
 
     dtype, device = torch.float64, torch.device("cpu")
 

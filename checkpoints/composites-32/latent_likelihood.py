@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
 __all__ = [
+    "AutoencoderLikelihood",
     "DecoderLikelihood",
     "check_decoder_likelihood",
     "decoder_log_prob",
@@ -137,3 +138,48 @@ def most_likely_images(decoded: Tensor, likelihood: DecoderLikelihood, scale: Te
     candidates = torch.stack([torch.zeros_like(decoded), nearest, torch.ones_like(decoded)])
     log_probs = torch.stack([decoder_log_prob(decoded, image, likelihood, scale) for image in candidates])
     return candidates.gather(0, log_probs.argmax(0, keepdim=True))[0]
+
+
+class AutoencoderLikelihood:
+    """The part of a latent diffusion pipeline that is about its autoencoder as a latent-variable model."""
+
+    vae: Any
+    config: Any
+    _execution_device: Any
+
+    @property
+    def _latent_shape(self) -> tuple[int, int, int]:
+        return (self.vae.config.latent_channels, *latent_size(self.vae))
+
+    @property
+    def _shift(self) -> float:
+        return self.vae.config.shift_factor or 0.0
+
+    def _check_mass(self, pixels: Tensor) -> None:
+        """Raises a ``ValueError`` unless the decoder gives a probability to pixels in [0, 1]."""
+        check_decoder_likelihood(self.config.decoder_likelihood, self.config.decoder_scale)
+        levels = 1 if self.config.decoder_likelihood == "bernoulli" else _LEVELS
+        if ((pixels * levels).round() - pixels * levels).abs().max() > 1e-3:
+            accepted = "0 or 1" if levels == 1 else "multiples of 1/255"
+            raise ValueError(
+                f"images must have pixels of {accepted}, to which alone a {self.config.decoder_likelihood} decoder "
+                "gives a probability, got others"
+            )
+
+    def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents of pixels, float64: those of the codes, shifted and scaled."""
+        posterior = posterior_of(self.vae, pixels.to(self._execution_device, self.vae.dtype))
+        if posterior.deterministic or not (posterior.std > 0).all():
+            raise ValueError(
+                "vae must have a posterior of positive variance for a likelihood of images, got a deterministic one: "
+                "only score, to_noise and from_noise are possible"
+            )
+        scale = self.vae.config.scaling_factor
+        return (posterior.mean.double() - self._shift) * scale, posterior.std.double() * abs(scale)
+
+    def _log_prob_given(self, latents: Tensor, pixels: Tensor) -> Tensor:
+        """Log-probability of pixels given latents, shape (B,), nats, float64."""
+        codes = latents / self.vae.config.scaling_factor + self._shift
+        decoded = decoder_output(self.vae, codes.to(self.vae.dtype)).double()
+        likelihood, scale = self.config.decoder_likelihood, self.config.decoder_scale
+        return decoder_log_prob(decoded, pixels.to(decoded), likelihood, scale).flatten(1).sum(1)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .hub_checkpoint import HubCheckpoint
 from .latent_likelihood import (
+    AutoencoderLikelihood,
     check_decoder_likelihood,
     decoder_output,
     image_size,
@@ -30,14 +31,18 @@ from .latent_likelihood import (
     posterior_of,
 )
 from .portable_checkpoint import PortableCheckpoint
+from .probability_flow import ProbabilityFlow
 from .response_conditioning import Guidance, prepare_response
+from .variational_likelihood import VariationalLikelihood
 
 __all__ = ["LatentDDPMPipeline"]
 
 _OUTPUT_TYPES = ("pil", "np", "pt")
 
 
-class LatentDDPMPipeline(HubCheckpoint, PortableCheckpoint):
+class LatentDDPMPipeline(
+    VariationalLikelihood, ProbabilityFlow, AutoencoderLikelihood, HubCheckpoint, PortableCheckpoint
+):
     r"""Generates microstructures with a diffusion model of an autoencoder's latents.
 
     Images are single-channel, in [0, 1]: PIL images, numpy ``(B, H, W, C)``, torch ``(B, C, H, W)``, or designs
@@ -281,10 +286,6 @@ class LatentDDPMPipeline(HubCheckpoint, PortableCheckpoint):
         weights = torch.linspace(0, 1, num, dtype=ends[0].dtype, device=ends[0].device)[:, None, None, None]
         return self.decode(torch.lerp(ends[0], ends[1], weights), output_type=output_type)
 
-    @property
-    def _shift(self) -> float:
-        return self.vae.config.shift_factor or 0.0
-
     def _prepare_images(self, images: PipelineImageInput) -> Tensor:
         """Images as float32 pixels (B, 1, H, W) in [0, 1], checked."""
         if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim not in (3, 4):
@@ -298,6 +299,12 @@ class LatentDDPMPipeline(HubCheckpoint, PortableCheckpoint):
         if not ((pixels >= 0) & (pixels <= 1)).all():  # also false for NaN
             raise ValueError("images must lie in [0, 1] and hold no NaN")
         return pixels
+
+    def _response_tokens(self, response: Tensor | np.ndarray | None, num: int) -> Tensor:
+        """What the denoiser attends to, for ``num`` samples."""
+        if response is not None and len(response) != num:
+            raise ValueError(f"response must be one for each of {num} samples, got {len(response)}")
+        return self.response_encoder(prepare_response(response, num, self.response_encoder).to(self._execution_device))
 
     def _check_variance_preserving(self, scheduler: Any) -> None:
         name, config = type(scheduler).__name__, scheduler.config

@@ -1,0 +1,483 @@
+r"""How likely images are: the evidence lower bound of a latent diffusion model, and its importance-weighted sharpening.
+
+.. math:: \log p(x) \ge E_q[\log p(x \mid z)] + H[q(z \mid x)] + E_q[\log p_\theta(z)],
+
+all in the space of the latents that the diffusion works in. :math:`\log p_\theta(z)` is one of three models', which are
+never mixed: the continuous-time process (bounded below by one integral over the log-SNR; Kingma et al. 2021, section
+4.1), the scheduler's own ancestral chain (bounded below by a sum over its steps; Luo 2022, "Variational Diffusion
+Models"), or the probability flow (a value; see its own file). The first two end in a last draw
+:math:`p(z \mid z_0) = N(\hat x_0(z_0), \sigma_0^2 / \alpha_0^2)`, at the noise that is left at timestep 0.
+
+This file travels inside checkpoints: it imports torch, numpy and diffusers alone.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from torch import Tensor
+from torch.nn.functional import softplus
+
+__all__ = ["LikelihoodOutput", "VariationalLikelihood", "ancestral_terms", "continuous_terms"]
+
+logger = logging.getLogger(__name__)
+
+#: The priors each method can take, its own first.
+_PRIORS = {
+    "elbo": ("continuous", "ancestral", "standard_normal"),
+    "iwae": ("ancestral", "flow", "standard_normal"),
+    "ode": ("flow",),
+}
+_NUM_STEPS = {"continuous": 16, "flow": 8}
+_VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large")
+#: Numbers in the largest tensor of a batch, whichever of pixels and latents it holds.
+_ENTRIES_A_BATCH = 2**17
+#: Nats a latent dimension above which a value is not to be relied on.
+_LARGE_ERROR = 0.01
+
+#: Draws standard normal numbers, or uniform ones, of a shape for each row, float64.
+Draw = Callable[..., Tensor]
+
+
+@dataclass
+class LikelihoodOutput(BaseOutput):
+    """Log-likelihoods, each with its error.
+
+    Args:
+        log_likelihood (`torch.Tensor`):
+            Log-probability of each image or a lower bound of it, in nats, shape ``(B,)``, float64.
+        bits_per_dim (`torch.Tensor`):
+            The same as a cost in bits a pixel, shape ``(B,)``.
+        terms (`dict[str, torch.Tensor]`):
+            What it is the sum of, by name, in nats, each of shape ``(B,)``.
+        error (`torch.Tensor`):
+            Estimated error in nats, shape ``(B,)``: the standard error over the draws and the flow's own error. Of one
+            draw only the noise levels' or the flow's is known; NaN where there is neither.
+        is_lower_bound (`bool`):
+            Whether the expected value is below the log-likelihood. A flow whose error exceeds 0.01 nats a latent
+            dimension may lie above.
+        effective_sample_size (`torch.Tensor`, *optional*):
+            Of the importance weights, between 1 and ``num_samples``, shape ``(B,)``; for ``"iwae"``.
+    """
+
+    log_likelihood: Tensor
+    bits_per_dim: Tensor
+    terms: dict[str, Tensor]
+    error: Tensor
+    is_lower_bound: bool
+    effective_sample_size: Tensor | None = None
+
+
+def continuous_terms(diffusion: Any, latents: Tensor, num_levels: int, draw: Draw) -> tuple[dict[str, Tensor], Tensor]:
+    r"""One draw of the continuous-time bound on the log-density of latents.
+
+    .. math:: \log p_\theta(z) \ge E[\log p(z \mid z_0)] - KL(q(z_1 \mid z) \| N(0, I))
+        - \tfrac12 \int E\|\epsilon - \hat\epsilon\|^2 d\lambda
+
+    (Kingma et al. 2021, section 4.1). The log-SNR is drawn in equal strata with one offset a latent (their appendix on
+    low-variance sampling). As :math:`\epsilon - \hat\epsilon = \alpha (v - \hat v)`, the part of :math:`\|v\|^2` is
+    integrated in closed form, and only :math:`\alpha^2 (\|\hat v\|^2 - 2 v \cdot \hat v)`, which the network has a say
+    in, is drawn: without it the bound is that of a standard normal prior.
+
+    Args:
+        diffusion: Denoiser and noise schedule.
+        latents: Shape ``(B, *)``, float64.
+        num_levels: Number of log-SNRs for each.
+        draw: Source of random numbers.
+
+    Returns:
+        The terms ``"last_step"``, ``"diffusion"`` and ``"noise_prior"``, and the standard error of their sum from the
+        spread over the levels, NaN for one.
+
+    References:
+        | Variational Diffusion Models (Kingma et al., 2021)
+        | https://arxiv.org/abs/2107.00630
+    """
+    high, low = diffusion.ends
+    offset = draw()
+    drawn = []
+    for level in range(num_levels):
+        log_snr = high + (low - high) * (level + offset) / num_levels
+        alpha, sigma = _alpha_sigma(log_snr, latents)
+        noise = draw(latents.shape[1:])
+        z = alpha * latents + sigma * noise
+        error = _mean_velocity_error(diffusion.velocity(z, log_snr), latents, noise, log_snr)
+        drawn.append(torch.sigmoid(log_snr) * (error - _mean_velocity(latents, log_snr)))
+    share = -(high - low) / 2 * torch.stack(drawn, dim=1)
+    ends = torch.tensor([high, low], dtype=torch.float64, device=latents.device)
+    signal = torch.sigmoid(ends)[:, None]
+    # of alpha^2 times the mean of |v|^2, by the log-SNR
+    antiderivative = latents[0].numel() * (softplus(ends)[:, None] - signal) + signal * _squared_norm(latents)
+    first = ends[:1].expand(len(latents))
+    alpha, sigma = _alpha_sigma(first, latents)
+    noise = draw(latents.shape[1:])
+    velocity = diffusion.velocity(alpha * latents + sigma * noise, first)
+    terms = {
+        "last_step": _last_step(_mean_velocity_error(velocity, latents, noise, first), latents, ends[0]),
+        "diffusion": share.mean(1) - (antiderivative[0] - antiderivative[1]) / 2,
+        "noise_prior": -_noise_divergence(latents, ends[1]),
+    }
+    return terms, share.std(1) / num_levels**0.5
+
+
+def ancestral_terms(
+    diffusion: Any, latents: Tensor, timesteps: Tensor, variance_type: str, draw: Draw, sampled: bool = False
+) -> dict[str, Tensor]:
+    r"""One draw of the bound on the log-density of latents under an ancestral chain, or of its whole path's log-weight.
+
+    The path :math:`z_T, \dots, z_0` is drawn from :math:`q(\cdot \mid z)`, noise first. Its log-weight is
+    :math:`\log p(z \mid z_0) + \sum \log p(z_s \mid z_t) / q(z_s \mid z_t, z) + \log p(z_T) / q(z_T \mid z)`, whose
+    exponential has the mean :math:`p_\theta(z)` exactly. In the bound each ratio's mean, minus a Kullback-Leibler
+    divergence of Gaussians, takes its place (Luo 2022, "Variational Diffusion Models").
+
+    Args:
+        diffusion: Denoiser and noise schedule.
+        latents: Shape ``(B, *)``, float64.
+        timesteps: The chain's, falling; behind the last the latents are drawn.
+        variance_type: ``"fixed_small"`` or ``"fixed_large"``, as in ``DDPMScheduler``.
+        draw: Source of random numbers.
+        sampled: Whether to take the ratios as drawn instead of their means.
+
+    Returns:
+        The terms ``"last_step"``, ``"diffusion"`` and ``"noise_prior"``.
+    """
+    levels = diffusion.log_snr(timesteps.to(latents.device))
+    dims = latents[0].numel()
+    alpha, sigma = _alpha_sigma(levels[:1], latents)
+    noise = draw(latents.shape[1:])
+    z = alpha * latents + sigma * noise
+    if sampled:
+        noise_prior = (_squared_norm(noise) - _squared_norm(z)) / 2 + dims * sigma.log().flatten()
+    else:
+        noise_prior = -_noise_divergence(latents, levels[0])
+    ratios = torch.zeros_like(noise_prior)
+    for level_t, level_s in zip(levels, [*levels[1:], None], strict=True):
+        alpha_t, sigma_t = _alpha_sigma(level_t[None], latents)
+        velocity = diffusion.velocity(z, level_t.expand(len(z)))
+        noise = (z - alpha_t * latents) / sigma_t
+        error = _squared_norm(velocity - alpha_t * noise + sigma_t * latents)
+        if not sampled:
+            error = _mean_velocity_error(velocity, latents, noise, level_t)
+        if level_s is None:
+            break
+        alpha_s, sigma_s = _alpha_sigma(level_s[None], latents)
+        c = -torch.expm1(level_t - level_s)
+        variance = sigma_s.square().squeeze() * c
+        model_variance = variance
+        if variance_type == "fixed_large":
+            model_variance = 1 - (alpha_t / alpha_s).square().squeeze()
+        pull = alpha_s * c
+        draws = draw(latents.shape[1:])
+        if sampled:  # shift: from the mean of q(z_s | z_t, z) to that of p(z_s | z_t)
+            shift = pull * (alpha_t * z - sigma_t * velocity - latents)
+            excess = _squared_norm(variance.sqrt() * draws - shift) / model_variance - _squared_norm(draws)
+        else:
+            excess = (dims * variance + (pull * sigma_t).square().squeeze() * error) / model_variance - dims
+        ratios = ratios - (dims * torch.log(model_variance / variance) + excess) / 2
+        z = alpha_s / alpha_t * (1 - c) * z + pull * latents + variance.sqrt() * draws
+    return {"last_step": _last_step(error, latents, levels[-1]), "diffusion": ratios, "noise_prior": noise_prior}
+
+
+def _last_step(velocity_error: Tensor, latents: Tensor, log_snr: Tensor) -> Tensor:
+    r""":math:`\log p(z \mid z_0)`: the error of :math:`\hat x_0` is :math:`\sigma_0` times that of the velocity."""
+    alpha_squared = torch.sigmoid(log_snr)
+    return -(alpha_squared * velocity_error + latents[0].numel() * (math.log(2 * math.pi) - log_snr)) / 2
+
+
+def _mean_velocity_error(velocity: Tensor, latents: Tensor, noise: Tensor, log_snr: Tensor) -> Tensor:
+    r""":math:`\|v - \hat v\|^2`, where :math:`\|v\|^2` is replaced by its mean: as large on average, less noisy."""
+    alpha, sigma = _alpha_sigma(log_snr, latents)
+    part = (velocity * (velocity - 2 * (alpha * noise - sigma * latents))).flatten(1).sum(1)
+    return part + _mean_velocity(latents, log_snr)
+
+
+def _mean_velocity(latents: Tensor, log_snr: Tensor) -> Tensor:
+    r"""Mean over the noise of :math:`\|v\|^2 = \|\alpha \epsilon - \sigma z\|^2`."""
+    return torch.sigmoid(log_snr) * latents[0].numel() + torch.sigmoid(-log_snr) * _squared_norm(latents)
+
+
+def _noise_divergence(latents: Tensor, log_snr: Tensor) -> Tensor:
+    r""":math:`KL(q(z_T \mid z) \| N(0, I))`."""
+    alpha_squared, sigma_squared = torch.sigmoid(log_snr), torch.sigmoid(-log_snr)
+    dims = latents[0].numel()
+    return (alpha_squared * _squared_norm(latents) + dims * (sigma_squared - 1 - sigma_squared.log())) / 2
+
+
+def _squared_norm(x: Tensor) -> Tensor:
+    return x.square().flatten(1).sum(1)
+
+
+def _alpha_sigma(log_snr: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    log_snr = log_snr.reshape(-1, *(1,) * (like.ndim - 1))
+    return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+
+
+class VariationalLikelihood(DiffusionPipeline):
+    """The part of a latent diffusion pipeline that says how likely images are."""
+
+    @torch.no_grad()
+    def log_likelihood(
+        self,
+        images: Any,
+        method: str = "elbo",
+        num_samples: int = 1,
+        prior: str | None = None,
+        num_steps: int | None = None,
+        num_probes: int = 8,
+        tolerance: float | None = None,
+        response: Any = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        batch_size: int | None = None,
+        return_dict: bool = True,
+    ) -> LikelihoodOutput | tuple:
+        r"""Log-likelihood of images under the whole model, autoencoder and diffusion, each with its error.
+
+        Args:
+            images: Images of the checkpoint's size, see the class; of 0 and 1 alone for a Bernoulli decoder.
+            method (`str`, defaults to `"elbo"`):
+                ``"elbo"``: evidence lower bound. ``"iwae"``: its importance-weighted sharpening (Burda et al. 2016),
+                which rises with ``num_samples`` to the log-likelihood. ``"ode"``: evidence lower bound of the
+                autoencoder with the probability flow as its prior.
+            num_samples (`int`, defaults to 1):
+                Draws from the posterior for each image.
+            prior (`str`, *optional*):
+                Model of the latents. For ``"elbo"`` ``"continuous"`` (default), the continuous-time process, or
+                ``"ancestral"``, the scheduler's own chain of ``DDPMScheduler`` or ``VDMScheduler``. For ``"iwae"``
+                ``"ancestral"`` (default), by the weights of whole paths, or ``"flow"``, with an exact trace. For both
+                ``"standard_normal"``, the autoencoder's own N(0, I) instead of the diffusion. ``"ode"`` has ``"flow"``.
+            num_steps (`int`, *optional*):
+                ``"continuous"``: noise levels for each draw, by default 16. ``"ancestral"``: steps of the chain, by
+                default all of the scheduler's. ``"flow"``: Runge-Kutta steps of four evaluations each, by default 8.
+            num_probes (`int`, defaults to 8):
+                Probes of the flow's divergence; as many as a latent has entries, or more, make it exact.
+            tolerance (`float`, *optional*):
+                Error of a step of an adaptive method for ``"flow"``, instead of ``num_steps``.
+            response (`torch.Tensor` or `np.ndarray`, *optional*):
+                Condition, shape ``(B, L, S)``, NaN where open: the likelihood given these responses.
+            generator (`torch.Generator` or a list of them, *optional*):
+                Source of all random numbers. A list has one for each image.
+            batch_size (`int`, *optional*):
+                Draws in memory at once; by default as many as suit the size of the images.
+            return_dict (`bool`, defaults to `True`):
+                Whether to return a [`LikelihoodOutput`] instead of a tuple of its fields.
+
+        Returns:
+            [`LikelihoodOutput`].
+
+        Raises:
+            ValueError: If the images have another size or range, or the decoder gives them no probability, the
+                autoencoder is deterministic, the scheduler or the method cannot give the prior, or an argument is out
+                of range.
+
+        Example:
+            >>> output = pipe.log_likelihood(designs, method="ode")  # doctest: +SKIP
+            >>> output.bits_per_dim.mean(), output.error.max()  # doctest: +SKIP
+
+        References:
+            | Importance Weighted Autoencoders (Burda et al., 2016)
+            | https://arxiv.org/abs/1509.00519
+        """
+        prior = _checked_prior(method, prior)
+        self._check_scheduler()
+        pixels = self._prepare_images(images)
+        self._check_mass(pixels)
+        dims, num_pixels = math.prod(self._latent_shape), pixels[0].numel()
+        self._check_counts(prior, num_samples=num_samples, batch_size=batch_size, num_steps=num_steps)
+        evaluate = self._prior_terms(prior, method, num_steps, num_probes, tolerance)
+        seeds = _row_seeds(generator, len(pixels), num_samples)
+        tokens = self._response_tokens(response, len(pixels))
+        device = self._execution_device
+
+        rows = torch.arange(len(pixels)).repeat_interleave(num_samples)
+        chunks: list[dict[str, Tensor]] = []
+        size = batch_size or max(1, _ENTRIES_A_BATCH // max(dims, num_pixels))
+        for chunk in self.progress_bar(torch.arange(len(rows)).split(size)):
+            draw = _source([torch.Generator().manual_seed(seeds[row]) for row in chunk.tolist()], device)
+            images_of = rows[chunk]
+            of = pixels[images_of].to(device)
+            mean, std = self._posterior(of)
+            noise = draw(mean.shape[1:])
+            latents = mean + std * noise
+            spread = _squared_norm(noise) if method == "iwae" else dims  # minus log q, as drawn or its mean
+            terms = {
+                "reconstruction": self._log_prob_given(latents, of),
+                "entropy": std.log().flatten(1).sum(1) + (dims * math.log(2 * math.pi) + spread) / 2,
+                **evaluate(self._continuous_diffusion(tokens[images_of.to(device)]), latents, draw),
+            }
+            chunks.append({name: value.cpu() for name, value in terms.items()})
+        values = {name: torch.cat([c[name] for c in chunks]).reshape(-1, num_samples) for name in chunks[0]}
+        self.maybe_free_model_hooks()
+        output = _summary(values, method, dims, num_pixels)
+        return output if return_dict else output.to_tuple()
+
+    def _prior_terms(
+        self, prior: str, method: str, num_steps: int | None, num_probes: int, tolerance: float | None
+    ) -> Callable[[Any, Tensor, Draw], dict[str, Tensor]]:
+        """What gives the terms of the latents' log-density; those that begin with an underscore are errors."""
+        steps = num_steps or _NUM_STEPS.get(prior, 0)
+        dims = math.prod(self._latent_shape)
+        if tolerance is not None and prior != "flow":
+            raise ValueError(
+                f"tolerance must be None for the {prior!r} prior, which solves no equation, got {tolerance!r}"
+            )
+        if prior == "standard_normal":
+            scale = self.vae.config.scaling_factor
+
+            def standard_normal(diffusion: Any, latents: Tensor, draw: Draw) -> dict[str, Tensor]:
+                codes = latents / scale + self._shift
+                constant = math.log(2 * math.pi) + 2 * math.log(abs(scale))
+                return {"prior": -(_squared_norm(codes) + dims * constant) / 2}
+
+            return standard_normal
+        if prior == "continuous":
+
+            def continuous(diffusion: Any, latents: Tensor, draw: Draw) -> dict[str, Tensor]:
+                terms, error = continuous_terms(diffusion, latents, steps, draw)
+                return {**terms, "_level_error": error}
+
+            return continuous
+        if prior == "ancestral":
+            timesteps, variance_type = self._chain(num_steps)
+            sampled = method == "iwae"
+            return lambda diffusion, latents, draw: ancestral_terms(
+                diffusion, latents, timesteps, variance_type, draw, sampled
+            )
+        self._check_solver(steps, tolerance)
+        is_exact = num_probes >= dims
+        if num_probes < 2 and not is_exact:
+            raise ValueError(f"num_probes must be an integer of at least 2, got {num_probes!r}")
+        if method == "iwae" and not is_exact:
+            raise ValueError(
+                f"num_probes must be at least the {dims} entries of a latent for 'iwae' with the 'flow' prior, since "
+                f"an estimated trace would lift it above the log-likelihood, got {num_probes}; or take "
+                "prior='ancestral'"
+            )
+
+        def flow(diffusion: Any, latents: Tensor, draw: Draw) -> dict[str, Tensor]:
+            probes = None if is_exact else draw((num_probes, dims)).sign()
+            value = self._flow_log_density(diffusion, latents, probes, steps, tolerance)
+            return {
+                "noise_log_density": value.noise_log_density,
+                "volume_change": value.volume_change,
+                "_discretization_error": value.discretization_error,
+                "_probe_error": value.probe_error,
+            }
+
+        return flow
+
+    def _chain(self, num_steps: int | None) -> tuple[Tensor, str]:
+        """The timesteps of the scheduler's ancestral chain and its variance type."""
+        variance_type = self.scheduler.config.get("variance_type")
+        if variance_type not in _VARIANCE_TYPES:
+            raise ValueError(
+                f"scheduler must have an ancestral chain of variance_type {_VARIANCE_TYPES} for the 'ancestral' prior, "
+                f"such as DDPMScheduler, got {type(self.scheduler).__name__} with {variance_type!r}; possible are "
+                "method='elbo' with prior='continuous' and method='ode'"
+            )
+        if num_steps is None:
+            return torch.arange(len(self.scheduler.alphas_cumprod)).flip(0), variance_type
+        self.scheduler.set_timesteps(num_steps)
+        return self.scheduler.timesteps.cpu(), variance_type
+
+    @staticmethod
+    def _check_counts(prior: str, **counts: int | None) -> None:
+        for name, count in counts.items():
+            if count is None and name != "num_samples":
+                continue
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
+        if prior == "standard_normal" and counts["num_steps"] is not None:
+            raise ValueError(f"num_steps must be None for the 'standard_normal' prior, got {counts['num_steps']!r}")
+
+
+def _checked_prior(method: str, prior: str | None) -> str:
+    if method not in _PRIORS:
+        raise ValueError(f"method must be one of {tuple(_PRIORS)}, got {method!r}")
+    if prior is None:
+        return _PRIORS[method][0]
+    if prior not in _PRIORS[method]:
+        possible = [name for name, priors in _PRIORS.items() if prior in priors]
+        raise ValueError(
+            f"prior must be one of {_PRIORS[method]} for method {method!r}, got {prior!r}, which is for {possible}"
+        )
+    return prior
+
+
+def _row_seeds(generator: torch.Generator | list[torch.Generator] | None, num: int, num_samples: int) -> list[int]:
+    """A seed for each draw of each image: the first draws do not depend on how many draws or images follow."""
+
+    def seeds(source: torch.Generator | None, count: int) -> list[int]:
+        device = "cpu" if source is None else source.device
+        return torch.randint(2**62, (count,), generator=source, device=device).tolist()
+
+    if isinstance(generator, list):
+        if len(generator) != num:
+            raise ValueError(f"generator must be one or a list of {num}, one an image, got {len(generator)}")
+        return [seed for source in generator for seed in seeds(source, num_samples)]
+    images = [torch.Generator().manual_seed(seed) for seed in seeds(generator, num)]
+    return [seed for source in images for seed in seeds(source, num_samples)]
+
+
+def _source(generators: list[torch.Generator], device: Any) -> Draw:
+    def draw(shape: tuple[int, ...] | None = None) -> Tensor:
+        """Standard normal numbers of a shape for each generator; without a shape, one uniform number."""
+        if shape is None:
+            values = [torch.rand((), generator=generator, dtype=torch.float64) for generator in generators]
+        else:
+            values = [torch.randn(shape, generator=generator, dtype=torch.float64) for generator in generators]
+        return torch.stack(values).to(device)
+
+    return draw
+
+
+def _summary(values: dict[str, Tensor], method: str, dims: int, num_pixels: int) -> LikelihoodOutput:
+    """The output for terms and errors of every draw, each (B, K)."""
+    errors = {name: values.pop(name) for name in list(values) if name.startswith("_")}
+    terms = {name: value.mean(1) for name, value in values.items()}
+    total = torch.stack(list(values.values())).sum(0)
+    num_samples = total.shape[1]
+    effective = None
+    if method == "iwae":
+        log_weights = torch.log_softmax(total, dim=1)
+        effective = torch.exp(-torch.logsumexp(2 * log_weights, dim=1))
+        value = torch.logsumexp(total, dim=1) - math.log(num_samples)
+        terms["importance_gain"] = value - total.mean(1)
+        # the delta method: relative standard error of the mean weight
+        error = (1 / effective - 1 / num_samples).clamp(min=0).sqrt()
+    else:
+        value = total.mean(1)
+        error = total.std(1) / num_samples**0.5
+    if num_samples == 1:  # the spread over draws is unknown, and so is the error unless something else tells of it
+        known = torch.zeros_like(value) if "_discretization_error" in errors else torch.full_like(value, torch.nan)
+        error = errors["_level_error"][:, 0] if "_level_error" in errors else known
+    converged = True
+    if "_discretization_error" in errors:
+        discretization = errors["_discretization_error"].mean(1)
+        probe = errors["_probe_error"].square().sum(1).sqrt() / num_samples
+        flow_error = (discretization.square() + probe.square()).sqrt()
+        error = (error.square() + flow_error.square()).sqrt()
+        converged = bool((flow_error <= _LARGE_ERROR * dims).all())
+        if not converged:
+            logger.warning(
+                "The flow's log-density is uncertain by more than %g nats a latent dimension for %d of %d images, by "
+                "%.2g at most, %.2g of it from the steps and %.2g from the probes: raise num_steps or num_probes.",
+                _LARGE_ERROR,
+                int((flow_error > _LARGE_ERROR * dims).sum()),
+                len(value),
+                flow_error.max().item() / dims,
+                discretization.max().item() / dims,
+                probe.max().item() / dims,
+            )
+    return LikelihoodOutput(
+        log_likelihood=value,
+        bits_per_dim=-value / (num_pixels * math.log(2)),
+        terms=terms,
+        error=error,
+        is_lower_bound=converged,
+        effective_sample_size=effective,
+    )
