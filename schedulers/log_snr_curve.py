@@ -279,8 +279,9 @@ class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
         elif spacing == "leading":
             grid = np.arange(num)[::-1] * (len(self) // num) + self.config.steps_offset
         else:
-            grid = np.round(np.arange(len(self), 0, -len(self) / num)) - 1
-        return np.clip(grid, 0, last).astype(np.float32).astype(np.float64)
+            grid = np.round(len(self) - len(self) / num * np.arange(num)) - 1
+        grid = np.clip(grid, 0, last).astype(np.float32).astype(np.float64)
+        return np.unique(grid)[::-1]  # an offset may move two timesteps to the last one
 
     def _place(self, timestep: float | Tensor, model_output: Tensor, sample: Tensor) -> int:
         """The place of a timestep in ``self.timesteps``."""
@@ -316,10 +317,10 @@ def _curve(config: Any) -> LogSnrCurve:
     kind = config.log_snr
     if isinstance(num, bool) or not isinstance(num, int) or num < 2:
         raise ValueError(f"num_train_timesteps must be an integer of at least 2, got {num!r}")
-    if kind == "betas":
-        return LogSnrCurve(_log_snr_of_betas(config), num)
     if not isinstance(kind, str):
         return LogSnrCurve(kind, num)
+    if kind == "betas":
+        return LogSnrCurve(_log_snr_of_betas(config), num)
     _check_one_of("log_snr", kind, ("betas", "linear", "cosine"))
     ends = tuple(config.log_snr_range)
     if len(ends) != 2 or not math.inf > ends[0] > ends[1] > -math.inf:

@@ -196,6 +196,27 @@ def test_a_grid_of_ones_own_is_taken(cls, options):
     assert scheduler.num_inference_steps == 2
 
 
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing", "log_snr"])
+def test_a_spacing_gives_as_many_timesteps_as_are_asked_for(spacing):
+    scheduler = VDMScheduler(timestep_spacing=spacing)
+    for num in range(1, 1001):
+        scheduler.set_timesteps(num)
+        assert len(scheduler.timesteps) == num
+        assert (scheduler.timesteps.diff() < 0).all()
+
+
+def test_no_timestep_comes_twice_where_an_offset_leaves_the_range():
+    scheduler = ProbabilityFlowScheduler(solver="adams_bashforth", steps_offset=1)
+    scheduler.set_timesteps(1000)
+    assert scheduler.timesteps.tolist() == list(range(999, 0, -1))
+
+
+def test_a_table_may_be_an_array():
+    assert torch.equal(
+        VDMScheduler(log_snr=np.array([3.0, -3.0])).alphas_cumprod, VDMScheduler(log_snr=[3.0, -3.0]).alphas_cumprod
+    )
+
+
 def test_optimised_timesteps_stand_in_the_configuration(tmp_path):
     steps = {"3": {"timesteps": [990.0, 400.5, 30.0]}}
     scheduler = ProbabilityFlowScheduler(solver="euler", optimized_steps=steps)
@@ -324,6 +345,7 @@ def test_bad_curves_are_named(cls, options, message):
         (ProbabilityFlowScheduler, {"solver": "rk45"}, r"solver must be one of \('euler', 'heun', 'rk4'"),
         (ProbabilityFlowScheduler, {"final_sigmas_type": "one"}, "final_sigmas_type must be one of"),
         (ProbabilityFlowScheduler, {"s_churn": -1.0}, "s_churn must be a non-negative number, got -1.0"),
+        (ProbabilityFlowScheduler, {"s_churn": 1.0, "solver": "adams_bashforth"}, "s_churn must be 0 with solver='ad"),
         (ProbabilityFlowScheduler, {"optimized_steps": {"2": {"timesteps": [3.0]}}}, "optimized_steps must have 2 "),
         (
             ProbabilityFlowScheduler,
