@@ -101,6 +101,41 @@ def test_the_way_back_to_a_stock_scheduler_keeps_the_noise_schedule(cls):
     assert DDPMScheduler.from_config(ours.config).config.beta_schedule == "sigmoid"
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("log_snr", ["linear", "cosine", [9.0, 2.0, -5.5]])
+def test_the_stock_idiom_hands_any_curve_on_and_takes_it_back(cls, log_snr, tmp_path):
+    ours = cls(log_snr=log_snr, rescale_betas_zero_snr=True)
+    ours.save_pretrained(tmp_path)
+    for config in (ours.config, cls.from_pretrained(tmp_path).config):
+        stock = DDPMScheduler.from_config(config)
+        torch.testing.assert_close(stock.alphas_cumprod, ours.alphas_cumprod, rtol=1e-5, atol=1e-6)
+        assert stock.config.clip_sample is False
+        assert torch.equal(cls.from_config(stock.config).alphas_cumprod, ours.alphas_cumprod)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("options", [{}, {"clip_sample": True}, {"clip_sample": False}])
+def test_clipping_is_never_taken_over_from_stock_whether_saved_or_not(cls, options, tmp_path):
+    stock = DDPMScheduler(**options)
+    stock.save_pretrained(tmp_path)
+    for config in (stock.config, DDPMScheduler.from_pretrained(tmp_path).config):
+        assert cls.from_config(config).config.clip_sample is False
+        clipping = cls.from_config(config, clip_sample=True)
+        assert clipping.config.clip_sample is True
+        clipping.save_pretrained(tmp_path / "ours")
+        for ours in (clipping, cls.from_pretrained(tmp_path / "ours")):
+            assert cls.from_config(ours.config).config.clip_sample is True
+
+
+def test_our_classes_pass_each_others_options_on_in_silence(caplog):
+    vdm = VDMScheduler(velocity_error=[0.2, 0.1], variance_type="optimal")
+    flow = ProbabilityFlowScheduler.from_config(vdm.config, solver="rk4")
+    again = VDMScheduler.from_config(PredictorCorrectorScheduler.from_config(flow.config).config)
+    assert not caplog.records
+    assert (again.config.variance_type, again.config.velocity_error) == ("optimal", [0.2, 0.1])
+    assert ProbabilityFlowScheduler.from_config(again.config).config.solver == "rk4"
+
+
 @pytest.mark.parametrize(("cls", "options"), VARIANTS)
 @pytest.mark.parametrize("log_snr", ["cosine", [9.0, 2.0, -5.5]])
 def test_a_saved_scheduler_comes_back_and_steps_alike(cls, options, log_snr, tmp_path):
