@@ -7,7 +7,8 @@ densities reads
     \frac{d \log p(y)}{d\varsigma} = -\nabla_y \cdot \hat\epsilon
 
 (Song et al. 2021, section 4.3, in the variables of Karras et al. 2022, section 3; Luo 2022, "Score-based Generative
-Models"). An Euler step of it is a step of DDIM. A Runge-Kutta method is data, a :class:`Tableau`; a new one costs three
+Models"). An Euler step of it is a step of DDIM without clipping, to the next timestep and at last to clean data
+(``set_alpha_to_one``). A Runge-Kutta method is data, a :class:`Tableau`; a new one costs three
 lines. The Adams-Bashforth method integrates the polynomial in :math:`\lambda = -2 \log \varsigma` through the slopes of
 the last steps instead (Zhang & Chen 2023, section 3.3), one evaluation a step.
 
