@@ -50,7 +50,7 @@ class MonotoneNoiseSchedule(ModelMixin, ConfigMixin):
         super().__init__()
         if not log_snr_min < log_snr_max:
             raise ValueError(f"log_snr_min must be below log_snr_max={log_snr_max!r}, got {log_snr_min!r}")
-        # a line at first: the sigmoids together weigh a tenth of it
+        # near a line at first: the sigmoids together weigh less than half of it
         self.log_slope = nn.Parameter(torch.tensor(1.0))
         self.log_heights = nn.Parameter(torch.full((hidden_dim,), -4.0))
         self.log_steepness = nn.Parameter(torch.full((hidden_dim,), float(hidden_dim) / 3))

@@ -73,8 +73,15 @@ class NoisyLatentPredictor(ModelMixin, ConfigMixin):
 
         Returns:
             Shape ``(B,)``, nats; less its mean over a batch is the loss to train by.
+
+        Raises:
+            ValueError: If ``target`` has another shape.
         """
         mean, log_variance = self(latents, timesteps)
+        if target.shape not in (mean.shape, mean.shape[1:]):
+            raise ValueError(
+                f"target must have shape {tuple(mean.shape)} or {tuple(mean.shape[1:])}, got {tuple(target.shape)}"
+            )
         given = ~target.isnan()
         error = torch.where(given, target, 0.0) - mean
         log_density = -(error**2 * torch.exp(-log_variance) + log_variance + math.log(2 * math.pi)) / 2

@@ -40,7 +40,7 @@ def estimate_velocity_error(
         :math:`E\|v - \hat v\|^2 / D` at each of them.
 
     Raises:
-        ValueError: If ``num`` is below 2.
+        ValueError: If ``num`` is below 2, or what the denoiser gives has another shape than the samples.
 
     Example:
         >>> errors = estimate_velocity_error(denoiser, pipe.scheduler, latents)  # doctest: +SKIP
@@ -60,6 +60,9 @@ def estimate_velocity_error(
         noisy = process.add_noise(samples, noise, t)
         alpha, sigma = (float(scale) for scale in alpha_sigma(process.curve(t)))
         (of_sample, of_output), _ = predictions(process.config.prediction_type, alpha, sigma)
-        clean = of_sample * noisy.double() + of_output * denoiser(noisy, t).double()
+        output = denoiser(noisy, t)
+        if output.shape != samples.shape:
+            raise ValueError(f"denoiser must give the samples' shape {tuple(samples.shape)}, got {tuple(output.shape)}")
+        clean = of_sample * noisy.double() + of_output * output.double()
         errors.append(((samples.double() - clean) / sigma).square().mean())
     return torch.stack(errors).tolist()

@@ -45,6 +45,12 @@ NOISE_SCHEDULE = {
     "steps_offset",
     "rescale_betas_zero_snr",
 }
+#: Options of one class of ours that its siblings pass on without a use for them.
+_SOLVER_OPTIONS = {
+    *("variance_type", "velocity_error"),
+    *("solver", "final_sigmas_type", "s_churn", "optimized_steps"),
+    *("predictor", "num_corrector_steps", "corrector_snr"),
+}
 
 
 class LogSnrCurve:
@@ -146,6 +152,9 @@ class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As in diffusers, and the noise schedule is taken over even where it stands at the other class's defaults.
 
+        Clipping, a default of ``DDPMScheduler`` that is wrong for latents, is never taken over from a stock scheduler:
+        ask for it by ``clip_sample=True``.
+
         Args:
             config: Configuration of a variance-preserving scheduler of ours or of diffusers.
             return_unused_kwargs: As in diffusers.
@@ -154,10 +163,16 @@ class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             The scheduler.
         """
-        if isinstance(config, Mapping):
-            dropped = set(config.get("_use_default_values", ())) - NOISE_SCHEDULE
-            config = {**config, "_use_default_values": sorted(dropped)}
-        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        if not isinstance(config, Mapping):
+            return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        defaults = set(config.get("_use_default_values", ())) - NOISE_SCHEDULE
+        config = {key: value for key, value in config.items() if key not in defaults and key != "_use_default_values"}
+        if "log_snr" not in config:
+            config.pop("clip_sample", None)
+        of_siblings = {key: config.pop(key) for key in _SOLVER_OPTIONS - cls._get_init_keys(cls) if key in config}
+        made = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        (made[0] if return_unused_kwargs else made).register_to_config(**of_siblings)
+        return made
 
     def _start_from_config(self) -> None:
         """Checks the common arguments and builds the curve; the first thing a constructor does."""
@@ -165,10 +180,16 @@ class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
         _check_one_of("prediction_type", config.prediction_type, _PREDICTION_TYPES)
         _check_one_of("timestep_spacing", config.timestep_spacing, _SPACINGS)
         self.curve = _curve(config)
+        alphas_squared = alpha_sigma(self.curve.at(np.arange(config.num_train_timesteps)))[0] ** 2
         #: (T,), as in stock schedulers: what a pipeline compares to see whether a scheduler suits its denoiser.
-        self.alphas_cumprod = torch.from_numpy(
-            alpha_sigma(self.curve.at(np.arange(config.num_train_timesteps)))[0] ** 2
-        ).float()
+        self.alphas_cumprod = torch.from_numpy(alphas_squared).float()
+        if not isinstance(config.log_snr, str) or config.log_snr != "betas":
+            # the betas between its integer timesteps, by which a stock scheduler's from_config knows the curve
+            betas = -np.expm1(np.diff(np.log(alphas_squared), prepend=0.0))
+            self.register_to_config(trained_betas=betas.tolist(), rescale_betas_zero_snr=False)
+        # what stands at a default of ours, where another class has another
+        defaults = set(config.get("_use_default_values", ())) - NOISE_SCHEDULE - {"log_snr", "clip_sample"}
+        self.register_to_config(_use_default_values=sorted(defaults))
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(config.num_train_timesteps - 1, -1, -1, dtype=torch.float32)
         self._times: list[float] = []
@@ -279,8 +300,9 @@ class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
         elif spacing == "leading":
             grid = np.arange(num)[::-1] * (len(self) // num) + self.config.steps_offset
         else:
-            grid = np.round(np.arange(len(self), 0, -len(self) / num)) - 1
-        return np.clip(grid, 0, last).astype(np.float32).astype(np.float64)
+            grid = np.round(len(self) - len(self) / num * np.arange(num)) - 1
+        grid = np.clip(grid, 0, last).astype(np.float32).astype(np.float64)
+        return np.unique(grid)[::-1]  # an offset may move two timesteps to the last one
 
     def _place(self, timestep: float | Tensor, model_output: Tensor, sample: Tensor) -> int:
         """The place of a timestep in ``self.timesteps``."""
@@ -316,10 +338,10 @@ def _curve(config: Any) -> LogSnrCurve:
     kind = config.log_snr
     if isinstance(num, bool) or not isinstance(num, int) or num < 2:
         raise ValueError(f"num_train_timesteps must be an integer of at least 2, got {num!r}")
-    if kind == "betas":
-        return LogSnrCurve(_log_snr_of_betas(config), num)
     if not isinstance(kind, str):
         return LogSnrCurve(kind, num)
+    if kind == "betas":
+        return LogSnrCurve(_log_snr_of_betas(config), num)
     _check_one_of("log_snr", kind, ("betas", "linear", "cosine"))
     ends = tuple(config.log_snr_range)
     if len(ends) != 2 or not math.inf > ends[0] > ends[1] > -math.inf:

@@ -7,7 +7,8 @@ densities reads
     \frac{d \log p(y)}{d\varsigma} = -\nabla_y \cdot \hat\epsilon
 
 (Song et al. 2021, section 4.3, in the variables of Karras et al. 2022, section 3; Luo 2022, "Score-based Generative
-Models"). An Euler step of it is a step of DDIM. A Runge-Kutta method is data, a :class:`Tableau`; a new one costs three
+Models"). An Euler step of it is a step of DDIM without clipping, to the next timestep and at last to clean data
+(``set_alpha_to_one``). A Runge-Kutta method is data, a :class:`Tableau`; a new one costs three
 lines. The Adams-Bashforth method integrates the polynomial in :math:`\lambda = -2 \log \varsigma` through the slopes of
 the last steps instead (Zhang & Chen 2023, section 3.3), one evaluation a step.
 
@@ -112,7 +113,7 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
             ``"sigma_min"``: it ends at timestep 0, whose noise is left in, so that the way can be gone back.
         s_churn (`float`, defaults to 0.0):
             Stochastic churn: noise is added before each step but the first, to
-            :math:`1 + \min(\text{s\_churn} / N, \sqrt 2 - 1)` times the noise level.
+            :math:`1 + \min(\text{s\_churn} / N, \sqrt 2 - 1)` times the noise level; for Runge-Kutta methods.
         optimized_steps (`dict[str, dict]`, *optional*):
             Number of timesteps, as a string, to what :func:`mechdiffusers.schedulers.optimize_steps` found for it:
             ``"timesteps"``, which replace ``timestep_spacing`` at that number, and for ``"adams_bashforth"``
@@ -164,6 +165,10 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
             raise ValueError(f"final_sigmas_type must be one of ('zero', 'sigma_min'), got {final_sigmas_type!r}")
         if not 0 <= s_churn < math.inf:
             raise ValueError(f"s_churn must be a non-negative number, got {s_churn!r}")
+        if s_churn > 0 and solver == _ADAMS:
+            raise ValueError(
+                f"s_churn must be 0 with solver={_ADAMS!r}, which needs the slopes of one trajectory, got {s_churn!r}"
+            )
         self.order = 1 if solver == _ADAMS else len(TABLEAUX[solver].stages)  # evaluations a step, as in stock
         for number, steps in (optimized_steps or {}).items():
             grid, weights = self._grid(None, steps.get("timesteps")), steps.get("weights")

@@ -53,7 +53,8 @@ class VDMSchedulerOutput(BaseOutput):
 class VDMScheduler(VariancePreservingScheduler, SchedulerMixin):
     r"""Ancestral sampling of a variational diffusion model in continuous time.
 
-    With a stock beta schedule and stock spacing it takes the steps of ``DDPMScheduler``; timesteps may be fractional.
+    With a stock beta schedule and stock spacing it takes the steps of ``DDPMScheduler``, except that the last one never
+    adds noise, which ``"fixed_large"`` does there unless it ends at timestep 0; timesteps may be fractional.
     Defaults are those of ``DDPMScheduler``, except that nothing is clipped unless ``clip_sample`` is set.
 
     Args:

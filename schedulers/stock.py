@@ -8,7 +8,6 @@ and the prediction type of the configuration it is made from.
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -20,7 +19,6 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from mechdiffusers.schedulers.log_snr_curve import NOISE_SCHEDULE
-from mechdiffusers.schedulers.scheduling_vdm import VDMScheduler
 
 __all__ = ["STOCK_SCHEDULERS", "stock_scheduler"]
 
@@ -44,7 +42,7 @@ def stock_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     Args:
         name: A key of :data:`STOCK_SCHEDULERS`.
         config: Configuration of a variance-preserving scheduler, such as ``pipe.scheduler.config``, of ours too: a
-            log-SNR curve that no stock schedule is goes along as ``trained_betas``.
+            log-SNR curve that no stock schedule is stands in it as ``trained_betas`` too.
 
     Returns:
         A scheduler that does not clip, as latents are unbounded.
@@ -69,9 +67,4 @@ def stock_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     schedule = {key: config[key] for key in NOISE_SCHEDULE if key in config}
     if schedule.get("timestep_spacing") == "log_snr":  # ours alone; this one starts at pure noise too
         schedule["timestep_spacing"] = "trailing"
-    if config.get("log_snr", "betas") != "betas":  # a curve of ours, as the betas between its integer timesteps
-        ours = VDMScheduler.from_config(config, variance_type="fixed_small")
-        alphas_cumprod = torch.sigmoid(ours.curve(torch.arange(len(ours))))
-        previous = torch.cat([torch.ones(1), alphas_cumprod[:-1]])
-        schedule["trained_betas"] = (1 - alphas_cumprod / previous).tolist()
     return scheduler_class.from_config(schedule, **options, **unclipped)

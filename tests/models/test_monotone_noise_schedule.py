@@ -90,8 +90,9 @@ def test_learning_it_lowers_the_measured_variance_of_the_loss_and_leaves_its_mea
         schedule.variance_loss(times, error).backward()
         optimizer.step()
     after = measured_variance(schedule.table())
+    line = measured_variance(torch.linspace(12, -6, 1000, dtype=torch.float64).tolist())
     assert after[0] == pytest.approx(before[0], abs=4.5 * math.sqrt(2 * before[1] / 200_000))
-    assert after[1] < 0.75 * before[1]
+    assert after[1] < min(line[1], before[1]) / 3
 
 
 def test_it_can_be_saved_and_loaded(tmp_path):

@@ -1,5 +1,6 @@
 import math
 
+import pytest
 import torch
 from mechdiffusers.models import NoisyLatentPredictor
 from mechdiffusers.schedulers import VDMScheduler
@@ -40,6 +41,13 @@ def test_its_log_likelihood_is_that_of_a_gaussian_and_open_targets_count_nothing
     torch.testing.assert_close(predictor.log_likelihood(latents, timestep, target), each.sum(1))
     half_open = torch.tensor([0.4, math.nan])
     torch.testing.assert_close(predictor.log_likelihood(latents, timestep, half_open), each[:, 0])
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (1, 2), ()])
+def test_a_target_that_would_be_spread_over_the_batch_is_refused(shape):
+    predictor = NoisyLatentPredictor(in_channels=2, num_targets=2, hidden_dim=8)
+    with pytest.raises(ValueError, match=r"^target must have shape \(3, 2\) or \(2,\), got"):
+        predictor.log_likelihood(torch.zeros(3, 2, 4, 4), torch.tensor(100.0), torch.zeros(shape))
 
 
 def test_it_can_be_saved_and_loaded(tmp_path):

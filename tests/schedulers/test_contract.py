@@ -101,6 +101,41 @@ def test_the_way_back_to_a_stock_scheduler_keeps_the_noise_schedule(cls):
     assert DDPMScheduler.from_config(ours.config).config.beta_schedule == "sigmoid"
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("log_snr", ["linear", "cosine", [9.0, 2.0, -5.5]])
+def test_the_stock_idiom_hands_any_curve_on_and_takes_it_back(cls, log_snr, tmp_path):
+    ours = cls(log_snr=log_snr, rescale_betas_zero_snr=True)
+    ours.save_pretrained(tmp_path)
+    for config in (ours.config, cls.from_pretrained(tmp_path).config):
+        stock = DDPMScheduler.from_config(config)
+        torch.testing.assert_close(stock.alphas_cumprod, ours.alphas_cumprod, rtol=1e-5, atol=1e-6)
+        assert stock.config.clip_sample is False
+        assert torch.equal(cls.from_config(stock.config).alphas_cumprod, ours.alphas_cumprod)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("options", [{}, {"clip_sample": True}, {"clip_sample": False}])
+def test_clipping_is_never_taken_over_from_stock_whether_saved_or_not(cls, options, tmp_path):
+    stock = DDPMScheduler(**options)
+    stock.save_pretrained(tmp_path)
+    for config in (stock.config, DDPMScheduler.from_pretrained(tmp_path).config):
+        assert cls.from_config(config).config.clip_sample is False
+        clipping = cls.from_config(config, clip_sample=True)
+        assert clipping.config.clip_sample is True
+        clipping.save_pretrained(tmp_path / "ours")
+        for ours in (clipping, cls.from_pretrained(tmp_path / "ours")):
+            assert cls.from_config(ours.config).config.clip_sample is True
+
+
+def test_our_classes_pass_each_others_options_on_in_silence(caplog):
+    vdm = VDMScheduler(velocity_error=[0.2, 0.1], variance_type="optimal")
+    flow = ProbabilityFlowScheduler.from_config(vdm.config, solver="rk4")
+    again = VDMScheduler.from_config(PredictorCorrectorScheduler.from_config(flow.config).config)
+    assert not caplog.records
+    assert (again.config.variance_type, again.config.velocity_error) == ("optimal", [0.2, 0.1])
+    assert ProbabilityFlowScheduler.from_config(again.config).config.solver == "rk4"
+
+
 @pytest.mark.parametrize(("cls", "options"), VARIANTS)
 @pytest.mark.parametrize("log_snr", ["cosine", [9.0, 2.0, -5.5]])
 def test_a_saved_scheduler_comes_back_and_steps_alike(cls, options, log_snr, tmp_path):
@@ -194,6 +229,27 @@ def test_a_grid_of_ones_own_is_taken(cls, options):
         assert set(scheduler.timesteps.tolist()) == {900.5, 300.25, 4.0}
     scheduler.set_timesteps(2)
     assert scheduler.num_inference_steps == 2
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing", "log_snr"])
+def test_a_spacing_gives_as_many_timesteps_as_are_asked_for(spacing):
+    scheduler = VDMScheduler(timestep_spacing=spacing)
+    for num in range(1, 1001):
+        scheduler.set_timesteps(num)
+        assert len(scheduler.timesteps) == num
+        assert (scheduler.timesteps.diff() < 0).all()
+
+
+def test_no_timestep_comes_twice_where_an_offset_leaves_the_range():
+    scheduler = ProbabilityFlowScheduler(solver="adams_bashforth", steps_offset=1)
+    scheduler.set_timesteps(1000)
+    assert scheduler.timesteps.tolist() == list(range(999, 0, -1))
+
+
+def test_a_table_may_be_an_array():
+    assert torch.equal(
+        VDMScheduler(log_snr=np.array([3.0, -3.0])).alphas_cumprod, VDMScheduler(log_snr=[3.0, -3.0]).alphas_cumprod
+    )
 
 
 def test_optimised_timesteps_stand_in_the_configuration(tmp_path):
@@ -324,6 +380,7 @@ def test_bad_curves_are_named(cls, options, message):
         (ProbabilityFlowScheduler, {"solver": "rk45"}, r"solver must be one of \('euler', 'heun', 'rk4'"),
         (ProbabilityFlowScheduler, {"final_sigmas_type": "one"}, "final_sigmas_type must be one of"),
         (ProbabilityFlowScheduler, {"s_churn": -1.0}, "s_churn must be a non-negative number, got -1.0"),
+        (ProbabilityFlowScheduler, {"s_churn": 1.0, "solver": "adams_bashforth"}, "s_churn must be 0 with solver='ad"),
         (ProbabilityFlowScheduler, {"optimized_steps": {"2": {"timesteps": [3.0]}}}, "optimized_steps must have 2 "),
         (
             ProbabilityFlowScheduler,

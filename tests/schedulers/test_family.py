@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
+from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler, SchedulerMixin
 from mechdiffusers.evaluation.analytic_denoisers import GaussianMixture, two_moons
 from mechdiffusers.schedulers import (
     STOCK_SCHEDULERS,
@@ -91,8 +91,63 @@ def assert_distributed_as(samples: torch.Tensor, density: GaussianMixture, bias:
 def test_samples_of_an_exact_denoiser_have_the_densitys_moments_and_weights(name, density):
     scheduler, num = make(name)
     scheduler.set_timesteps(num)
-    samples = solve(scheduler, DENSITIES[density], noise(800), torch.Generator().manual_seed(1))
+    # enough of them for noise that is 5 % too small to show
+    samples = solve(
+        scheduler, DENSITIES[density], noise(20_000 if density == "gaussian" else 800), torch.manual_seed(1)
+    )
     assert_distributed_as(samples, DENSITIES[density], bias=0.02)
+
+
+def half_way(scheduler: SchedulerMixin) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-SNR at the sixth and the seventh of twelve timesteps, laid here."""
+    scheduler.set_timesteps(12)
+    levels = scheduler.curve(scheduler.timesteps.unique().flip(0).double())
+    return levels[5], levels[6]
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize(("cls", "options"), [(VDMScheduler, {}), (PredictorCorrectorScheduler, {})])
+def test_an_ancestral_step_draws_from_the_gaussian_of_bayes_rule(cls, options, prediction_type):
+    """q(x_s | x_t, x_0) by the precisions of x_s given x_0 and of x_t given x_s."""
+    scheduler = cls(prediction_type=prediction_type, timestep_spacing="log_snr", **options)
+    later, sooner = half_way(scheduler)
+    alpha_t, alpha_s = torch.sigmoid(later).sqrt(), torch.sigmoid(sooner).sqrt()
+    of_data, ratio = torch.sigmoid(-sooner), alpha_t / alpha_s
+    of_step = torch.sigmoid(-later) - ratio**2 * of_data
+    variance = 1 / (1 / of_data + ratio**2 / of_step)
+    x, draw = noise(64), torch.randn(64, 2, generator=torch.manual_seed(1), dtype=torch.float64)
+    clean = MIXTURE.predict(x, later, "sample")
+    expected = variance * (alpha_s * clean / of_data + ratio * x / of_step) + variance.sqrt() * draw
+    place = 6 * scheduler.order - 1
+    output = MIXTURE.predict(x, later, prediction_type)
+    got = scheduler.step(output, scheduler.timesteps[place], x, generator=torch.manual_seed(1)).prev_sample
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_euler_maruyama_step_is_that_of_the_reverse_equation():
+    r"""dx = [-x / 2 - score] dB + dw over the integral B of beta, where log alpha falls by B / 2."""
+    scheduler = PredictorCorrectorScheduler(predictor="euler_maruyama", timestep_spacing="log_snr")
+    later, sooner = half_way(scheduler)
+    beta = torch.nn.functional.logsigmoid(sooner) - torch.nn.functional.logsigmoid(later)
+    x, draw = noise(64), torch.randn(64, 2, generator=torch.manual_seed(1), dtype=torch.float64)
+    expected = x + (x / 2 + MIXTURE.score(x, later)) * beta + beta.sqrt() * draw
+    output = MIXTURE.predict(x, later)
+    got = scheduler.step(output, scheduler.timesteps[11], x, generator=torch.manual_seed(1)).prev_sample
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("corrector_snr", [0.1, 0.3])
+def test_the_langevin_corrector_settles_at_its_own_stationary_variance(corrector_snr):
+    """On noisy data N(0, S) its step is a linear recursion, with the variance S / (1 - r^2 sigma^2 / S) for ever."""
+    scheduler = PredictorCorrectorScheduler(corrector_snr=corrector_snr, timestep_spacing="log_snr")
+    log_snr, _ = half_way(scheduler)
+    spread = 0.5 * torch.sigmoid(log_snr) + torch.sigmoid(-log_snr)
+    exact = spread / (1 - corrector_snr**2 * torch.sigmoid(-log_snr) / spread)
+    x, generator = exact.sqrt() * noise(20_000), torch.manual_seed(1)
+    for _ in range(100):
+        output = torch.sigmoid(-log_snr).sqrt() * x / spread
+        x = scheduler.step(output, scheduler.timesteps[10], x, generator=generator).prev_sample
+    assert x.var().item() == pytest.approx(exact.item(), rel=4.5 * math.sqrt(2 / x.numel()))
 
 
 def test_annealed_langevin_dynamics_alone_finds_the_density():
@@ -115,32 +170,62 @@ def test_the_four_prediction_types_take_the_same_steps(name):
         torch.testing.assert_close(end, ends[0], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("beta_schedule", [*BETA_SCHEDULES, "zero_snr"])
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def assert_the_same_steps(stock: SchedulerMixin, twin: SchedulerMixin, last_too: bool = True) -> None:
+    """In double precision, where the stock coefficients lose no digits."""
+    torch.testing.assert_close(twin.alphas_cumprod, stock.alphas_cumprod, rtol=0, atol=1e-7)
+    stock.alphas_cumprod = stock.alphas_cumprod.double()
+    if stock.config.rescale_betas_zero_snr:  # where ours keeps a trace of signal
+        stock.alphas_cumprod[-1] = torch.sigmoid(twin.curve(torch.tensor(999)))
+    stock.one = stock.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
+    stock.set_timesteps(20)
+    twin.set_timesteps(20)
+    assert twin.timesteps.tolist() == stock.timesteps.tolist()
+    x = noise(32)
+    for i in range(20 if last_too else 19):
+        output = MIXTURE.predict(x, twin.curve(twin.timesteps[i]), stock.config.prediction_type)
+        expected = stock.step(output, stock.timesteps[i], x, generator=torch.manual_seed(3))
+        got = twin.step(output, twin.timesteps[i], x, generator=torch.manual_seed(3))
+        torch.testing.assert_close(got.prev_sample, expected.prev_sample, rtol=0, atol=1e-6)
+        torch.testing.assert_close(got.pred_original_sample, expected.pred_original_sample, rtol=1e-6, atol=1e-6)
+        x = expected.prev_sample
+
+
+@pytest.mark.parametrize("beta_schedule", [*BETA_SCHEDULES, "zero_snr", "trained"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize(("stock", "ours"), [(DDPMScheduler, VDMScheduler), (DDIMScheduler, ProbabilityFlowScheduler)])
 def test_a_stock_beta_schedule_gives_the_stock_steps(stock, ours, spacing, beta_schedule):
     if stock is DDIMScheduler and beta_schedule in ("sigmoid", "laplace"):
         pytest.skip("DDIMScheduler does not have it")
-    schedule = {"rescale_betas_zero_snr": True} if beta_schedule == "zero_snr" else {"beta_schedule": beta_schedule}
+    if stock is DDIMScheduler and spacing == "linspace":
+        pytest.skip("DDIMScheduler steps by T // N, not to the next of these timesteps")
+    schedule = {
+        "zero_snr": {"rescale_betas_zero_snr": True},
+        "trained": {"trained_betas": torch.linspace(0.001, 0.03, 1000).tolist()},
+    }.get(beta_schedule, {"beta_schedule": beta_schedule})
     scheduler = stock(clip_sample=False, prediction_type="v_prediction", timestep_spacing=spacing, **schedule)
-    twin = ours.from_config(scheduler.config, **({"solver": "euler"} if ours is ProbabilityFlowScheduler else {}))
-    torch.testing.assert_close(twin.alphas_cumprod, scheduler.alphas_cumprod, rtol=0, atol=1e-7)
-    # in double precision, where the stock coefficients lose no digits
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
-    if beta_schedule == "zero_snr":  # where ours keeps a trace of signal
-        scheduler.alphas_cumprod[-1] = torch.sigmoid(twin.curve(torch.tensor(999)))
-    scheduler.one = scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
-    scheduler.set_timesteps(20)
-    twin.set_timesteps(20)
-    assert twin.timesteps.tolist() == scheduler.timesteps.tolist()
-    x = noise(32)
-    for t, s in zip(scheduler.timesteps, twin.timesteps, strict=True):
-        output = MIXTURE.predict(x, twin.curve(t), "v_prediction")
-        expected = scheduler.step(output, t, x, generator=torch.manual_seed(3))
-        got = twin.step(output, s, x, generator=torch.manual_seed(3))
-        torch.testing.assert_close(got.prev_sample, expected.prev_sample, rtol=0, atol=1e-6)
-        torch.testing.assert_close(got.pred_original_sample, expected.pred_original_sample, rtol=1e-6, atol=1e-6)
-        x = expected.prev_sample
+    euler = {"solver": "euler"} if ours is ProbabilityFlowScheduler else {}
+    assert_the_same_steps(scheduler, ours.from_config(scheduler.config, **euler))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("clip_sample", [False, True])
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_small_log", "fixed_large"])
+def test_ancestral_steps_are_ddpms_with_any_variance_and_clipping(variance_type, clip_sample, prediction_type):
+    stock = DDPMScheduler(
+        variance_type=variance_type,
+        clip_sample=clip_sample,
+        prediction_type=prediction_type,
+        timestep_spacing="trailing",
+    )
+    twin = VDMScheduler.from_config(stock.config, clip_sample=clip_sample)
+    # stock leaves noise in the last sample with the large variance
+    assert_the_same_steps(stock, twin, last_too=variance_type != "fixed_large")
+
+
+@pytest.mark.parametrize("options", [{"beta_schedule": "exp"}, {"trained_betas": [0.02] * 1000}])
+def test_a_schedule_that_only_other_stock_schedulers_have_is_theirs_too(options):
+    stock = HeunDiscreteScheduler(**options)
+    torch.testing.assert_close(VDMScheduler.from_config(stock.config).alphas_cumprod, stock.alphas_cumprod)
 
 
 def rounding_error(scheduler: SchedulerMixin, dtype: torch.dtype) -> float:

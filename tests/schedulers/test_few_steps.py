@@ -77,3 +77,5 @@ def test_what_cannot_be_optimised_is_named():
             optimize_steps(denoiser, scheduler, noise(2, 0), 4)
     with pytest.raises(ValueError, match="^num must be at least 2, got 1"):
         estimate_velocity_error(denoiser, DDPMScheduler(), noise(2, 0), num=1)
+    with pytest.raises(ValueError, match=r"^denoiser must give the samples' shape \(2, 2\), got \(2, 1\)"):
+        estimate_velocity_error(lambda x, t: x[:, :1], DDPMScheduler(), noise(2, 0))
