@@ -51,7 +51,7 @@ class MonotoneNoiseSchedule(ModelMixin, ConfigMixin):
         if not log_snr_min < log_snr_max:
             raise ValueError(f"log_snr_min must be below log_snr_max={log_snr_max!r}, got {log_snr_min!r}")
         # near a line at first: the sigmoids together weigh less than half of it
-        self.log_slope = nn.Parameter(torch.tensor(1.0))
+        self.log_slope = nn.Parameter(torch.ones(1))  # of one dimension, as what is sharded has to be
         self.log_heights = nn.Parameter(torch.full((hidden_dim,), -4.0))
         self.log_steepness = nn.Parameter(torch.full((hidden_dim,), float(hidden_dim) / 3))
         self.centres = nn.Parameter(torch.linspace(0, 1, hidden_dim))
@@ -100,7 +100,7 @@ class MonotoneNoiseSchedule(ModelMixin, ConfigMixin):
         """The log-SNR and its first and second derivative by time."""
         times = times.to(torch.float64)
         slope, heights, steepness = (
-            softplus(weights.double()) for weights in (self.log_slope, self.log_heights, self.log_steepness)
+            softplus(weights.double()) for weights in (self.log_slope[0], self.log_heights, self.log_steepness)
         )
 
         def rise(at: Tensor) -> tuple[Tensor, Tensor]:

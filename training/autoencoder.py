@@ -66,7 +66,7 @@ class LikelihoodAutoencoder(nn.Module):
             self.vae.enable_gradient_checkpointing()
         self.likelihood = config.decoder_likelihood
         if self.likelihood == "discretized_logistic":
-            self.log_scale = nn.Parameter(torch.tensor(-2.0))
+            self.log_scale = nn.Parameter(torch.full((1,), -2.0))  # of one dimension, as what is sharded has to be
 
     @property
     def decoder_scale(self) -> Tensor | None:
