@@ -90,6 +90,10 @@ def main() -> None:
             "designs": float(np.nanmean(stiff_connectivity(designs))),
             "heldout_designs": float(np.nanmean(stiff_connectivity(originals))),
         },
+        "log_likelihood": {
+            "designs": log_likelihood(pipe, designs[:: arguments.num_designs], targets, arguments.seed),
+            "heldout_designs": log_likelihood(pipe, originals, targets, arguments.seed),
+        },
         "autoencoder": autoencoder(pipe, originals, targets, meaning, arguments),
         "scheduler": arguments.scheduler,
         **options,
@@ -106,6 +110,20 @@ def main() -> None:
 def mean_diversity(groups: np.ndarray) -> float | None:
     """Mean over targets of the diversity of the designs ``(T, n, H, W)`` of each."""
     return float(np.mean([diversity(group) for group in groups])) if groups.shape[1] > 1 else None
+
+
+def log_likelihood(
+    pipe: LatentDDPMPipeline, designs: np.ndarray, targets: np.ndarray, seed: int
+) -> dict[str, dict[str, float]]:
+    """Lower bounds in nats of a design for each target, without a response and given the target."""
+    bounds = {}
+    for name, response in (("unconditional", None), ("given_the_target", targets)):
+        generator = torch.Generator().manual_seed(seed)
+        output = pipe.log_likelihood(designs, response=response, generator=generator, num_steps=64)
+        values = np.asarray(output.log_likelihood.cpu(), dtype=np.float64)
+        error = values.std(ddof=1) / np.sqrt(len(values))
+        bounds[name] = {"mean_nats": float(values.mean()), "standard_error": float(error)}
+    return bounds
 
 
 def autoencoder(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -83,7 +83,8 @@ def save_verification_figure(report: VerificationReport, path: Path, *, index: i
     cases, strains = report.meaning["load_cases"], np.asarray(report.meaning["strains"])
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(10, 4.2), layout="constrained")
-        top, bottom = figure.subfigures(2, 1, height_ratios=[1, 2])
+        halves: Any = figure.subfigures(2, 1, height_ratios=[1, 2])
+        top, bottom = halves
         outside = report.reach is not None and report.reach.out_of_range[index]
         remark = ", outside what the training data can reach" if outside else ""
         figure.suptitle(f"{name}: best of {per_target} has an error of {error[best[0]]:.2%}{remark}".lstrip(": "))

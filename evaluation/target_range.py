@@ -124,7 +124,7 @@ class TargetRange:
         outside = p_values < level
         if outside.any():
             names = [str(index) for index in range(len(wanted))] if names is None else names
-            which = "; ".join(f"{names[i]} (p = {p_values[i]:.2g})" for i in np.flatnonzero(outside))
+            which = "; ".join(f"{names[i]} (p = {p_values[i]:.2g})" for i in np.flatnonzero(outside).tolist())
             warnings.warn(
                 f"outside what the training data can reach, so that designs will miss them: targets {which}",
                 OutOfRangeWarning,

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from mechdiffusers.evaluation import stored_responses
 from mechdiffusers.microstructures import build_dataset, random_composites, response_meaning
-from mechdiffusers.models import ResponseEncoder
+from mechdiffusers.models import ResponseEncoder, response_normalisation
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -21,9 +22,9 @@ def folder(make_pipeline, tmp_path):
     (tmp_path / "data").mkdir()
     build_dataset(designs[:20], output=tmp_path / "data" / "heldout.parquet", progress=False, **options)
     train = build_dataset(designs[20:], output=tmp_path / "data" / "train.parquet", progress=False, **options)
-    pipe, stored = make_pipeline(conditional=True), stored_responses(train)
-    mean, std = stored.mean(0).tolist(), stored.std(0).tolist()
-    pipe.register_modules(response_encoder=ResponseEncoder(6, 8, meaning=response_meaning(train), mean=mean, std=std))
+    pipe = make_pipeline(conditional=True)
+    normalisation = response_normalisation(torch.from_numpy(stored_responses(train)))
+    pipe.register_modules(response_encoder=ResponseEncoder(6, 8, meaning=response_meaning(train), **normalisation))
     pipe.save_pretrained(tmp_path / "checkpoint")
     return tmp_path
 

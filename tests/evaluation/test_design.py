@@ -3,11 +3,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from mechdiffusers.evaluation import stored_responses
 from mechdiffusers.evaluation.design import designs_for, main
 from mechdiffusers.evaluation.targets import read_targets, write_targets
 from mechdiffusers.microstructures import response_meaning
-from mechdiffusers.models import ResponseEncoder
+from mechdiffusers.models import ResponseEncoder, response_normalisation
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -16,9 +17,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def conditional(make_pipeline, composites):
     """A pipeline with random weights for the responses of the dataset."""
-    pipe, stored = make_pipeline(conditional=True), stored_responses(composites)
-    mean, std = stored.mean(0).tolist(), stored.std(0).tolist()
-    encoder = ResponseEncoder(6, 8, meaning=response_meaning(composites), mean=mean, std=std)
+    pipe = make_pipeline(conditional=True)
+    normalisation = response_normalisation(torch.from_numpy(stored_responses(composites)))
+    encoder = ResponseEncoder(6, 8, meaning=response_meaning(composites), **normalisation)
     pipe.register_modules(response_encoder=encoder.eval())
     return pipe
 
