@@ -4,7 +4,7 @@ r"""How likely images are: the evidence lower bound of a latent diffusion model,
 
 all in the space of the latents that the diffusion works in. :math:`\log p_\theta(z)` is one of three models', which are
 never mixed: the continuous-time process (bounded below by one integral over the log-SNR; Kingma et al. 2021, section
-4.1), the scheduler's own ancestral chain (bounded below by a sum over its steps; Luo 2022, "Variational Diffusion
+5), the scheduler's own ancestral chain (bounded below by a sum over its steps; Luo 2022, "Variational Diffusion
 Models"), or the probability flow (a value; see its own file). The first two end in a last draw
 :math:`p(z \mid z_0) = N(\hat x_0(z_0), \sigma_0^2 / \alpha_0^2)`, at the noise that is left at timestep 0.
 
@@ -79,7 +79,7 @@ def continuous_terms(diffusion: Any, latents: Tensor, num_levels: int, draw: Dra
     .. math:: \log p_\theta(z) \ge E[\log p(z \mid z_0)] - KL(q(z_1 \mid z) \| N(0, I))
         - \tfrac12 \int E\|\epsilon - \hat\epsilon\|^2 d\lambda
 
-    (Kingma et al. 2021, section 4.1). The log-SNR is drawn in equal strata with one offset a latent (their appendix on
+    (Kingma et al. 2021, section 5). The log-SNR is drawn in equal strata with one offset a latent (their appendix on
     low-variance sampling). As :math:`\epsilon - \hat\epsilon = \alpha (v - \hat v)`, the part of :math:`\|v\|^2` is
     integrated in closed form, and only :math:`\alpha^2 (\|\hat v\|^2 - 2 v \cdot \hat v)`, which the network has a say
     in, is drawn: without it the bound is that of a standard normal prior.
