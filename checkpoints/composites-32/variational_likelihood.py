@@ -79,11 +79,11 @@ def continuous_terms(diffusion: Any, latents: Tensor, num_levels: int, draw: Dra
     .. math:: \log p_\theta(z) \ge E[\log p(z \mid z_0)] - KL(q(z_1 \mid z) \| N(0, I))
         - \tfrac12 \int E\|\epsilon - \hat\epsilon\|^2 d\lambda
 
-    (Kingma et al. 2021, section 5). The log-SNRs of a latent are equally spaced behind a random offset (their appendix
-    on low-variance sampling), in two independent halves, whose distance tells the error. As
+    (Kingma et al. 2021, section 5). The draws of a latent are equally spaced behind a random offset (their appendix on
+    low-variance sampling), in two independent halves, whose distance tells the error. As
     :math:`\epsilon - \hat\epsilon = \alpha (v - \hat v)`, the part of :math:`\|v\|^2` is integrated in closed form, and
     only :math:`\alpha^2 (\|\hat v\|^2 - 2 v \cdot \hat v)`, which the network has a say in, is drawn: without it the
-    bound is that of a standard normal prior.
+    bound is that of a standard normal prior. The log-SNRs have a density proportional to :math:`\alpha^2`.
 
     Args:
         diffusion: Denoiser and noise schedule.
@@ -99,21 +99,22 @@ def continuous_terms(diffusion: Any, latents: Tensor, num_levels: int, draw: Dra
         | Variational Diffusion Models (Kingma et al., 2021)
         | https://arxiv.org/abs/2107.00630
     """
-    high, low = diffusion.ends
+    ends = torch.tensor(diffusion.ends, dtype=torch.float64, device=latents.device)
+    high, low = softplus(ends)  # alpha^2 = sigmoid, whose integral this is
     halves = []
     for num in (num_levels // 2, num_levels - num_levels // 2) if num_levels > 1 else (1,):
         offset = draw()
         drawn = torch.zeros_like(offset)
         for level in range(num):
-            log_snr = high + (low - high) * (level + offset) / num
+            integral = high + (low - high) * (level + offset) / num
+            log_snr = integral + torch.log(-torch.expm1(-integral))
             alpha, sigma = _alpha_sigma(log_snr, latents)
             noise = draw(latents.shape[1:])
             velocity = diffusion.velocity(alpha * latents + sigma * noise, log_snr)
             error = _mean_velocity_error(velocity, latents, noise, log_snr)
-            drawn = drawn + torch.sigmoid(log_snr) * (error - _mean_velocity(latents, log_snr))
+            drawn = drawn + error - _mean_velocity(latents, log_snr)
         halves.append(-(high - low) / 2 * drawn / num)
     share = torch.stack(halves, dim=1)
-    ends = torch.tensor([high, low], dtype=torch.float64, device=latents.device)
     signal = torch.sigmoid(ends)[:, None]
     # of alpha^2 times the mean of |v|^2, by the log-SNR
     antiderivative = latents[0].numel() * (softplus(ends)[:, None] - signal) + signal * _squared_norm(latents)
