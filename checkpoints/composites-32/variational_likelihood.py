@@ -13,7 +13,7 @@ This file travels inside checkpoints: it imports torch, numpy and diffusers alon
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -299,7 +299,13 @@ class VariationalLikelihood(DiffusionPipeline):
         pixels = self._prepare_images(images)
         self._check_mass(pixels)
         dims, num_pixels = math.prod(self._latent_shape), pixels[0].numel()
-        self._check_counts(prior, num_samples=num_samples, batch_size=batch_size, num_steps=num_steps)
+        counts = {
+            "num_samples": num_samples,
+            "batch_size": batch_size,
+            "num_steps": num_steps,
+            "num_probes": num_probes,
+        }
+        _check_counts(prior, counts)
         evaluate = self._prior_terms(prior, method, num_steps, num_probes, tolerance)
         seeds = _row_seeds(generator, len(pixels), num_samples)
         tokens = self._response_tokens(response, len(pixels))
@@ -396,15 +402,15 @@ class VariationalLikelihood(DiffusionPipeline):
         self.scheduler.set_timesteps(num_steps)
         return self.scheduler.timesteps.cpu(), variance_type
 
-    @staticmethod
-    def _check_counts(prior: str, **counts: int | None) -> None:
-        for name, count in counts.items():
-            if count is None and name != "num_samples":
-                continue
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
-        if prior == "standard_normal" and counts["num_steps"] is not None:
-            raise ValueError(f"num_steps must be None for the 'standard_normal' prior, got {counts['num_steps']!r}")
+
+def _check_counts(prior: str, counts: Mapping[str, int | None]) -> None:
+    for name, count in counts.items():
+        if count is None and name in ("batch_size", "num_steps"):
+            continue
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
+    if prior == "standard_normal" and counts["num_steps"] is not None:
+        raise ValueError(f"num_steps must be None for the 'standard_normal' prior, got {counts['num_steps']!r}")
 
 
 def _checked_prior(method: str, prior: str | None) -> str:
