@@ -94,12 +94,12 @@ def receiver_operating_characteristic(usual: np.ndarray, strange: np.ndarray) ->
         if scores.ndim != 1 or not len(scores) or not np.isfinite(scores).all():
             raise ValueError(f"{name} must be finite scores, shape (N,), got shape {scores.shape}")
     thresholds = np.append(np.inf, np.unique(np.concatenate([usual, strange]))[::-1])
-    shares = [
+    false_positives, true_positives = (
         1 - np.searchsorted(np.sort(scores), thresholds, side="left") / len(scores) for scores in (usual, strange)
-    ]
+    )
     ranks = rankdata(np.concatenate([usual, strange]))[len(usual) :]
     area = (ranks.sum() - len(strange) * (len(strange) + 1) / 2) / (len(usual) * len(strange))
-    return Roc(*shares, float(area))
+    return Roc(false_positives, true_positives, float(area))
 
 
 class StatisticsDistance:

@@ -4,7 +4,7 @@ r"""How likely images are: the evidence lower bound of a latent diffusion model,
 
 all in the space of the latents that the diffusion works in. :math:`\log p_\theta(z)` is one of three models', which are
 never mixed: the continuous-time process (bounded below by one integral over the log-SNR; Kingma et al. 2021, section
-4.1), the scheduler's own ancestral chain (bounded below by a sum over its steps; Luo 2022, "Variational Diffusion
+5), the scheduler's own ancestral chain (bounded below by a sum over its steps; Luo 2022, "Variational Diffusion
 Models"), or the probability flow (a value; see its own file). The first two end in a last draw
 :math:`p(z \mid z_0) = N(\hat x_0(z_0), \sigma_0^2 / \alpha_0^2)`, at the noise that is left at timestep 0.
 
@@ -13,7 +13,7 @@ This file travels inside checkpoints: it imports torch, numpy and diffusers alon
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,37 +79,42 @@ def continuous_terms(diffusion: Any, latents: Tensor, num_levels: int, draw: Dra
     .. math:: \log p_\theta(z) \ge E[\log p(z \mid z_0)] - KL(q(z_1 \mid z) \| N(0, I))
         - \tfrac12 \int E\|\epsilon - \hat\epsilon\|^2 d\lambda
 
-    (Kingma et al. 2021, section 4.1). The log-SNR is drawn in equal strata with one offset a latent (their appendix on
-    low-variance sampling). As :math:`\epsilon - \hat\epsilon = \alpha (v - \hat v)`, the part of :math:`\|v\|^2` is
-    integrated in closed form, and only :math:`\alpha^2 (\|\hat v\|^2 - 2 v \cdot \hat v)`, which the network has a say
-    in, is drawn: without it the bound is that of a standard normal prior.
+    (Kingma et al. 2021, section 5). The draws of a latent are equally spaced behind a random offset (their appendix on
+    low-variance sampling), in two independent halves, whose distance tells the error. As
+    :math:`\epsilon - \hat\epsilon = \alpha (v - \hat v)`, the part of :math:`\|v\|^2` is integrated in closed form, and
+    only :math:`\alpha^2 (\|\hat v\|^2 - 2 v \cdot \hat v)`, which the network has a say in, is drawn: without it the
+    bound is that of a standard normal prior. The log-SNRs have a density proportional to :math:`\alpha^2`.
 
     Args:
         diffusion: Denoiser and noise schedule.
         latents: Shape ``(B, *)``, float64.
-        num_levels: Number of log-SNRs for each.
+        num_levels: Number of log-SNRs for each; the halves are as equal as can be.
         draw: Source of random numbers.
 
     Returns:
-        The terms ``"last_step"``, ``"diffusion"`` and ``"noise_prior"``, and the standard error of their sum from the
-        spread over the levels, NaN for one.
+        The terms ``"last_step"``, ``"diffusion"`` and ``"noise_prior"``, and the standard error of their sum: right in
+        the mean square over latents, rough for a single one, NaN for one level.
 
     References:
         | Variational Diffusion Models (Kingma et al., 2021)
         | https://arxiv.org/abs/2107.00630
     """
-    high, low = diffusion.ends
-    offset = draw()
-    drawn = []
-    for level in range(num_levels):
-        log_snr = high + (low - high) * (level + offset) / num_levels
-        alpha, sigma = _alpha_sigma(log_snr, latents)
-        noise = draw(latents.shape[1:])
-        z = alpha * latents + sigma * noise
-        error = _mean_velocity_error(diffusion.velocity(z, log_snr), latents, noise, log_snr)
-        drawn.append(torch.sigmoid(log_snr) * (error - _mean_velocity(latents, log_snr)))
-    share = -(high - low) / 2 * torch.stack(drawn, dim=1)
-    ends = torch.tensor([high, low], dtype=torch.float64, device=latents.device)
+    ends = torch.tensor(diffusion.ends, dtype=torch.float64, device=latents.device)
+    high, low = softplus(ends)  # alpha^2 = sigmoid, whose integral this is
+    halves = []
+    for num in (num_levels // 2, num_levels - num_levels // 2) if num_levels > 1 else (1,):
+        offset = draw()
+        drawn = torch.zeros_like(offset)
+        for level in range(num):
+            integral = high + (low - high) * (level + offset) / num
+            log_snr = integral + torch.log(-torch.expm1(-integral))
+            alpha, sigma = _alpha_sigma(log_snr, latents)
+            noise = draw(latents.shape[1:])
+            velocity = diffusion.velocity(alpha * latents + sigma * noise, log_snr)
+            error = _mean_velocity_error(velocity, latents, noise, log_snr)
+            drawn = drawn + error - _mean_velocity(latents, log_snr)
+        halves.append(-(high - low) / 2 * drawn / num)
+    share = torch.stack(halves, dim=1)
     signal = torch.sigmoid(ends)[:, None]
     # of alpha^2 times the mean of |v|^2, by the log-SNR
     antiderivative = latents[0].numel() * (softplus(ends)[:, None] - signal) + signal * _squared_norm(latents)
@@ -122,7 +127,7 @@ def continuous_terms(diffusion: Any, latents: Tensor, num_levels: int, draw: Dra
         "diffusion": share.mean(1) - (antiderivative[0] - antiderivative[1]) / 2,
         "noise_prior": -_noise_divergence(latents, ends[1]),
     }
-    return terms, share.std(1) / num_levels**0.5
+    return terms, _standard_error(share)
 
 
 def ancestral_terms(
@@ -208,6 +213,13 @@ def _noise_divergence(latents: Tensor, log_snr: Tensor) -> Tensor:
     return (alpha_squared * _squared_norm(latents) + dims * (sigma_squared - 1 - sigma_squared.log())) / 2
 
 
+def _standard_error(values: Tensor) -> Tensor:
+    """Of the mean over the second axis, NaN for a single value."""
+    if values.shape[1] == 1:
+        return torch.full_like(values[:, 0], torch.nan)
+    return values.std(1) / values.shape[1] ** 0.5
+
+
 def _squared_norm(x: Tensor) -> Tensor:
     return x.square().flatten(1).sum(1)
 
@@ -287,7 +299,13 @@ class VariationalLikelihood(DiffusionPipeline):
         pixels = self._prepare_images(images)
         self._check_mass(pixels)
         dims, num_pixels = math.prod(self._latent_shape), pixels[0].numel()
-        self._check_counts(prior, num_samples=num_samples, batch_size=batch_size, num_steps=num_steps)
+        counts = {
+            "num_samples": num_samples,
+            "batch_size": batch_size,
+            "num_steps": num_steps,
+            "num_probes": num_probes,
+        }
+        _check_counts(prior, counts)
         evaluate = self._prior_terms(prior, method, num_steps, num_probes, tolerance)
         seeds = _row_seeds(generator, len(pixels), num_samples)
         tokens = self._response_tokens(response, len(pixels))
@@ -384,15 +402,15 @@ class VariationalLikelihood(DiffusionPipeline):
         self.scheduler.set_timesteps(num_steps)
         return self.scheduler.timesteps.cpu(), variance_type
 
-    @staticmethod
-    def _check_counts(prior: str, **counts: int | None) -> None:
-        for name, count in counts.items():
-            if count is None and name != "num_samples":
-                continue
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
-        if prior == "standard_normal" and counts["num_steps"] is not None:
-            raise ValueError(f"num_steps must be None for the 'standard_normal' prior, got {counts['num_steps']!r}")
+
+def _check_counts(prior: str, counts: Mapping[str, int | None]) -> None:
+    for name, count in counts.items():
+        if count is None and name in ("batch_size", "num_steps"):
+            continue
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
+    if prior == "standard_normal" and counts["num_steps"] is not None:
+        raise ValueError(f"num_steps must be None for the 'standard_normal' prior, got {counts['num_steps']!r}")
 
 
 def _checked_prior(method: str, prior: str | None) -> str:
@@ -451,7 +469,7 @@ def _summary(values: dict[str, Tensor], method: str, dims: int, num_pixels: int)
         error = (1 / effective - 1 / num_samples).clamp(min=0).sqrt()
     else:
         value = total.mean(1)
-        error = total.std(1) / num_samples**0.5
+        error = _standard_error(total)
     if num_samples == 1:  # the spread over draws is unknown, and so is the error unless something else tells of it
         known = torch.zeros_like(value) if "_discretization_error" in errors else torch.full_like(value, torch.nan)
         error = errors["_level_error"][:, 0] if "_level_error" in errors else known
