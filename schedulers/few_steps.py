@@ -124,7 +124,7 @@ def _fine_solution(
         output = denoiser(x, t)
         if row.starts_step:
             level = float(fine.curve.at(row.timestep))
-            slope = row.of_noise[0] * x + row.of_noise[1] * output
+            slope = row.noise_coefficients[0] * x + row.of_noise[1] * output
             levels.append(level)
             states.append((x / row.alpha).double().cpu().numpy())
             slopes.append(slope.double().cpu().numpy() * -np.exp(-level / 2) / 2)  # d varsigma / d lambda
@@ -151,7 +151,7 @@ def _coarse_solution(
     slopes: list[Tensor] = []
     levels = scheduler.curve.at(np.array(timesteps))
     for i, (row, t) in enumerate(zip(scheduler._rows, scheduler.timesteps, strict=True)):
-        slopes = [*slopes[-3:], row.of_noise[0] * x + row.of_noise[1] * denoiser(x, t)]
+        slopes = [*slopes[-3:], row.noise_coefficients[0] * x + row.of_noise[1] * denoiser(x, t)]
         y = x / row.alpha
         is_last = i + 1 == len(timesteps)
         target = end if is_last else torch.from_numpy(way(levels[i + 1])).to(x)

@@ -332,12 +332,10 @@ def test_a_checkpoint_ships_the_scheduler_and_the_installed_class_loads_it(make_
     pipe.scheduler = cls.from_config(pipe.scheduler.config, log_snr="cosine")
     again = LatentDDPMPipeline(pipe.vae, pipe.unet, pipe.scheduler, pipe.response_encoder)
     again.save_pretrained(tmp_path)
-    stem = cls.__module__.split(".")[-1]
-    assert {path.name for path in (tmp_path / "scheduler").iterdir()} == {
-        "scheduler_config.json",
-        "log_snr_curve.py",
-        f"{stem}.py",
-    }
+    stems = {cls.__module__.split(".")[-1], "log_snr_curve", "variance_preserving_scheduler"}
+    stems |= {"runge_kutta"} if cls is ProbabilityFlowScheduler else set()
+    shipped = {path.name for path in (tmp_path / "scheduler").iterdir()}
+    assert shipped == {"scheduler_config.json", *(f"{stem}.py" for stem in stems)}
     loaded = LatentDDPMPipeline.from_pretrained(tmp_path)
     assert type(loaded.scheduler) is cls
     assert loaded.scheduler.config.log_snr == "cosine"
@@ -354,7 +352,7 @@ def test_another_curve_than_the_denoisers_is_refused(make_pipeline):
     ("options", "message"),
     [
         ({"beta_schedule": "magic"}, "beta_schedule must be one that diffusers has, such as 'linear', got 'magic'"),
-        ({"log_snr": "magic"}, "log_snr must be one of ('betas', 'linear', 'cosine'), got 'magic'"),
+        ({"log_snr": "magic"}, "log_snr must be one of ('betas', 'linear', 'cosine') or a table, got 'magic'"),
         ({"log_snr": [3.0, 3.0, -1.0]}, "log_snr must be at least two finite numbers that fall strictly"),
         ({"log_snr": [3.0, math.nan]}, "log_snr must be at least two finite numbers"),
         ({"log_snr": [3.0]}, "log_snr must be at least two finite numbers"),
@@ -451,7 +449,9 @@ def test_stages_out_of_order_are_refused():
 
 
 def test_a_grid_without_a_step_is_refused():
-    with pytest.raises(ValueError, match=r"^timesteps must leave a step to go before the end of the way, got \[0.0\]"):
+    with pytest.raises(
+        ValueError, match=r"^timesteps must leave a step to go before the trajectory's end, got \[0.0\]"
+    ):
         ProbabilityFlowScheduler(final_sigmas_type="sigma_min").set_timesteps(timesteps=[0.0])
 
 

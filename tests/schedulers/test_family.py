@@ -333,7 +333,7 @@ def test_the_corrector_repairs_a_predictor_that_is_wrong(num_corrector_steps):
     )
     scheduler.set_timesteps(60)
     for i in range(num_corrector_steps, len(scheduler.timesteps), num_corrector_steps + 1):
-        scheduler._rows[i] = (*scheduler._rows[i][:-1], 0.0)  # a predictor that forgets its noise
+        scheduler._rows[i] = scheduler._rows[i]._replace(noise_std=0.0)  # a predictor that forgets its noise
     samples = solve(scheduler, MIXTURE, noise(800), torch.Generator().manual_seed(1))
     if num_corrector_steps:
         assert_distributed_as(samples, MIXTURE, bias=0.08)
