@@ -90,8 +90,8 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
             As in :class:`~mechdiffusers.schedulers.VDMScheduler`.
         solver (`str`, defaults to `"heun"`):
             ``"euler"``, ``"heun"`` or ``"rk4"``, of order 1, 2 and 4, with as many evaluations a step, or
-            ``"adams_bashforth"``, with one: of order 4 once four slopes are known, of lower order before, where the
-            flow is almost straight.
+            ``"adams_bashforth"``, with one: of order 4 where the flow is almost straight over the first three steps,
+            which have fewer slopes, as it is from a log-SNR of about -10 on; of order 2 otherwise.
         final_sigmas_type (`str`, defaults to `"zero"`):
             ``"zero"``: an Euler step from the last timestep to clean data ends the trajectory, as in stock schedulers.
             ``"sigma_min"``: it ends at timestep 0, whose noise is left in, so that the trajectory can be gone back.
