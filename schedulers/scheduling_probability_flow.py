@@ -81,8 +81,9 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
     r"""Solves the probability-flow equation from noise to data, or from data to noise.
 
     As in the stock Heun scheduler, ``timesteps`` has an entry for each evaluation of the network. The grid is that of
-    ``timestep_spacing``, ``"log_snr"`` suiting the methods of higher order best, unless the configuration or the caller
-    gives one. Defaults are those of ``DDPMScheduler``, except that nothing is clipped unless ``clip_sample`` is set.
+    ``timestep_spacing`` unless the configuration or the caller gives one: ``"log_snr"`` suits ``"adams_bashforth"``
+    best, and Runge-Kutta methods from about 30 evaluations on. Defaults are those of ``DDPMScheduler``, except that
+    nothing is clipped unless ``clip_sample`` is set.
 
     Args:
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr, log_snr,
