@@ -109,7 +109,7 @@ def predictor_corrector(panels: list[Axes]) -> None:
         scatter(
             panel,
             way(scheduler, noise())[-1],
-            f"{corrections} corrector steps at each of 12 levels: {len(scheduler.timesteps)} evaluations",
+            f"{corrections} corrections a level, {len(scheduler.timesteps)} evaluations",
         )
 
 
