@@ -106,7 +106,11 @@ def predictor_corrector(panels: list[Axes]) -> None:
             timestep_spacing="log_snr", num_corrector_steps=corrections, corrector_snr=0.3
         )
         scheduler.set_timesteps(12)
-        scatter(panel, way(scheduler, noise())[-1], f"12 levels, {corrections} corrector steps at each")
+        scatter(
+            panel,
+            way(scheduler, noise())[-1],
+            f"{corrections} corrections a level, {len(scheduler.timesteps)} evaluations",
+        )
 
 
 def few_steps(panels: list[Axes]) -> None:
@@ -117,7 +121,7 @@ def few_steps(panels: list[Axes]) -> None:
     for panel, solver, title in zip(
         panels,
         (stock, scheduler, optimized),
-        ("DPM-Solver++ 2M, 5 evaluations", "Adams-Bashforth, 5 evaluations", "the best 5 steps for this model"),
+        ("DPM-Solver++ 2M, trailing spacing", "DEIS, log-SNR spacing", "DEIS, the best 5 steps for this model"),
         strict=True,
     ):
         solver.set_timesteps(5)

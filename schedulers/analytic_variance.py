@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from mechdiffusers.schedulers.log_snr_curve import alpha_sigma, predictions
+from mechdiffusers.schedulers.log_snr_curve import alpha_sigma, prediction_coefficients
 from mechdiffusers.schedulers.scheduling_vdm import VDMScheduler
 from torch import Tensor
 
@@ -59,7 +59,7 @@ def estimate_velocity_error(
         noise = randn_tensor(samples.shape, generator=generator, device=samples.device, dtype=samples.dtype)
         noisy = process.add_noise(samples, noise, t)
         alpha, sigma = (float(scale) for scale in alpha_sigma(process.curve(t)))
-        (of_sample, of_output), _ = predictions(process.config.prediction_type, alpha, sigma)
+        (of_sample, of_output), _ = prediction_coefficients(process.config.prediction_type, alpha, sigma)
         output = denoiser(noisy, t)
         if output.shape != samples.shape:
             raise ValueError(f"denoiser must give the samples' shape {tuple(samples.shape)}, got {tuple(output.shape)}")

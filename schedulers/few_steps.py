@@ -1,11 +1,11 @@
 r"""Few steps for one's own model: the timesteps, and the weights of a multistep method, that suit it best.
 
 A solver's error in few steps depends on where they lie (Sabour et al. 2024, "Align Your Steps"; Chen et al. 2024,
-"GITS"). Here the end of the way is compared with that of the same noise solved finely, and the squared distance is made
-least over the timesteps by the Levenberg-Marquardt method, derivatives by differences: no gradient through the network
-is needed, one iteration costs as many short solutions as there are timesteps. A multistep method's weights enter each
-step linearly, so that for given timesteps the best ones follow by least squares, step by step along the fine solution
-(in the spirit of Shaul et al. 2024, "Bespoke Non-Stationary Solvers").
+"GITS"). Here the end of the trajectory is compared with that of the same noise solved finely, and the squared distance
+is made least over the timesteps by trust-region least squares, derivatives by differences: no gradient through the
+network is needed, one iteration costs as many short solutions as there are timesteps. A multistep method's weights
+enter each step linearly, so that for given timesteps the best ones follow by least squares, step by step along the fine
+solution (in the spirit of Shaul et al. 2024, "Bespoke Non-Stationary Solvers").
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ __all__ = ["optimize_steps"]
 
 logger = logging.getLogger(__name__)
 
+#: Of the logarithm of a step of log-SNR: large enough to rise above rounding in single precision.
+_DIFFERENCE = 0.02
 #: Of a noisy sample (B, *) and a timestep (), what the network predicts (B, *).
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
@@ -42,18 +44,18 @@ def optimize_steps(
 
     Args:
         denoiser: Function of a noisy sample ``(B, *)`` and a timestep ``()``, with every condition fixed inside.
-        scheduler: Its solver and noise schedule are kept; it ends at clean data, without churn.
+        scheduler: Its solver and noise schedule are kept; it ends at clean data, without churn or clipping.
         noise: Standard normal noise to solve from, shape ``(B, *)``; 16 samples of a latent model are enough.
         num_inference_steps: Number of timesteps of the grid, 2 or more.
         reference_steps: Steps of the fine solution, by the fourth-order Runge-Kutta method in equal steps of log-SNR.
-        iterations: Largest number of Levenberg-Marquardt iterations.
+        iterations: Largest number of trust-region steps.
 
     Returns:
         A scheduler that takes these steps whenever it is asked for so many.
 
     Raises:
-        ValueError: If ``num_inference_steps`` is no integer of at least 2, or the scheduler is of another kind, churns
-            or does not end at clean data.
+        ValueError: If ``num_inference_steps`` is no integer of at least 2, or the scheduler is of another kind, churns,
+            clips or does not end at clean data.
 
     Example:
         >>> pipe.scheduler = optimize_steps(denoiser, scheduler, noise, 8)  # doctest: +SKIP
@@ -71,13 +73,14 @@ def optimize_steps(
     if isinstance(num, bool) or not isinstance(num, int) or num < 2:
         raise ValueError(f"num_inference_steps must be an integer of at least 2, got {num!r}")
     config: Any = scheduler.config
-    if not isinstance(scheduler, ProbabilityFlowScheduler) or config.s_churn or config.final_sigmas_type != "zero":
+    suits = isinstance(scheduler, ProbabilityFlowScheduler) and not (config.s_churn or config.clip_sample)
+    if not suits or config.final_sigmas_type != "zero":
         raise ValueError(
-            "scheduler must be a ProbabilityFlowScheduler with final_sigmas_type='zero' and s_churn=0, got "
-            f"{type(scheduler).__name__} with {dict(config)}"
+            "scheduler must be a ProbabilityFlowScheduler with final_sigmas_type='zero' that neither churns nor clips, "
+            f"got {type(scheduler).__name__} with {dict(config)}"
         )
     trial = ProbabilityFlowScheduler.from_config(config, optimized_steps=None)
-    way, end = _fine_solution(denoiser, trial, noise, reference_steps)
+    trajectory, end = _fine_solution(denoiser, trial, noise, reference_steps)
     first, last = trial.curve.at([len(trial) - 1, 0])
 
     def grid(shares: np.ndarray) -> list[float]:
@@ -87,14 +90,19 @@ def optimize_steps(
         return trial.curve.timestep(levels).astype(np.float32).tolist()
 
     def error(shares: np.ndarray) -> np.ndarray:
-        found, _ = _coarse_solution(denoiser, trial, noise, grid(shares), way, end)
+        found, _ = _coarse_solution(denoiser, trial, noise, grid(shares), trajectory, end)
         return (found - end).double().flatten().cpu().numpy() / end.numel() ** 0.5
+
+    def jacobian(shares: np.ndarray) -> np.ndarray:
+        """By one-sided differences of a step that stands in no relation to the shares, which may be 0."""
+        base, rows = error(shares), np.eye(len(shares))
+        return np.stack([(error(shares + _DIFFERENCE * row) - base) / _DIFFERENCE for row in rows], axis=1)
 
     uniform, trailing = (_shares(trial, spacing, num) for spacing in ("log_snr", "trailing"))
     start = min((uniform, trailing, (uniform + trailing) / 2), key=lambda shares: float((error(shares) ** 2).sum()))
-    solution = least_squares(error, start, diff_step=0.02, max_nfev=iterations)
+    solution = least_squares(error, start, jac=jacobian, max_nfev=iterations)
     best = grid(solution.x)
-    _, weights = _coarse_solution(denoiser, trial, noise, best, way, end)
+    _, weights = _coarse_solution(denoiser, trial, noise, best, trajectory, end)
     before, after = (float((error(shares) ** 2).sum() ** 0.5) for shares in (start, solution.x))
     logger.info("%d steps: root mean square distance to the fine solution %.4g, was %.4g", num, after, before)
     steps: dict[str, Any] = {"timesteps": best, **({"weights": weights} if weights else {})}
@@ -116,7 +124,7 @@ def _shares(scheduler: ProbabilityFlowScheduler, spacing: str, num: int) -> np.n
 def _fine_solution(
     denoiser: Denoiser, scheduler: ProbabilityFlowScheduler, noise: Tensor, num: int
 ) -> tuple[CubicHermiteSpline, Tensor]:
-    """The way of x / alpha by the log-SNR, shape (B, *), and the clean samples at its end."""
+    """The trajectory of x / alpha by the log-SNR, shape (B, *), and the clean samples at its end."""
     fine = ProbabilityFlowScheduler.from_config(scheduler.config, solver="rk4", timestep_spacing="log_snr")
     fine.set_timesteps(num, device=noise.device)
     x, levels, states, slopes = noise, [], [], []
@@ -124,7 +132,7 @@ def _fine_solution(
         output = denoiser(x, t)
         if row.starts_step:
             level = float(fine.curve.at(row.timestep))
-            slope = row.of_noise[0] * x + row.of_noise[1] * output
+            slope = row.noise_coefficients[0] * x + row.noise_coefficients[1] * output
             levels.append(level)
             states.append((x / row.alpha).double().cpu().numpy())
             slopes.append(slope.double().cpu().numpy() * -np.exp(-level / 2) / 2)  # d varsigma / d lambda
@@ -137,10 +145,10 @@ def _coarse_solution(
     scheduler: ProbabilityFlowScheduler,
     noise: Tensor,
     timesteps: list[float],
-    way: CubicHermiteSpline,
+    trajectory: CubicHermiteSpline,
     end: Tensor,
 ) -> tuple[Tensor, list[list[float]] | None]:
-    """Clean samples by a solver at given timesteps and, for a multistep method, the best weights found on the way."""
+    """Clean samples by a solver at given timesteps and, for a multistep method, the best weights found along it."""
     scheduler.set_timesteps(timesteps=timesteps, device=noise.device)
     x = noise
     if scheduler.config.solver != "adams_bashforth":
@@ -151,10 +159,10 @@ def _coarse_solution(
     slopes: list[Tensor] = []
     levels = scheduler.curve.at(np.array(timesteps))
     for i, (row, t) in enumerate(zip(scheduler._rows, scheduler.timesteps, strict=True)):
-        slopes = [*slopes[-3:], row.of_noise[0] * x + row.of_noise[1] * denoiser(x, t)]
+        slopes = [*slopes[-3:], row.noise_coefficients[0] * x + row.noise_coefficients[1] * denoiser(x, t)]
         y = x / row.alpha
         is_last = i + 1 == len(timesteps)
-        target = end if is_last else torch.from_numpy(way(levels[i + 1])).to(x)
+        target = end if is_last else torch.from_numpy(trajectory(levels[i + 1])).to(x)
         basis = torch.stack([slope.flatten() for slope in slopes], dim=1).double()
         found = torch.linalg.lstsq(basis.cpu(), (target - y).flatten().double().cpu()[:, None]).solution[:, 0]
         y = y + sum(weight * slope for weight, slope in zip(found.tolist(), slopes, strict=True))

@@ -11,43 +11,26 @@ expected values, :math:`\sqrt D` and :math:`\sqrt D / \sigma_t`: a sample's step
 nor on its neighbours. Without a predictor the sample is only rescaled from level to level, which is annealed Langevin
 dynamics (Song & Ermon 2019).
 
-This file travels inside checkpoints: it imports torch, numpy, diffusers and its sibling alone.
+This file travels inside checkpoints: it imports torch, numpy, diffusers and its siblings alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import SchedulerMixin  # by this name in this file pipelines know that it can be loaded
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .log_snr_curve import VariancePreservingScheduler, alpha_sigma, predictions
+from .log_snr_curve import LogSnrCurve, alpha_sigma, ancestral_coefficients, prediction_coefficients
+from .variance_preserving_scheduler import LinearStep, LinearStepOutput, VariancePreservingScheduler
 
-__all__ = ["PredictorCorrectorScheduler", "PredictorCorrectorSchedulerOutput"]
+__all__ = ["PredictorCorrectorScheduler"]
 
 _PREDICTORS = ("ancestral", "euler_maruyama", "none")
-
-
-@dataclass
-class PredictorCorrectorSchedulerOutput(BaseOutput):
-    """Output of a step.
-
-    Args:
-        prev_sample (`torch.Tensor`):
-            The sample after the corrector's or the predictor's step, shape ``(B, *)``.
-        pred_original_sample (`torch.Tensor`):
-            The clean sample as predicted before it, shape ``(B, *)``.
-    """
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor
 
 
 class PredictorCorrectorScheduler(VariancePreservingScheduler, SchedulerMixin):
@@ -104,7 +87,7 @@ class PredictorCorrectorScheduler(VariancePreservingScheduler, SchedulerMixin):
         num_corrector_steps: int = 1,
         corrector_snr: float = 0.16,
     ):
-        self._start_from_config()
+        self._start_on(LogSnrCurve.of_config(self.config))
         if predictor not in _PREDICTORS:
             raise ValueError(f"predictor must be one of {_PREDICTORS}, got {predictor!r}")
         least = 1 if predictor == "none" else 0
@@ -121,24 +104,22 @@ class PredictorCorrectorScheduler(VariancePreservingScheduler, SchedulerMixin):
         self.order = num_corrector_steps + (predictor != "none")  # evaluations a timestep, as in stock
 
     def _plan(self, grid: np.ndarray) -> list[Any]:
-        """One row an evaluation: timestep, coefficients of the clean sample, then of sample, clean sample and noise."""
         log_snr_t = self.curve.at(grid)
         log_snr_s = np.append(log_snr_t[1:], np.inf)
-        plan: list[Any] = []
+        plan = []
         for time, now, then in zip(grid.tolist(), log_snr_t, log_snr_s, strict=True):
             alpha, sigma = (float(scale) for scale in alpha_sigma(now))
-            of_clean, _ = predictions(self.config.prediction_type, alpha, sigma)
+            x0_coefficients, _ = prediction_coefficients(self.config.prediction_type, alpha, sigma)
             # the score is -(x - alpha x0) / sigma^2
             drift = 2 * self.config.corrector_snr**2
-            correct = (1 - drift, drift * alpha, (2 * drift) ** 0.5 * sigma)
-            predict = _PREDICT[self.config.predictor](now, then)
-            corrections = [correct] * self.config.num_corrector_steps
-            if self.config.predictor == "none":  # nothing but a rescaling, which costs no evaluation
-                corrections[-1] = tuple(predict * coefficient for coefficient in correct)
-                steps = corrections
+            correction = (1 - drift, drift * alpha, (2 * drift) ** 0.5 * sigma)
+            steps = [correction] * self.config.num_corrector_steps
+            if self.config.predictor == "none":  # nothing but a rescaling of x / alpha, which costs no evaluation
+                scale = alpha_sigma(then)[0] / alpha
+                steps[-1] = tuple(scale * coefficient for coefficient in correction)
             else:
-                steps = [*corrections, predict]
-            plan += [(time, of_clean, *(float(coefficient) for coefficient in step)) for step in steps]
+                steps.append(_PREDICT[self.config.predictor](now, then))
+            plan += [LinearStep(time, x0_coefficients, *(float(number) for number in step)) for step in steps]
         return plan
 
     def step(
@@ -148,7 +129,7 @@ class PredictorCorrectorScheduler(VariancePreservingScheduler, SchedulerMixin):
         sample: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
-    ) -> PredictorCorrectorSchedulerOutput | tuple[Tensor, Tensor]:
+    ) -> LinearStepOutput | tuple[Tensor, Tensor]:
         """Takes a corrector step or, at the last entry of a timestep, the predictor's step to the next.
 
         Args:
@@ -156,44 +137,25 @@ class PredictorCorrectorScheduler(VariancePreservingScheduler, SchedulerMixin):
             timestep: One of ``self.timesteps``.
             sample: Sample at that timestep, shape ``(B, *)``.
             generator: Source of the noise; a list has one for each sample.
-            return_dict: Whether to return a [`PredictorCorrectorSchedulerOutput`] instead of a tuple.
+            return_dict: Whether to return a [`LinearStepOutput`] instead of a tuple.
 
         Returns:
-            [`PredictorCorrectorSchedulerOutput`], or a tuple of its two fields.
+            [`LinearStepOutput`], or a tuple of its two fields.
 
         Raises:
             ValueError: If the timestep is not one of ``self.timesteps`` or the shapes differ.
         """
-        place = self._place(timestep, model_output, sample)
-        self._next = place + 1
-        _, of_clean, keep, pull, std = self._rows[place]
-        clean = self._clean(sample, model_output, of_clean)
-        prev_sample = keep * sample + pull * clean
-        if std > 0:
-            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-            prev_sample = prev_sample + std * noise
-        return PredictorCorrectorSchedulerOutput(prev_sample, clean) if return_dict else (prev_sample, clean)
-
-
-def _ancestral(log_snr_t: float, log_snr_s: float) -> tuple[float, float, float]:
-    """A draw from q(x_s | x_t, x_0) at the predicted clean sample, as in ``VDMScheduler``."""
-    (alpha_t, _), (alpha_s, sigma_s) = alpha_sigma(log_snr_t), alpha_sigma(log_snr_s)
-    c = -np.expm1(log_snr_t - log_snr_s)
-    return alpha_s / alpha_t * (1 - c), alpha_s * c, sigma_s * np.sqrt(c)
+        output = self._linear_step(model_output, timestep, sample, generator)
+        return output if return_dict else (output.prev_sample, output.pred_original_sample)
 
 
 def _euler_maruyama(log_snr_t: float, log_snr_s: float) -> tuple[float, float, float]:
     r"""An Euler-Maruyama step of :math:`dx = [-\tfrac12 \beta x - \beta s] dt + \sqrt\beta dw`, backwards."""
     (alpha_t, sigma_t), (alpha_s, _) = alpha_sigma(log_snr_t), alpha_sigma(log_snr_s)
     beta = 2 * np.log(alpha_s / alpha_t)  # its integral over the step: d log alpha = -beta / 2 dt
-    pull = beta / sigma_t**2
+    drift = beta / sigma_t**2
     # the last step is free of noise (Song et al. 2021, appendix G)
-    return 1 + beta / 2 - pull, pull * alpha_t, np.sqrt(beta) if np.isfinite(log_snr_s) else 0.0
+    return 1 + beta / 2 - drift, drift * alpha_t, np.sqrt(beta) if np.isfinite(log_snr_s) else 0.0
 
 
-def _rescale(log_snr_t: float, log_snr_s: float) -> float:
-    """Keeps x / alpha: the level's noise relative to the data."""
-    return alpha_sigma(log_snr_s)[0] / alpha_sigma(log_snr_t)[0]
-
-
-_PREDICT: dict[str, Any] = {"ancestral": _ancestral, "euler_maruyama": _euler_maruyama, "none": _rescale}
+_PREDICT: dict[str, Any] = {"ancestral": ancestral_coefficients, "euler_maruyama": _euler_maruyama}

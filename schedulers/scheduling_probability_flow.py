@@ -8,11 +8,11 @@ densities reads
 
 (Song et al. 2021, section 4.3, in the variables of Karras et al. 2022, section 3; Luo 2022, "Score-based Generative
 Models"). An Euler step of it is a step of DDIM without clipping, to the next timestep and at last to clean data
-(``set_alpha_to_one``). A Runge-Kutta method is data, a :class:`Tableau`; a new one costs three
+(``set_alpha_to_one``). A Runge-Kutta method is data, a ``Tableau``; a new one costs three
 lines. The Adams-Bashforth method integrates the polynomial in :math:`\lambda = -2 \log \varsigma` through the slopes of
 the last steps instead (Zhang & Chen 2023, section 3.3), one evaluation a step.
 
-This file travels inside checkpoints: it imports torch, numpy, diffusers and its sibling alone.
+This file travels inside checkpoints: it imports torch, numpy, diffusers and its siblings alone.
 """
 
 from __future__ import annotations
@@ -30,28 +30,12 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .log_snr_curve import VariancePreservingScheduler, alpha_sigma, predictions
+from .log_snr_curve import LogSnrCurve, alpha_sigma, prediction_coefficients
+from .runge_kutta import TABLEAUX, Tableau, adams_weights, noise_level
+from .variance_preserving_scheduler import VariancePreservingScheduler, at_least_single
 
-__all__ = ["ProbabilityFlowScheduler", "ProbabilityFlowSchedulerOutput", "Tableau"]
+__all__ = ["ProbabilityFlowScheduler", "ProbabilityFlowSchedulerOutput"]
 
-
-class Tableau(NamedTuple):
-    """Explicit Runge-Kutta method (Butcher 2016, section 23).
-
-    Args:
-        stages: For each stage the weights of the slopes before it; their sum is how far into the step it lies.
-        weights: Weights of all slopes at the end of the step.
-    """
-
-    stages: tuple[tuple[float, ...], ...]
-    weights: tuple[float, ...]
-
-
-TABLEAUX: Mapping[str, Tableau] = {
-    "euler": Tableau(((),), (1.0,)),
-    "heun": Tableau(((), (1.0,)), (1 / 2, 1 / 2)),
-    "rk4": Tableau(((), (1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
-}
 _ADAMS = "adams_bashforth"
 _ADAMS_ORDER = 4
 
@@ -82,8 +66,8 @@ class _Evaluation(NamedTuple):
     timestep: float
     starts_step: bool
     memory: int  # number of the slopes just before it that it builds on
-    of_clean: tuple[float, float]  # coefficients of the sample and of the network's output
-    of_noise: tuple[float, float]
+    x0_coefficients: tuple[float, float]  # coefficients of the sample and of the network's output
+    noise_coefficients: tuple[float, float]
     alpha: float
     sigma: float
     keep: float  # the sample at the start of the step enters what comes next by this
@@ -97,8 +81,9 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
     r"""Solves the probability-flow equation from noise to data, or from data to noise.
 
     As in the stock Heun scheduler, ``timesteps`` has an entry for each evaluation of the network. The grid is that of
-    ``timestep_spacing``, ``"log_snr"`` suiting the methods of higher order best, unless the configuration or the caller
-    gives one. Defaults are those of ``DDPMScheduler``, except that nothing is clipped unless ``clip_sample`` is set.
+    ``timestep_spacing`` unless the configuration or the caller gives one: ``"log_snr"`` suits ``"adams_bashforth"``
+    best, and Runge-Kutta methods from about 30 evaluations on. Defaults are those of ``DDPMScheduler``, except that
+    nothing is clipped unless ``clip_sample`` is set.
 
     Args:
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr, log_snr,
@@ -106,14 +91,15 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
             As in :class:`~mechdiffusers.schedulers.VDMScheduler`.
         solver (`str`, defaults to `"heun"`):
             ``"euler"``, ``"heun"`` or ``"rk4"``, of order 1, 2 and 4, with as many evaluations a step, or
-            ``"adams_bashforth"``, with one: of order 4 once four slopes are known, of lower order before, where the
-            flow is almost straight.
+            ``"adams_bashforth"``, with one: of order 4 where the flow is almost straight over the first three steps,
+            which have fewer slopes, as it is from a log-SNR of about -10 on; of order 2 otherwise.
         final_sigmas_type (`str`, defaults to `"zero"`):
-            ``"zero"``: an Euler step from the last timestep to clean data ends the way, as in stock schedulers.
-            ``"sigma_min"``: it ends at timestep 0, whose noise is left in, so that the way can be gone back.
+            ``"zero"``: an Euler step from the last timestep to clean data ends the trajectory, as in stock schedulers.
+            ``"sigma_min"``: it ends at timestep 0, whose noise is left in, so that the trajectory can be gone back.
         s_churn (`float`, defaults to 0.0):
             Stochastic churn: noise is added before each step but the first, to
-            :math:`1 + \min(\text{s\_churn} / N, \sqrt 2 - 1)` times the noise level; for Runge-Kutta methods.
+            :math:`1 + \min(\text{s\_churn} / N, \sqrt 2 - 1)` times the noise level: that of Karras et al. without
+            bounds to where (S_tmin, S_tmax) and with S_noise = 1. For Runge-Kutta methods alone.
         optimized_steps (`dict[str, dict]`, *optional*):
             Number of timesteps, as a string, to what :func:`mechdiffusers.schedulers.optimize_steps` found for it:
             ``"timesteps"``, which replace ``timestep_spacing`` at that number, and for ``"adams_bashforth"``
@@ -158,7 +144,7 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
         s_churn: float = 0.0,
         optimized_steps: Mapping[str, Mapping[str, Any]] | None = None,
     ):
-        self._start_from_config()
+        self._start_on(LogSnrCurve.of_config(self.config))
         if solver not in (*TABLEAUX, _ADAMS):
             raise ValueError(f"solver must be one of {(*TABLEAUX, _ADAMS)}, got {solver!r}")
         if final_sigmas_type not in ("zero", "sigma_min"):
@@ -171,7 +157,7 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
             )
         self.order = 1 if solver == _ADAMS else len(TABLEAUX[solver].stages)  # evaluations a step, as in stock
         for number, steps in (optimized_steps or {}).items():
-            grid, weights = self._grid(None, steps.get("timesteps")), steps.get("weights")
+            grid, weights = self._make_grid(None, steps.get("timesteps")), steps.get("weights")
             lengths = [min(step + 1, _ADAMS_ORDER) for step in range(len(grid))]
             fits = weights is None or (solver == _ADAMS and [len(row) for row in weights] == lengths)
             if number != str(len(grid)) or not fits:
@@ -211,7 +197,7 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
             self._weights = None
         self._inverse = inverse
         self._first = 0
-        self._lay(self._grid(num_inference_steps, timesteps), device)
+        self._set_grid(self._make_grid(num_inference_steps, timesteps), device)
 
     def _plan(self, grid: np.ndarray, first: int = 0) -> list[Any]:
         """As in the base class; a multistep method knows no slope from before the step ``first``."""
@@ -232,7 +218,7 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
                 plan.append(self._evaluation(start, start, weights, (end, next_level)))
             elif math.isfinite(end) and self.config.solver == _ADAMS:
                 oldest = min(step, max(step + 1 - _ADAMS_ORDER, first))
-                weights = _adams_weights(self.curve.at(starts[oldest : step + 1]), float(self.curve.at(start)), end)
+                weights = adams_weights(self.curve.at(starts[oldest : step + 1]), float(self.curve.at(start)), end)
                 plan.append(self._evaluation(start, start, weights, (end, next_level)))
             else:
                 method = TABLEAUX[self.config.solver if math.isfinite(end) else "euler"]
@@ -246,8 +232,8 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
 
     def _runge_kutta(self, start: float, method: Tableau, end: float, next_level: float) -> list[_Evaluation]:
         """The stages of a step from a timestep to the log-SNR ``end``, and on to that of the next by adding noise."""
-        start_noise = _noise_level(self.curve.at(start))
-        length = _noise_level(end) - start_noise
+        start_noise = noise_level(self.curve.at(start))
+        length = noise_level(end) - start_noise
         # the first stage lies on the grid, where rounding must not move it
         times = [start] + [
             float(np.float32(self.curve.timestep(-2 * math.log(start_noise + length * sum(stage)))))
@@ -284,16 +270,16 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
             Its row of the plan.
         """
         alpha, sigma = (float(scale) for scale in alpha_sigma(self.curve.at(time)))
-        of_clean, of_noise = predictions(self.config.prediction_type, alpha, sigma)
+        x0_coefficients, noise_coefficients = prediction_coefficients(self.config.prediction_type, alpha, sigma)
         reached, raised = target
         alpha_start, alpha_next = (float(alpha_sigma(level)[0]) for level in (self.curve.at(start), raised))
-        churn = alpha_next * math.sqrt(max(_noise_level(raised) ** 2 - _noise_level(reached) ** 2, 0.0))
+        churn = alpha_next * math.sqrt(max(noise_level(raised) ** 2 - noise_level(reached) ** 2, 0.0))
         return _Evaluation(
             timestep=time,
             starts_step=stage == 0,
             memory=len(weights) - 1,
-            of_clean=of_clean,
-            of_noise=of_noise,
+            x0_coefficients=x0_coefficients,
+            noise_coefficients=noise_coefficients,
             alpha=alpha,
             sigma=sigma,
             keep=alpha_next / alpha_start,
@@ -331,22 +317,21 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
                 divergences come with clipping, churn or a step to clean data, which have no density, or are missing
                 at some evaluation.
         """
-        place = self._place(timestep, model_output, sample)
-        if place == 0 or place != self._next:
-            self._begin_at(place)
-        self._next = place + 1
-        now: _Evaluation = self._rows[place]
+        index = self._index(timestep, model_output, sample)
+        if index == 0 or index != self._next_index:
+            self._begin_at(index)
+        self._next_index = index + 1
+        now: _Evaluation = self._rows[index]
         dtype = sample.dtype
-        # near pure noise the coefficients reach thousands and cancel: half precision would leave nothing
-        sample, model_output = (x.to(torch.promote_types(dtype, torch.float32)) for x in (sample, model_output))
+        sample, model_output = at_least_single(sample, model_output)
         if now.starts_step:
             self._start = sample
 
-        clean = self._clean(sample, model_output, now.of_clean)
+        clean = self._clean(sample, model_output, now.x0_coefficients)
         if self.config.clip_sample:
             noise = (sample - now.alpha * clean) / now.sigma
         else:
-            noise = now.of_noise[0] * sample + now.of_noise[1] * model_output
+            noise = now.noise_coefficients[0] * sample + now.noise_coefficients[1] * model_output
         self._slopes = [*self._slopes[len(self._slopes) - now.memory :], noise]
         next_sample = now.keep * self._start
         for weight, slope in zip(now.weights, self._slopes, strict=True):
@@ -356,25 +341,25 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
             draw = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=dtype)
             next_sample = next_sample + now.churn * draw
         if divergence is not None or self._divergences or self._log_density_change is not None:
-            self._accumulate(now, place, sample, divergence)
+            self._accumulate(now, index, sample, divergence)
         next_sample, clean = next_sample.to(dtype), clean.to(dtype)
         if not return_dict:
             return (next_sample, clean)
         return ProbabilityFlowSchedulerOutput(next_sample, clean, self._log_density_change)
 
-    def _begin_at(self, place: int) -> None:
+    def _begin_at(self, index: int) -> None:
         """Forgets what came before: the loop starts here, at the first entry or, as from an image, at a later one."""
-        row: _Evaluation = self._rows[place]
+        row: _Evaluation = self._rows[index]
         if not row.starts_step:
             raise ValueError(f"timestep must follow the order of set_timesteps, got {row.timestep:g} out of order")
-        if self.config.solver == _ADAMS and self._first != place:
-            self._rows = self._plan(self._planned, first=place)
-        self._first = place
+        if self.config.solver == _ADAMS and self._first != index:
+            self._rows = self._plan(self._planned, first=index)
+        self._first = index
         self._slopes, self._divergences, self._log_density_change = [], [], None
 
-    def _accumulate(self, now: _Evaluation, place: int, sample: Tensor, divergence: Tensor | None) -> None:
+    def _accumulate(self, now: _Evaluation, index: int, sample: Tensor, divergence: Tensor | None) -> None:
         """Adds the change of the log-density over a step once all its divergences are there."""
-        begins = place == self._first
+        begins = index == self._first
         missed = not begins and self._log_density_change is None
         if divergence is None or divergence.shape != sample.shape[:1] or missed:
             got = None if divergence is None else tuple(divergence.shape)
@@ -388,25 +373,8 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
         if begins:
             self._log_density_change = sample.new_zeros(len(sample), dtype=torch.float64)
         # the divergence by y of the noise: x = alpha y
-        own = now.alpha * (now.of_noise[0] * dims + now.of_noise[1] * divergence.double())
+        own = now.alpha * (now.noise_coefficients[0] * dims + now.noise_coefficients[1] * divergence.double())
         self._divergences = [*self._divergences[len(self._divergences) - now.memory :], own]
         if now.divergence_weights is not None and self._log_density_change is not None:
             along = sum(w * value for w, value in zip(now.divergence_weights, self._divergences, strict=True))
             self._log_density_change = self._log_density_change - dims * now.log_alpha_change - along
-
-
-def _adams_weights(known: np.ndarray, start: float, end: float) -> list[float]:
-    r"""Integrals over :math:`\varsigma` of the Lagrange polynomials in log-SNR through the known slopes."""
-    nodes, shares = np.polynomial.legendre.leggauss(16)
-    log_snr = (start + end) / 2 + (end - start) / 2 * nodes
-    measure = -np.exp(-log_snr / 2) / 2 * (end - start) / 2 * shares  # d varsigma / d lambda
-    weights = []
-    for i, own in enumerate(known):
-        others = np.delete(known, i)
-        weights.append(float((measure * np.prod((log_snr[:, None] - others) / (own - others), axis=1)).sum()))
-    return weights
-
-
-def _noise_level(log_snr: Any) -> float:
-    r""":math:`\varsigma = \sigma / \alpha`."""
-    return float(np.exp(-log_snr / 2))

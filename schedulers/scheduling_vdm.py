@@ -11,43 +11,26 @@ is wider, as :math:`x_0` is not known; of all isotropic Gaussians about that mea
 error of the velocity, :math:`\|x_0 - \hat x_0\| / \sigma_t`, changes least along the curve, so that is what a table in
 the configuration holds.
 
-This file travels inside checkpoints: it imports torch, numpy, diffusers and its sibling alone.
+This file travels inside checkpoints: it imports torch, numpy, diffusers and its siblings alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import SchedulerMixin  # by this name in this file pipelines know that it can be loaded
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .log_snr_curve import VariancePreservingScheduler, alpha_sigma, predictions
+from .log_snr_curve import LogSnrCurve, alpha_sigma, ancestral_coefficients, prediction_coefficients
+from .variance_preserving_scheduler import LinearStep, LinearStepOutput, VariancePreservingScheduler
 
-__all__ = ["VDMScheduler", "VDMSchedulerOutput"]
+__all__ = ["VDMScheduler"]
 
 _VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "optimal")
-
-
-@dataclass
-class VDMSchedulerOutput(BaseOutput):
-    """Output of a step.
-
-    Args:
-        prev_sample (`torch.Tensor`):
-            The sample at the next timestep, shape ``(B, *)``.
-        pred_original_sample (`torch.Tensor`):
-            The clean sample as predicted at this timestep, shape ``(B, *)``.
-    """
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor
 
 
 class VDMScheduler(VariancePreservingScheduler, SchedulerMixin):
@@ -120,7 +103,7 @@ class VDMScheduler(VariancePreservingScheduler, SchedulerMixin):
         variance_type: str = "fixed_small",
         velocity_error: Sequence[float] | None = None,
     ):
-        self._start_from_config()
+        self._start_on(LogSnrCurve.of_config(self.config))
         if variance_type not in _VARIANCE_TYPES:
             raise ValueError(f"variance_type must be one of {_VARIANCE_TYPES}, got {variance_type!r}")
         errors = None if velocity_error is None else np.asarray(velocity_error, dtype=np.float64)
@@ -132,22 +115,18 @@ class VDMScheduler(VariancePreservingScheduler, SchedulerMixin):
     def _plan(self, grid: np.ndarray) -> list[Any]:
         log_snr_t = self.curve.at(grid)
         log_snr_s = np.append(log_snr_t[1:], np.inf)
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(log_snr_t), alpha_sigma(log_snr_s)
-        # expm1 keeps the digits when the two times are close, where 1 - exp(...) has none left
-        c = -np.expm1(log_snr_t - log_snr_s)
-        variance = sigma_s**2 * c
+        (alpha_t, sigma_t), (alpha_s, _) = alpha_sigma(log_snr_t), alpha_sigma(log_snr_s)
+        of_sample, of_x0, std = ancestral_coefficients(log_snr_t, log_snr_s)
         if self.config.variance_type == "fixed_large":
-            variance = -np.expm1(2 * np.log(alpha_t / alpha_s))
+            std = np.sqrt(-np.expm1(2 * np.log(alpha_t / alpha_s)))
         elif self.config.variance_type == "optimal":
             errors = self.config.velocity_error
             error = np.interp(grid, np.linspace(0, len(self) - 1, len(errors)), errors)
-            variance = variance + (alpha_s * c * sigma_t) ** 2 * error
-        variance[-1] = 0  # the last step ends at the mean
-        (of_sample, of_output), _ = predictions(self.config.prediction_type, alpha_t, sigma_t)
-        columns = np.broadcast_arrays(
-            grid, of_sample, of_output, alpha_s / alpha_t * (1 - c), alpha_s * c, np.sqrt(variance)
-        )
-        return list(zip(*(column.tolist() for column in columns), strict=True))
+            std = np.sqrt(std**2 + (of_x0 * sigma_t) ** 2 * error)
+        std[-1] = 0  # the last step ends at the mean
+        x0_coefficients, _ = prediction_coefficients(self.config.prediction_type, alpha_t, sigma_t)
+        columns = np.broadcast_arrays(grid, *x0_coefficients, of_sample, of_x0, std)
+        return [LinearStep(t, (a, b), *rest) for t, a, b, *rest in np.stack(columns, axis=1).tolist()]
 
     def step(
         self,
@@ -156,7 +135,7 @@ class VDMScheduler(VariancePreservingScheduler, SchedulerMixin):
         sample: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
-    ) -> VDMSchedulerOutput | tuple[Tensor, Tensor]:
+    ) -> LinearStepOutput | tuple[Tensor, Tensor]:
         """Draws the sample at the next timestep.
 
         Args:
@@ -164,23 +143,16 @@ class VDMScheduler(VariancePreservingScheduler, SchedulerMixin):
             timestep: One of ``self.timesteps``.
             sample: Sample at that timestep, shape ``(B, *)``.
             generator: Source of the noise; a list has one for each sample.
-            return_dict: Whether to return a [`VDMSchedulerOutput`] instead of a tuple.
+            return_dict: Whether to return a [`LinearStepOutput`] instead of a tuple.
 
         Returns:
-            [`VDMSchedulerOutput`], or a tuple of its two fields.
+            [`LinearStepOutput`], or a tuple of its two fields.
 
         Raises:
             ValueError: If the timestep is not one of ``self.timesteps`` or the shapes differ.
         """
-        place = self._place(timestep, model_output, sample)
-        self._next = place + 1
-        _, of_sample, of_output, keep, pull, std = self._rows[place]
-        clean = self._clean(sample, model_output, (of_sample, of_output))
-        prev_sample = keep * sample + pull * clean
-        if std > 0:
-            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-            prev_sample = prev_sample + std * noise
-        return VDMSchedulerOutput(prev_sample, clean) if return_dict else (prev_sample, clean)
+        output = self._linear_step(model_output, timestep, sample, generator)
+        return output if return_dict else (output.prev_sample, output.pred_original_sample)
 
     def loss_weights(self, timesteps: Tensor, weighting: str = "elbo", max_snr: float = 5.0) -> Tensor:
         r"""Weights of the squared error of the network's output, summed over a sample's entries.
@@ -211,10 +183,10 @@ class VDMScheduler(VariancePreservingScheduler, SchedulerMixin):
         log_snr = self.curve(timesteps)
         snr = log_snr.exp()
         if weighting == "elbo":
-            of_clean = -0.5 * (len(self) - 1) * self.curve.slope(timesteps) * snr
+            x0_weights = -0.5 * (len(self) - 1) * self.curve.slope(timesteps) * snr
         else:
-            of_clean = snr.clamp(max=max_snr)
+            x0_weights = snr.clamp(max=max_snr)
         # the error of the output enters that of the clean sample by its coefficient
         alpha, sigma = alpha_sigma(log_snr)
-        (_, of_output), _ = predictions(self.config.prediction_type, alpha, sigma)
-        return of_clean * of_output**2
+        (_, of_output), _ = prediction_coefficients(self.config.prediction_type, alpha, sigma)
+        return x0_weights * of_output**2

@@ -27,7 +27,7 @@ MAY_IMPORT = {
 TRAVELS = [
     *(path for room in ("pipelines", "models") for path in (ROOT / room).glob("*.py") if path.stem != "__init__"),
     *(ROOT / "schedulers").glob("scheduling_*.py"),
-    ROOT / "schedulers" / "log_snr_curve.py",
+    *(ROOT / "schedulers" / f"{stem}.py" for stem in ("log_snr_curve", "runge_kutta", "variance_preserving_scheduler")),
 ]
 
 

@@ -191,6 +191,22 @@ def test_a_loop_may_start_later_as_from_a_noised_image(cls, options):
         torch.testing.assert_close(own, other)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("cls", "options"), VARIANTS)
+def test_nothing_in_the_loop_waits_for_a_gpu(cls, options):
+    scheduler, x = cls(**options), torch.randn(2, 3, device="cuda")
+    scheduler.set_timesteps(5, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.tanh(x), t, x, generator=torch.Generator("cuda").manual_seed(0)).prev_sample
+        with pytest.raises(RuntimeError):  # the test can fail
+            float(x.sum())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert x.isfinite().all()
+
+
 @pytest.mark.parametrize(("cls", "options"), VARIANTS)
 def test_timesteps_may_be_given_as_numbers_too(cls, options):
     x = torch.randn(2, 3, generator=torch.manual_seed(0))
@@ -271,8 +287,8 @@ def test_clipping_bounds_the_predicted_sample(cls):
     assert out.pred_original_sample.abs().max() == 0.5
 
 
-@pytest.mark.parametrize(("cls", "options"), VARIANTS)
-def test_the_stock_pixel_pipeline_runs_them(cls, options):
+@pytest.fixture
+def pixel_pipeline() -> DDPMPipeline:
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8,
@@ -284,14 +300,31 @@ def test_the_stock_pixel_pipeline_runs_them(cls, options):
         norm_num_groups=2,
         attention_head_dim=2,
     )
-    pipe = DDPMPipeline(unet.eval(), cls.from_config(DDPMScheduler().config, clip_sample=True, **options))
+    pipe = DDPMPipeline(unet.eval(), DDPMScheduler())
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize(("cls", "options"), VARIANTS)
+def test_the_stock_pixel_pipeline_runs_them(pixel_pipeline, cls, options):
+    pixel_pipeline.scheduler = cls.from_config(pixel_pipeline.scheduler.config, clip_sample=True, **options)
     first, second = (
-        pipe(batch_size=2, num_inference_steps=3, output_type="np", generator=torch.manual_seed(0)).images
+        pixel_pipeline(2, num_inference_steps=3, output_type="np", generator=torch.manual_seed(0)).images
         for _ in range(2)
     )
     assert first.shape == (2, 8, 8, 1)
     np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("clip_sample", [True, False])
+def test_the_stock_pixel_pipeline_gives_the_images_of_ddpm_with_ours(pixel_pipeline, clip_sample):
+    images = []
+    for cls in (DDPMScheduler, VDMScheduler):
+        config = pixel_pipeline.scheduler.config
+        pixel_pipeline.scheduler = cls.from_config(config, clip_sample=clip_sample)
+        run = pixel_pipeline(2, num_inference_steps=10, output_type="np", generator=torch.manual_seed(0))
+        images.append(run.images)
+    np.testing.assert_allclose(*images, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("cls", "options"), VARIANTS)
@@ -332,12 +365,10 @@ def test_a_checkpoint_ships_the_scheduler_and_the_installed_class_loads_it(make_
     pipe.scheduler = cls.from_config(pipe.scheduler.config, log_snr="cosine")
     again = LatentDDPMPipeline(pipe.vae, pipe.unet, pipe.scheduler, pipe.response_encoder)
     again.save_pretrained(tmp_path)
-    stem = cls.__module__.split(".")[-1]
-    assert {path.name for path in (tmp_path / "scheduler").iterdir()} == {
-        "scheduler_config.json",
-        "log_snr_curve.py",
-        f"{stem}.py",
-    }
+    stems = {cls.__module__.split(".")[-1], "log_snr_curve", "variance_preserving_scheduler"}
+    stems |= {"runge_kutta"} if cls is ProbabilityFlowScheduler else set()
+    shipped = {path.name for path in (tmp_path / "scheduler").iterdir()}
+    assert shipped == {"scheduler_config.json", *(f"{stem}.py" for stem in stems)}
     loaded = LatentDDPMPipeline.from_pretrained(tmp_path)
     assert type(loaded.scheduler) is cls
     assert loaded.scheduler.config.log_snr == "cosine"
@@ -354,7 +385,7 @@ def test_another_curve_than_the_denoisers_is_refused(make_pipeline):
     ("options", "message"),
     [
         ({"beta_schedule": "magic"}, "beta_schedule must be one that diffusers has, such as 'linear', got 'magic'"),
-        ({"log_snr": "magic"}, "log_snr must be one of ('betas', 'linear', 'cosine'), got 'magic'"),
+        ({"log_snr": "magic"}, "log_snr must be one of ('betas', 'linear', 'cosine') or a table, got 'magic'"),
         ({"log_snr": [3.0, 3.0, -1.0]}, "log_snr must be at least two finite numbers that fall strictly"),
         ({"log_snr": [3.0, math.nan]}, "log_snr must be at least two finite numbers"),
         ({"log_snr": [3.0]}, "log_snr must be at least two finite numbers"),
@@ -451,7 +482,9 @@ def test_stages_out_of_order_are_refused():
 
 
 def test_a_grid_without_a_step_is_refused():
-    with pytest.raises(ValueError, match=r"^timesteps must leave a step to go before the end of the way, got \[0.0\]"):
+    with pytest.raises(
+        ValueError, match=r"^timesteps must leave a step to go before the trajectory's end, got \[0.0\]"
+    ):
         ProbabilityFlowScheduler(final_sigmas_type="sigma_min").set_timesteps(timesteps=[0.0])
 
 

@@ -72,7 +72,11 @@ def test_the_velocity_error_of_an_exact_denoiser_is_the_conditional_variance(pre
 def test_what_cannot_be_optimised_is_named():
     with pytest.raises(ValueError, match="^num_inference_steps must be an integer of at least 2, got 1"):
         optimize_steps(denoiser, ProbabilityFlowScheduler(), noise(2, 0), 1)
-    for scheduler in (DDPMScheduler(), ProbabilityFlowScheduler(s_churn=1.0)):
+    for scheduler in (
+        DDPMScheduler(),
+        ProbabilityFlowScheduler(s_churn=1.0),
+        ProbabilityFlowScheduler(clip_sample=True),
+    ):
         with pytest.raises(ValueError, match="^scheduler must be a ProbabilityFlowScheduler with final_sigmas_type"):
             optimize_steps(denoiser, scheduler, noise(2, 0), 4)
     with pytest.raises(ValueError, match="^num must be at least 2, got 1"):
