@@ -106,7 +106,7 @@ class PredictorCorrectorScheduler(VariancePreservingScheduler, SchedulerMixin):
     def _plan(self, grid: np.ndarray) -> list[Any]:
         log_snr_t = self.curve.at(grid)
         log_snr_s = np.append(log_snr_t[1:], np.inf)
-        plan = []
+        plan: list[LinearStep] = []
         for time, now, then in zip(grid.tolist(), log_snr_t, log_snr_s, strict=True):
             alpha, sigma = (float(scale) for scale in alpha_sigma(now))
             x0_coefficients, _ = prediction_coefficients(self.config.prediction_type, alpha, sigma)
