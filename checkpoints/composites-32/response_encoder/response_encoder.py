@@ -5,6 +5,11 @@ open. Each load case becomes one token: a small network sees its normalised valu
 what is given. A response that is open everywhere becomes the learned null tokens, so that "no response" needs no
 second denoiser: dropping a condition, as classifier-free guidance does, is leaving it open (Ho & Salimans 2021).
 
+What counts of a response is its relative error in each load case, and responses of two-phase designs range over more
+than a decade. So an entry :math:`y` is normalised on a logarithmic scale, but one that has a place for zero and below,
+as a target may lie there: :math:`(\operatorname{asinh}(y / s) - m) / d`, with :math:`s` near the least of the training
+data, and :math:`m` and :math:`d` the mean and the standard deviation of the first term.
+
 This file travels inside checkpoints: it imports torch, numpy and diffusers alone.
 """
 
@@ -16,7 +21,36 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-__all__ = ["ResponseEncoder"]
+__all__ = ["ResponseEncoder", "response_normalisation"]
+
+
+def response_normalisation(response: Tensor) -> dict[str, list[list[float]]]:
+    """What :class:`ResponseEncoder` normalises by, measured on training data.
+
+    Args:
+        response: Shape ``(B, L, S)``, NaN where unknown.
+
+    Returns:
+        ``scale``, ``mean`` and ``std``, the arguments of :class:`ResponseEncoder`. An entry that is the same for all
+        designs has ``std`` 1.
+
+    Raises:
+        ValueError: If an entry is unknown of all designs.
+    """
+    values = response.double().numpy()
+    if unknown := np.argwhere(np.isnan(values).all(0)).tolist():
+        raise ValueError(
+            f"response must be known of some design in every entry, got none in load case {unknown[0][0]} at strain "
+            f"{unknown[0][1]}"
+        )
+    magnitudes = np.where(values == 0, np.nan, np.abs(values))
+    with_some = ~np.isnan(magnitudes).all(0)
+    scale = np.ones(values.shape[1:])
+    scale[with_some] = np.nanquantile(magnitudes[:, with_some], 0.01, axis=0)
+    logarithms = np.arcsinh(values / scale)
+    mean, std = np.nanmean(logarithms, 0), np.nanstd(logarithms, 0)
+    std[std <= 1e-6 * np.abs(mean)] = 1
+    return {"scale": scale.tolist(), "mean": mean.tolist(), "std": std.tolist()}
 
 
 class ResponseEncoder(ModelMixin, ConfigMixin):
@@ -28,16 +62,19 @@ class ResponseEncoder(ModelMixin, ConfigMixin):
         meaning: What the entries of a response are: ``load_cases`` (L names), ``strains`` (L lists of S magnitudes)
             and whatever else travels with them (``quantity``, ``units``, ``element_order``, material). ``None`` makes
             an encoder of no response at all, for an unconditional model.
-        mean: Mean of each entry over the training data, L lists of S numbers in the units of the response.
-        std: Standard deviation likewise, positive.
+        scale: :math:`s` of each entry, L lists of S numbers in the units of the response, positive; this and the next
+            two are what :func:`response_normalisation` gives.
+        mean: :math:`m` of each entry.
+        std: :math:`d` of each entry, positive.
 
     Raises:
-        ValueError: If ``meaning``, ``mean`` and ``std`` do not fit together.
+        ValueError: If ``meaning``, ``scale``, ``mean`` and ``std`` do not fit together.
 
     Example:
         >>> meaning = {"quantity": "stress", "load_cases": ["shear"], "strains": [[0.1, 0.2, 0.3]]}
-        >>> encoder = ResponseEncoder(16, meaning=meaning, mean=[[1.0, 2.0, 3.0]], std=[[0.5, 0.5, 0.5]])
-        >>> encoder(torch.full((4, 1, 3), 1.5)).shape
+        >>> responses = torch.rand(100, 1, 3) + torch.tensor([1.0, 2.0, 3.0])
+        >>> encoder = ResponseEncoder(16, meaning=meaning, **response_normalisation(responses))
+        >>> encoder(responses[:4]).shape
         torch.Size([4, 1, 16])
 
     References:
@@ -51,6 +88,7 @@ class ResponseEncoder(ModelMixin, ConfigMixin):
         token_dim: int = 32,
         hidden_dim: int = 128,
         meaning: dict[str, Any] | None = None,
+        scale: list[list[float]] | None = None,
         mean: list[list[float]] | None = None,
         std: list[list[float]] | None = None,
     ):
@@ -63,14 +101,15 @@ class ResponseEncoder(ModelMixin, ConfigMixin):
         self.null_tokens = nn.Parameter(torch.randn(max(len(strains), 1), token_dim))
         if meaning is None:
             return
-        shapes = {np.array(entries, dtype=float).shape for entries in (strains, mean, std)}
+        shapes = {np.array(entries, dtype=float).shape for entries in (strains, scale, mean, std)}
         if shapes != {self.response_shape} or len(meaning["load_cases"]) != len(strains):
             raise ValueError(
-                f"mean and std must be {self.response_shape[0]} lists of {self.response_shape[1]} numbers, as the "
-                f"strains of the load cases {meaning['load_cases']} are, got {mean!r} and {std!r}"
+                f"scale, mean and std must be {self.response_shape[0]} lists of {self.response_shape[1]} numbers, as "
+                f"the strains of the load cases {meaning['load_cases']} are, got {scale!r}, {mean!r} and {std!r}"
             )
-        if not (np.array(std) > 0).all():
-            raise ValueError(f"std must be positive everywhere, got {std!r}")
+        for name, entries in (("scale", scale), ("std", std)):
+            if not (np.array(entries) > 0).all():
+                raise ValueError(f"{name} must be positive everywhere, got {entries!r}")
         self.case_embedding = nn.Parameter(torch.randn(len(strains), hidden_dim))
         self.proj_in = nn.Linear(2 * self.response_shape[1], hidden_dim)
         self.layers = nn.Sequential(nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU())
@@ -96,8 +135,8 @@ class ResponseEncoder(ModelMixin, ConfigMixin):
             return null
         given = ~response.isnan()
         response = response.float()  # units may need more digits than the weights have
-        mean, std = response.new_tensor(self.config.mean), response.new_tensor(self.config.std)
-        values = torch.where(given, (response - mean) / std, 0.0)
+        scale, mean, std = (response.new_tensor(self.config[name]) for name in ("scale", "mean", "std"))
+        values = torch.where(given, (torch.asinh(response / scale) - mean) / std, 0.0)
         features = torch.cat([values, given.float()], dim=-1).to(self.null_tokens.dtype)
         tokens = self.proj_out(self.layers(self.proj_in(features) + self.case_embedding))
         return torch.where(given.flatten(1).any(1)[:, None, None], tokens, null)
