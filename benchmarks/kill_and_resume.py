@@ -2,8 +2,8 @@
 
     python benchmarks/kill_and_resume.py --output benchmarks/kill_and_resume.json
 
-Each run is the training script in a process of its own, which gets SIGKILL: at a random step of a random stage, or
-while it writes a checkpoint; every third run is killed twice. It is started again until it ends.
+Each run is the training script in a process of its own, which gets SIGKILL at a random step of a random stage; every
+fourth run while it writes the next checkpoint, another fourth twice. It is started again until it ends.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 SCRIPT = Path(__file__).parents[1] / "training" / "train.py"
 STEPS = 30
+WRITING = ", writing a checkpoint"
 SETTINGS = {
     "num_train_designs": 48,
     "num_heldout_designs": 16,
@@ -58,13 +59,13 @@ def main() -> None:
         runs = []
         for i in tqdm(range(arguments.runs), desc="runs", unit="run"):
             killed, unfinished = [], 0
-            for _ in range(1 + (i % 3 == 2)):
+            for _ in range(1 + (i % 4 == 3)):
                 moment = random_moment(rng, i)
                 while not run_until(folder / str(i), moment):  # it lay behind where the first kill had left the run
                     (folder / str(i)).rename(folder / f"{i} that ended, {len(list(folder.iterdir()))}")
                     moment = random_moment(rng, i)
                 killed.append(moment)
-                unfinished += any((folder / str(i)).glob("checkpoints/.unfinished-*"))
+                unfinished += is_writing(folder / str(i))
             run_until(folder / str(i), None)
             same = identical(folder / str(i), folder / "straight")
             runs.append({"killed": killed, "half_written_checkpoints": unfinished, "identical": same})
@@ -82,11 +83,10 @@ def main() -> None:
 
 
 def random_moment(rng: random.Random, run: int) -> str:
-    """What the messages of a process begin with at the moment at which it is killed."""
+    """When a process is killed: at a step of a stage, or when it writes the next checkpoint behind that."""
     stage = rng.choice(["autoencoder", "denoiser"])
-    if run % 4 == 1:
-        return f"{stage} step {4 * rng.randint(1, STEPS // 4)}: writing a checkpoint"
-    return f"{stage}: step {rng.randint(1, STEPS)}/{STEPS}"
+    step = f"{stage}: step {rng.randint(1, STEPS)}/{STEPS}"
+    return f"{step}{WRITING}" if run % 4 == 1 else step
 
 
 def run_until(folder: Path, moment: str | None) -> bool:
@@ -100,19 +100,26 @@ def run_until(folder: Path, moment: str | None) -> bool:
     )
     assert process.stderr is not None
     for line in process.stderr:
-        if moment is not None and is_at(line, moment):
+        if moment is not None and is_at(line, moment.removesuffix(WRITING)):
+            while moment.endswith(WRITING) and process.poll() is None and not is_writing(folder):
+                pass
             process.send_signal(signal.SIGKILL)
             process.communicate()
-            return True
+            if process.returncode == -signal.SIGKILL:
+                return True
+            break
     if process.wait() != 0:
         raise RuntimeError(f"the training script failed in {folder}")
     return False
 
 
+def is_writing(folder: Path) -> bool:
+    """Whether a checkpoint of a run is half-written."""
+    return any((folder / "checkpoints").glob(".unfinished-*"))
+
+
 def is_at(line: str, moment: str) -> bool:
-    """Whether a message says that a moment has come; a progress bar counts as the step that it shows."""
-    if "writing" in moment:
-        return moment in line
+    """Whether a progress bar shows the step of a moment."""
     stage, _, step = moment.partition(": step ")
     return line.startswith(f"{stage}:") and f" {step} " in line
 
