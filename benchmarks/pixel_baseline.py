@@ -97,7 +97,8 @@ def trained(pipe: LatentDDPMPipeline, arguments: Any) -> tuple[nn.Module, nn.Mod
         arguments.run_dir.mkdir(parents=True, exist_ok=True)
         training = train(both, stock_scheduler("ddpm", pipe.scheduler.config), arguments)
         unfinished = file.with_name(f".unfinished-{file.name}")
-        save_file(both.state_dict(), unfinished, metadata={"training": json.dumps(training)})
+        weights = {name: weight.contiguous() for name, weight in both.state_dict().items()}
+        save_file(weights, unfinished, metadata={"training": json.dumps(training)})
         os.replace(unfinished, file)
     with safe_open(file, "pt") as stored:
         both.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118

@@ -81,7 +81,6 @@ class MonotoneNoiseSchedule(ModelMixin, ConfigMixin):
             )
         value, slope, curvature = self._value_and_derivatives(times)
         second_moment = (squared_error.detach().double() / 2) ** 2
-        second_moment = second_moment / second_moment.mean().clamp(min=1e-30)  # the step is the optimiser's business
         return (second_moment * (slope.detach() * slope - curvature.detach() * value)).mean()
 
     @torch.no_grad()

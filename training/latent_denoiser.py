@@ -100,7 +100,7 @@ class LatentDenoiser(nn.Module):
         curve_loss = error.new_zeros(())
         if self.noise_schedule is not None:
             # the bound weighs the squared error of the noise by minus half the slope of the log-SNR over [0, 1]
-            noise_error = -2 * nats / (last * self.process.curve.slope(timesteps))
+            noise_error = -2 * nats / (last * self.process.curve.slope(timesteps)) / latents[0].numel()
             span = self.noise_schedule.config.log_snr_max - self.noise_schedule.config.log_snr_min
             curve_loss = _CURVE_WEIGHT * self.noise_schedule.variance_loss(times, noise_error) / span**2
         return (weights * error).float() / latents[0].numel(), nats.float(), curve_loss.float()

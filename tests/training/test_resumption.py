@@ -221,8 +221,8 @@ def test_the_best_weights_are_those_of_least_loss(tmp_path):
 
 
 def test_a_run_may_end_with_its_best_weights(tmp_path):
-    # at this learning rate the loss on held-out designs does not fall steadily
-    settings = {"validation_steps": 1, "denoiser_learning_rate": 0.3}
+    # at this learning rate the loss on held-out designs grows
+    settings = {"validation_steps": 1, "denoiser_learning_rate": 1.0, "lr_scheduler": "constant"}
     pipe = train(small(tmp_path / "best", load_best_model_at_end=True, **settings))
     kept = load_file(tmp_path / "best" / "checkpoints" / "best-denoiser.safetensors")
     for key, value in pipe.unet.state_dict().items():
