@@ -57,9 +57,10 @@ def assert_same_curves(one: Path, other: Path, tolerance: dict[str, float]) -> N
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(alone, fifty, tmp_path):
-    finish(launch("one_machine", tmp_path / "run", **fifty))
-    assert_same_curves(alone, tmp_path / "run", {"autoencoder": 1e-4, "denoiser": 1e-4})
+def test_two_processes_train_as_one(tmp_path):
+    finish(start(command_line(tmp_path / "alone", **FIFTY)))
+    finish(launch("one_machine", tmp_path / "run", **FIFTY))
+    assert_same_curves(tmp_path / "alone", tmp_path / "run", {"autoencoder": 1e-4, "denoiser": 1e-4})
 
 
 @pytest.mark.slow
