@@ -1,11 +1,15 @@
-# Both targets install everything they need into a fresh .venv, once.
+# All targets install everything they need into a fresh .venv, once.
 PYTHON ?= python3
 BIN = .venv/bin
 PYTEST = $(BIN)/python -m pytest --numprocesses logical --dist worksteal
 
-.PHONY: demo test lint wheel-test
+.PHONY: demo quick test lint wheel-test
 
 demo: .venv/installed
+	$(BIN)/mechdiffusers-design examples/targets.csv --checkpoint checkpoints/composites-32 \
+		--dataset data/composites-32 --output_dir runs/demo
+
+quick: .venv/installed
 	$(BIN)/accelerate launch training/train.py --config training/configs/quick.yaml --resume_from_checkpoint latest
 	$(BIN)/python benchmarks/sample_statistics.py runs/quick/pipeline --num 1024 \
 		--output runs/quick/sample_statistics.json --figures runs/quick

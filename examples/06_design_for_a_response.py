@@ -1,0 +1,33 @@
+"""Designs for three targets, verified by finite elements: a picture a target and a table.
+
+python examples/06_design_for_a_response.py --output_dir runs/designed
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+from mechdiffusers.evaluation.targets import read_targets
+from mechdiffusers.schedulers import stock_scheduler
+
+from mechdiffusers import LatentDDPMPipeline, verify
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--checkpoint", default=Path(__file__).parents[1] / "checkpoints" / "composites-32")
+parser.add_argument("--targets", type=Path, default=Path(__file__).parent / "targets.csv")
+parser.add_argument("--output_dir", type=Path, default=Path("runs/designed"))
+parser.add_argument("--steps", type=int, default=50)
+arguments = parser.parse_args()
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+pipe = LatentDDPMPipeline.from_pretrained(arguments.checkpoint)
+pipe.scheduler = stock_scheduler("dpmsolver++", pipe.scheduler.config)
+meaning = pipe.response_encoder.config.meaning
+names, targets = read_targets(arguments.targets, meaning)
+options = {"num_inference_steps": arguments.steps, "generator": torch.manual_seed(0), "output_type": "np"}
+designs = pipe(response=targets, num_images_per_response=4, **options).images[..., 0]
+report = verify(designs, targets, meaning, progress=True)
+report.save(arguments.output_dir, names)
+for row in report.rows(names):
+    logging.info("%(target)s, design %(design)d: error %(error).4f, rank %(rank)d", row)
