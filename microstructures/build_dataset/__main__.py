@@ -28,7 +28,7 @@ class BuildConfig:
     """Settings of a dataset of random composites."""
 
     output_dir: str = field(metadata={"help": "Folder to write; what is unfinished lies there in .unfinished-*."})
-    num_train: int = field(default=10_000, metadata={"help": "Designs in train.parquet."})
+    num_train: int = field(default=6_000, metadata={"help": "Designs in train.parquet."})
     num_heldout: int = field(default=512, metadata={"help": "Designs in heldout.parquet, the first ones of the seed."})
     size: int = field(default=32, metadata={"help": "Pixels along each side."})
     seed: int = field(default=0, metadata={"help": "Seed of random_composites."})
