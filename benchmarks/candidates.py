@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from datasets import Dataset
 from mechdiffusers.evaluation import response_error
-from mechdiffusers.microstructures.build_dataset.columns import grey_levels
+from mechdiffusers.microstructures.build_dataset.columns import designs_of, grey_levels
 from mechdiffusers.microstructures.build_dataset.parts import compute_by_parts
 
 
@@ -36,8 +36,7 @@ def kept(folder: Path, recipe: list[Any], make: Callable[[], np.ndarray]) -> np.
         unfinished = path.with_name(f".unfinished-{path.name}")
         np.savez_compressed(unfinished, grey_levels(make()))
         os.replace(unfinished, path)
-    levels = np.load(path)["arr_0"]
-    return levels.astype(np.float32) / (1 if levels.dtype == bool else 255)
+    return designs_of(np.load(path)["arr_0"]).astype(np.float32)
 
 
 def errors_of(

@@ -16,6 +16,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 from mechdiffusers.microstructures import response_meaning
+from mechdiffusers.microstructures.build_dataset.columns import designs_of
 from torch import Tensor
 
 __all__ = ["NearestDesigns", "nearest_training_designs", "response_error", "stored_designs", "stored_responses"]
@@ -111,5 +112,5 @@ def stored_responses(dataset: Any) -> np.ndarray:
 
 def stored_designs(dataset: Any) -> np.ndarray:
     """The designs of a dataset in [0, 1], float32, shape ``(N, H, W)``."""
-    images = dataset.select_columns(["image"]).with_format("numpy")[:]["image"]
-    return np.asarray(images, dtype=np.float32) / (1 if images[0].dtype == bool else 255)
+    levels = np.asarray(dataset.select_columns(["image"]).with_format("numpy")[:]["image"])
+    return designs_of(levels).astype(np.float32)
