@@ -8,16 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
-from datasets import Dataset
 from mechdiffusers.evaluation import response_error
 from mechdiffusers.microstructures.build_dataset.columns import designs_of, grey_levels
 from mechdiffusers.microstructures.build_dataset.parts import compute_by_parts
-
-
-def load_split(folder: Path, split: str) -> Dataset:
-    """One of the files of a dataset of responses."""
-    return Dataset(pq.read_table(folder / f"{split}.parquet"))
 
 
 def fingerprint(checkpoint: Path) -> str:

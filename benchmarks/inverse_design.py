@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from candidates import errors_of, fingerprint, kept, load_split, percent, summary
+from candidates import errors_of, fingerprint, kept, percent, summary
 from mechdiffusers.evaluation import (
     diversity,
     nearest_training_designs,
@@ -25,6 +25,7 @@ from mechdiffusers.evaluation import (
     verify,
 )
 from mechdiffusers.evaluation.design import designs_for
+from mechdiffusers.evaluation.response import load_split
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.schedulers import STOCK_SCHEDULERS, stock_scheduler

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from candidates import errors_of, fingerprint, kept, load_split, summary
+from candidates import errors_of, fingerprint, kept, summary
 from matplotlib.figure import Figure
 from mechdiffusers.evaluation import nearest_training_designs, stored_responses
 from mechdiffusers.evaluation.design import designs_for
+from mechdiffusers.evaluation.response import load_split
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.schedulers import (

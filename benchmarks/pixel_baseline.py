@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from candidates import errors_of, fingerprint, kept, load_split, summary
+from candidates import errors_of, fingerprint, kept, summary
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from mechdiffusers.evaluation import stored_designs, stored_responses
 from mechdiffusers.evaluation.design import designs_for
+from mechdiffusers.evaluation.response import load_split
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.models import ResponseEncoder
 from mechdiffusers.pipelines import LatentDDPMPipeline

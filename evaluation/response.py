@@ -11,15 +11,25 @@ leaves open (NaN) is left out, and with it a load case of which nothing is given
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
+from datasets import Dataset
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.microstructures.build_dataset.columns import designs_of
 from torch import Tensor
 
-__all__ = ["NearestDesigns", "nearest_training_designs", "response_error", "stored_designs", "stored_responses"]
+__all__ = [
+    "NearestDesigns",
+    "load_split",
+    "nearest_training_designs",
+    "response_error",
+    "stored_designs",
+    "stored_responses",
+]
 
 
 @overload
@@ -102,6 +112,14 @@ def nearest_training_designs(targets: np.ndarray | Tensor, dataset: Any, k: int 
     rows, inverse = np.unique(index, return_inverse=True)
     designs = stored_designs(dataset.select(rows))[inverse.reshape(index.shape)]
     return NearestDesigns(designs, stored[index], np.take_along_axis(errors, index, 1), index)
+
+
+def load_split(folder: Path, split: str) -> Dataset:
+    """The split ``"train"`` or ``"heldout"`` of a folder of both; a ``ValueError`` if its file is missing."""
+    file = folder / f"{split}.parquet"
+    if not file.exists():
+        raise ValueError(f"dataset must be a folder of train.parquet and heldout.parquet, got no {file}")
+    return Dataset(pq.read_table(file))
 
 
 def stored_responses(dataset: Any) -> np.ndarray:
