@@ -20,6 +20,7 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .continuous_diffusion import ContinuousTime
 from .hub_checkpoint import HubCheckpoint
 from .latent_likelihood import (
     AutoencoderLikelihood,
@@ -30,6 +31,7 @@ from .latent_likelihood import (
     most_likely_images,
     posterior_of,
 )
+from .latent_prior import LatentPrior
 from .portable_checkpoint import PortableCheckpoint
 from .probability_flow import ProbabilityFlow
 from .response_conditioning import Guidance, prepare_response
@@ -41,7 +43,13 @@ _OUTPUT_TYPES = ("pil", "np", "pt")
 
 
 class LatentDDPMPipeline(
-    VariationalLikelihood, ProbabilityFlow, AutoencoderLikelihood, HubCheckpoint, PortableCheckpoint
+    VariationalLikelihood,
+    LatentPrior,
+    ProbabilityFlow,
+    ContinuousTime,
+    AutoencoderLikelihood,
+    HubCheckpoint,
+    PortableCheckpoint,
 ):
     r"""Generates microstructures with a diffusion model of an autoencoder's latents.
 

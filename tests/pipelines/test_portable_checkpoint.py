@@ -24,8 +24,10 @@ def folder(pipe, tmp_path) -> Path:
 
 def test_a_checkpoint_holds_code_weights_and_configurations_and_nothing_else(folder):
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
+        "continuous_diffusion.py",
         "hub_checkpoint.py",
         "latent_likelihood.py",
+        "latent_prior.py",
         "model_index.json",
         "pipeline_latent_ddpm.py",
         "portable_checkpoint.py",
