@@ -1,5 +1,6 @@
 """Candidates for targets and their errors by finite elements, kept in a run folder so that nothing is done twice."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -8,16 +9,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
-from datasets import Dataset
 from mechdiffusers.evaluation import response_error
-from mechdiffusers.microstructures.build_dataset.columns import grey_levels
+from mechdiffusers.microstructures.build_dataset.columns import designs_of, grey_levels
 from mechdiffusers.microstructures.build_dataset.parts import compute_by_parts
 
 
-def load_split(folder: Path, split: str) -> Dataset:
-    """One of the files of a dataset of responses."""
-    return Dataset(pq.read_table(folder / f"{split}.parquet"))
+def common_arguments(doc: str | None, name: str, num_targets: int) -> argparse.ArgumentParser:
+    """The arguments of every measurement of designs for held-out targets, under the docstring of its script.
+
+    Args:
+        doc: The docstring.
+        name: Of the record, and of the run folder.
+        num_targets: How many targets unless told.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--dataset", type=Path, default=Path("data/composites-32"))
+    parser.add_argument("--num_targets", type=int, default=num_targets)
+    parser.add_argument("--num_designs", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--run_dir", type=Path, default=Path("runs") / name)
+    parser.add_argument("--output", type=Path, default=Path(f"benchmarks/{name}.json"))
+    return parser
 
 
 def fingerprint(checkpoint: Path) -> str:
@@ -36,8 +50,7 @@ def kept(folder: Path, recipe: list[Any], make: Callable[[], np.ndarray]) -> np.
         unfinished = path.with_name(f".unfinished-{path.name}")
         np.savez_compressed(unfinished, grey_levels(make()))
         os.replace(unfinished, path)
-    levels = np.load(path)["arr_0"]
-    return levels.astype(np.float32) / (1 if levels.dtype == bool else 255)
+    return designs_of(np.load(path)["arr_0"]).astype(np.float32)
 
 
 def errors_of(

@@ -7,14 +7,12 @@ another 2,048, the autoencoder up to 256: hours on two cores, kept in --run_dir,
 an interruption. The time from a target to eight verified designs is measured at the end, with nothing kept.
 """
 
-import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from candidates import errors_of, fingerprint, kept, load_split, percent, summary
+from candidates import common_arguments, errors_of, fingerprint, kept, percent, summary
 from mechdiffusers.evaluation import (
     diversity,
     nearest_training_designs,
@@ -25,6 +23,7 @@ from mechdiffusers.evaluation import (
     verify,
 )
 from mechdiffusers.evaluation.design import designs_for
+from mechdiffusers.evaluation.response import load_split
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.schedulers import STOCK_SCHEDULERS, stock_scheduler
@@ -32,21 +31,13 @@ from record import record
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--dataset", type=Path, default=Path("data/composites-32"))
-    parser.add_argument("--num_targets", type=int, default=256)
-    parser.add_argument("--num_designs", type=int, default=8)
+    parser = common_arguments(__doc__, "inverse_design", num_targets=256)
     parser.add_argument("--num_targets_many", type=int, default=32, help="0 leaves the many candidates out")
     parser.add_argument("--num_designs_many", type=int, default=64)
     parser.add_argument("--num_timed", type=int, default=3, help="targets whose designs are timed")
     parser.add_argument("--scheduler", choices=STOCK_SCHEDULERS, default="dpmsolver++")
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--guidance_scale", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--run_dir", type=Path, default=Path("runs/inverse_design"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/inverse_design.json"))
     arguments = parser.parse_args()
 
     train, heldout = load_split(arguments.dataset, "train"), load_split(arguments.dataset, "heldout")

@@ -6,16 +6,16 @@ Every point is 8 designs for each of 32 held-out targets, by finite elements, th
 All is kept in --run_dir; the same command goes on after an interruption.
 """
 
-import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from candidates import errors_of, fingerprint, kept, load_split, summary
+from candidates import common_arguments, errors_of, fingerprint, kept, summary
 from matplotlib.figure import Figure
 from mechdiffusers.evaluation import nearest_training_designs, stored_responses
 from mechdiffusers.evaluation.design import designs_for
+from mechdiffusers.evaluation.response import load_split
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.schedulers import (
@@ -35,21 +35,14 @@ OURS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--dataset", type=Path, default=Path("data/composites-32"))
-    parser.add_argument("--num_targets", type=int, default=32)
-    parser.add_argument("--num_designs", type=int, default=8)
+    parser = common_arguments(__doc__, "inverse_design_sweeps", num_targets=32)
+    parser.set_defaults(run_dir=Path("runs/inverse_design"))  # some points are simulated there already
     parser.add_argument("--steps", type=int, nargs="*", default=[4, 8, 16, 32, 64, 128, 1000])
     parser.add_argument("--schedulers", nargs="*", default=[*OURS, "ddpm", "ddim", "dpmsolver++", "unipc"])
     parser.add_argument("--guidance_scales", type=float, nargs="*", default=[0.5, 1.0, 1.5, 2.0, 3.0, 5.0])
     parser.add_argument("--trained_on", nargs="*", default=[], help="NUMBER=CHECKPOINT, trained on so many designs")
     parser.add_argument("--scheduler", default="dpmsolver++", help="of guidance and of the number of training designs")
     parser.add_argument("--num_inference_steps", type=int, default=50, help="likewise")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--run_dir", type=Path, default=Path("runs/inverse_design"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/inverse_design_sweeps.json"))
     parser.add_argument("--figure", type=Path)
     arguments = parser.parse_args()
     if unknown := {*arguments.schedulers, arguments.scheduler} - {*OURS, *STOCK_SCHEDULERS}:

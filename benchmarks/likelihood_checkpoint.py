@@ -28,8 +28,9 @@ import torch
 from diffusers import UNet2DModel
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.pipelines import LatentDDPMPipeline
-from mechdiffusers.pipelines.probability_flow import ContinuousDiffusion, flow_log_density
-from mechdiffusers.pipelines.variational_likelihood import continuous_terms
+from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion
+from mechdiffusers.pipelines.latent_prior import continuous_terms
+from mechdiffusers.pipelines.probability_flow import flow_log_density
 from record import record
 from scipy.integrate import solve_ivp
 from torch.nn.functional import binary_cross_entropy_with_logits, pad, unfold

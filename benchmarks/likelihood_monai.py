@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from diffusers import DDPMScheduler
 from mechdiffusers.evaluation import GaussianMixture
-from mechdiffusers.pipelines.probability_flow import ContinuousDiffusion, flow_log_density, log_snr_table
-from mechdiffusers.pipelines.variational_likelihood import ancestral_terms, continuous_terms
+from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion, log_snr_table
+from mechdiffusers.pipelines.latent_prior import ancestral_terms, continuous_terms
+from mechdiffusers.pipelines.probability_flow import flow_log_density
 from monai.inferers import DiffusionInferer
 from monai.networks.schedulers import DDPMScheduler as MonaiScheduler
 from record import record

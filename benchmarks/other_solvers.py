@@ -33,11 +33,11 @@ def float64() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def extend_with_torch_fem(designs: Tensor, order: int, strains: Sequence[float]) -> tuple[Tensor, Tensor]:
+def extend_with_torch_fem(designs: Tensor, order: int, strains: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
     """Uniaxial extension of designs (B, N, N) of contrast 100, all in one mesh.
 
     Returns:
-        Displacements ``(B, S, (kN + 1)^2, 2)``, row 0 at the top, and stress ``(B, S)``.
+        Displacements ``(B, S, (kN + 1)^2, 2)``, row 0 at the top, stress ``(B, S)`` and energy ``(B, S)``.
     """
     for drawing in ("pyvista", "pyvista.plotting"):  # of three dimensions, which torch-fem imports at once
         sys.modules.setdefault(drawing, MagicMock())
@@ -84,21 +84,28 @@ def extend_with_torch_fem(designs: Tensor, order: int, strains: Sequence[float])
         first = (torch.arange(size)[:, None] * side + torch.arange(size)).flatten() * order
         elements = first[:, None] + offset
         shift = torch.arange(batch)[:, None, None] * len(nodes)
-        mesh = Plane(
-            nodes.repeat(batch, 1),
-            (elements + shift).flatten(0, 1),
-            HyperelasticPlaneStrain(density, (1 + 99 * designs.double()).reshape(-1, 1)),
-        )
+        young = (1 + 99 * designs.double()).reshape(-1, 1)
+        mesh = Plane(nodes.repeat(batch, 1), (elements + shift).flatten(0, 1), HyperelasticPlaneStrain(density, young))
         top, bottom = mesh.nodes[:, 1] == size, mesh.nodes[:, 1] == 0
         mesh.constraints[top | bottom] = True
         mesh.displacements[top, 1] = size * strains[-1]
         increments = torch.tensor([0.0, *strains]) / strains[-1]
-        displacement, force, *_ = mesh.solve(
-            increments, max_iter=30, rtol=TOLERANCE, atol=1e-8, stol=1e-11, return_intermediate=True
+        displacement, force, _, gradient, _ = mesh.solve(
+            increments,
+            max_iter=30,
+            rtol=TOLERANCE,
+            atol=1e-8,
+            stol=1e-11,
+            return_intermediate=True,
+            aggregate_integration_points=False,
         )
         shape = (len(strains), batch, len(nodes), 2)
         reaction = (force[1:] * top[:, None]).reshape(shape)[..., 1].sum(-1)
-        return displacement[1:].reshape(shape).transpose(0, 1), reaction.T / size
+        # torch-fem has no energy: it is its law's, at the points of its elements and by their weights
+        densities = torch.vmap(torch.vmap(torch.vmap(density), (0, None)), (0, None))(gradient, young)
+        weights = mesh.etype.iweights[:, None] * mesh.eval_shape_functions(mesh.etype.ipoints)[2]
+        energy = (weights * (densities[1:] - densities[0])).sum(1).reshape(len(strains), batch, -1).sum(-1)
+        return displacement[1:].reshape(shape).transpose(0, 1), reaction.T / size, energy.T
 
 
 class SciPyNewton:

@@ -11,9 +11,9 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from candidates import load_split
 from matplotlib.figure import Figure
 from mechdiffusers.evaluation import TargetRange, stored_responses
+from mechdiffusers.evaluation.response import load_split
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.microstructures.build_dataset.parts import simulated_response
 from record import record

@@ -9,22 +9,21 @@ are turned by 180 degrees, which leaves their responses as they are. For both mo
 steps and at 20 DDIM steps, without guidance. What is trained and simulated is kept in --run_dir.
 """
 
-import argparse
 import json
 import math
 import os
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from candidates import errors_of, fingerprint, kept, load_split, summary
+from candidates import common_arguments, errors_of, fingerprint, kept, summary
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from mechdiffusers.evaluation import stored_designs, stored_responses
 from mechdiffusers.evaluation.design import designs_for
+from mechdiffusers.evaluation.response import load_split
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.models import ResponseEncoder
 from mechdiffusers.pipelines import LatentDDPMPipeline
@@ -38,20 +37,12 @@ from tqdm.auto import tqdm
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--dataset", type=Path, default=Path("data/composites-32"))
+    parser = common_arguments(__doc__, "pixel_baseline", num_targets=32)
     parser.add_argument("--minutes", type=float, default=60, help="of training: as long as the checkpoint's")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--num_targets", type=int, default=32)
-    parser.add_argument("--num_designs", type=int, default=8)
     parser.add_argument("--ancestral_steps", type=int, default=1000)
     parser.add_argument("--ddim_steps", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--run_dir", type=Path, default=Path("runs/pixel_baseline"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/pixel_baseline.json"))
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
 

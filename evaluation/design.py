@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
-from datasets import Dataset
+from mechdiffusers.evaluation.response import load_split
 from mechdiffusers.evaluation.targets import read_targets
 from mechdiffusers.evaluation.verify import VerificationReport, checked_meaning, verify
 from mechdiffusers.pipelines import LatentDDPMPipeline
@@ -114,11 +113,8 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
     names, targets = read_targets(arguments.targets, meaning)
     stored = {}
     if arguments.dataset is not None:
-        for name, split in (("dataset", "train"), ("heldout", "heldout")):
-            file = arguments.dataset / f"{split}.parquet"
-            if not file.exists():
-                raise ValueError(f"dataset must be a folder of train.parquet and heldout.parquet, got no {file}")
-            stored[name] = Dataset(pq.read_table(file))
+        splits = {"dataset": "train", "heldout": "heldout"}
+        stored = {name: load_split(arguments.dataset, split) for name, split in splits.items()}
     designs = designs_for(
         pipe,
         targets,

@@ -11,14 +11,25 @@ leaves open (NaN) is left out, and with it a load case of which nothing is given
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
+from datasets import Dataset
 from mechdiffusers.microstructures import response_meaning
+from mechdiffusers.microstructures.build_dataset.columns import designs_of
 from torch import Tensor
 
-__all__ = ["NearestDesigns", "nearest_training_designs", "response_error", "stored_designs", "stored_responses"]
+__all__ = [
+    "NearestDesigns",
+    "load_split",
+    "nearest_training_designs",
+    "response_error",
+    "stored_designs",
+    "stored_responses",
+]
 
 
 @overload
@@ -103,6 +114,14 @@ def nearest_training_designs(targets: np.ndarray | Tensor, dataset: Any, k: int 
     return NearestDesigns(designs, stored[index], np.take_along_axis(errors, index, 1), index)
 
 
+def load_split(folder: Path, split: str) -> Dataset:
+    """The split ``"train"`` or ``"heldout"`` of a folder of both; a ``ValueError`` if its file is missing."""
+    file = folder / f"{split}.parquet"
+    if not file.exists():
+        raise ValueError(f"dataset must be a folder of train.parquet and heldout.parquet, got no {file}")
+    return Dataset(pq.read_table(file))
+
+
 def stored_responses(dataset: Any) -> np.ndarray:
     """The responses of a dataset, float64, shape ``(N, L, S)``; a ``ValueError`` if their meaning is lost."""
     response_meaning(dataset)
@@ -111,5 +130,5 @@ def stored_responses(dataset: Any) -> np.ndarray:
 
 def stored_designs(dataset: Any) -> np.ndarray:
     """The designs of a dataset in [0, 1], float32, shape ``(N, H, W)``."""
-    images = dataset.select_columns(["image"]).with_format("numpy")[:]["image"]
-    return np.asarray(images, dtype=np.float32) / (1 if images[0].dtype == bool else 255)
+    levels = np.asarray(dataset.select_columns(["image"]).with_format("numpy")[:]["image"])
+    return designs_of(levels).astype(np.float32)

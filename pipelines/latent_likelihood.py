@@ -31,6 +31,7 @@ __all__ = [
     "decoder_output",
     "image_size",
     "latent_size",
+    "log_prob_given",
     "most_likely_images",
     "posterior_of",
 ]
@@ -118,6 +119,26 @@ def decoder_log_prob(
     return torch.where(images < half_bin, below, torch.where(images > 1 - half_bin, above, inside))
 
 
+def log_prob_given(
+    vae: Any, latents: Tensor, pixels: Tensor, likelihood: DecoderLikelihood, scale: float | None = None
+) -> Tensor:
+    r"""Log-probability of images given their latents, in nats.
+
+    Args:
+        vae: Autoencoder, its shift and scale measured.
+        latents: In the space that the diffusion works in, shape ``(B, C, h, w)``.
+        pixels: As in :func:`decoder_log_prob`, shape ``(B, C, H, W)``.
+        likelihood: What the decoder's output means.
+        scale: Scale of the logistic distribution on [0, 1]; ``discretized_logistic`` needs it.
+
+    Returns:
+        Shape ``(B,)``, float64.
+    """
+    codes = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    decoded = decoder_output(vae, codes.to(vae.dtype)).double()
+    return decoder_log_prob(decoded, pixels.to(decoded), likelihood, scale).flatten(1).sum(1)
+
+
 def most_likely_images(decoded: Tensor, likelihood: DecoderLikelihood, scale: Tensor | float | None = None) -> Tensor:
     """The most likely image of a decoder's output: binary for ``bernoulli``, multiples of 1/255 otherwise.
 
@@ -178,8 +199,4 @@ class AutoencoderLikelihood:
         return (posterior.mean.double() - self._shift) * scale, posterior.std.double() * abs(scale)
 
     def _log_prob_given(self, latents: Tensor, pixels: Tensor) -> Tensor:
-        """Log-probability of pixels given latents, shape (B,), nats, float64."""
-        codes = latents / self.vae.config.scaling_factor + self._shift
-        decoded = decoder_output(self.vae, codes.to(self.vae.dtype)).double()
-        likelihood, scale = self.config.decoder_likelihood, self.config.decoder_scale
-        return decoder_log_prob(decoded, pixels.to(decoded), likelihood, scale).flatten(1).sum(1)
+        return log_prob_given(self.vae, latents, pixels, self.config.decoder_likelihood, self.config.decoder_scale)

@@ -20,6 +20,7 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .continuous_diffusion import ContinuousTime
 from .hub_checkpoint import HubCheckpoint
 from .latent_likelihood import (
     AutoencoderLikelihood,
@@ -30,9 +31,11 @@ from .latent_likelihood import (
     most_likely_images,
     posterior_of,
 )
+from .latent_prior import LatentPrior
 from .portable_checkpoint import PortableCheckpoint
 from .probability_flow import ProbabilityFlow
 from .response_conditioning import Guidance, prepare_response
+from .trained_noise_schedule import TrainedNoiseSchedule
 from .variational_likelihood import VariationalLikelihood
 
 __all__ = ["LatentDDPMPipeline"]
@@ -41,7 +44,14 @@ _OUTPUT_TYPES = ("pil", "np", "pt")
 
 
 class LatentDDPMPipeline(
-    VariationalLikelihood, ProbabilityFlow, AutoencoderLikelihood, HubCheckpoint, PortableCheckpoint
+    VariationalLikelihood,
+    LatentPrior,
+    ProbabilityFlow,
+    ContinuousTime,
+    AutoencoderLikelihood,
+    TrainedNoiseSchedule,
+    HubCheckpoint,
+    PortableCheckpoint,
 ):
     r"""Generates microstructures with a diffusion model of an autoencoder's latents.
 
@@ -91,9 +101,7 @@ class LatentDDPMPipeline(
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler, response_encoder=response_encoder)
         self.register_to_config(decoder_likelihood=decoder_likelihood, decoder_scale=decoder_scale)
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_grayscale=True)
-        # the first scheduler, which comes with the weights, says what the denoiser was trained for
-        self._check_variance_preserving(scheduler)
-        self._trained_for = (scheduler.config.prediction_type, scheduler.alphas_cumprod.cpu())
+        self._take_as_trained_with(scheduler)
 
     @torch.no_grad()
     def __call__(
@@ -305,40 +313,6 @@ class LatentDDPMPipeline(
         if response is not None and len(response) != num:
             raise ValueError(f"response must be one for each of {num} samples, got {len(response)}")
         return self.response_encoder(prepare_response(response, num, self.response_encoder).to(self._execution_device))
-
-    def _check_variance_preserving(self, scheduler: Any) -> None:
-        name, config = type(scheduler).__name__, scheduler.config
-        if not hasattr(scheduler, "alphas_cumprod") or "prediction_type" not in config:
-            raise ValueError(
-                f"scheduler must be variance preserving with betas and a prediction type, such as DDPMScheduler, "
-                f"DDIMScheduler or DPMSolverMultistepScheduler, got {name}, which is of another kind"
-            )
-        for option in ("clip_sample", "thresholding", "use_flow_sigmas"):
-            if config.get(option, False):
-                raise ValueError(
-                    f"scheduler must neither clip nor follow another process, got {name} with {option}=True; "
-                    f"make it by {name}.from_config(pipe.scheduler.config, {option}=False)"
-                )
-
-    def _check_scheduler(self) -> None:
-        """Raises a ``ValueError`` if the scheduler was replaced by one that the denoiser was not trained for."""
-        self._check_variance_preserving(self.scheduler)
-        prediction_type, alphas_cumprod = self._trained_for
-        name, config = type(self.scheduler).__name__, self.scheduler.config
-        remedy = f"make it by {name}.from_config(pipe.scheduler.config)"
-        if config.prediction_type != prediction_type:
-            raise ValueError(
-                f"scheduler must have prediction_type={prediction_type!r}, as the denoiser was trained, "
-                f"got {name} with {config.prediction_type!r}; {remedy}"
-            )
-        betas_differ = self.scheduler.alphas_cumprod.shape != alphas_cumprod.shape or not torch.allclose(
-            self.scheduler.alphas_cumprod.cpu(), alphas_cumprod, atol=1e-6
-        )
-        if betas_differ:
-            raise ValueError(
-                f"scheduler must have the noise schedule that the denoiser was trained with, got {name} with "
-                f"another one ({config.get('beta_schedule')!r}); {remedy}"
-            )
 
 
 def _check_output_type(output_type: str) -> None:

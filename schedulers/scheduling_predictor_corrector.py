@@ -20,13 +20,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from diffusers import SchedulerMixin  # by this name in this file pipelines know that it can be loaded
 from diffusers.configuration_utils import register_to_config
-from torch import Tensor
 
 from .log_snr_curve import LogSnrCurve, alpha_sigma, ancestral_coefficients, prediction_coefficients
-from .variance_preserving_scheduler import LinearStep, LinearStepOutput, VariancePreservingScheduler
+from .variance_preserving_scheduler import LinearStep, VariancePreservingScheduler
 
 __all__ = ["PredictorCorrectorScheduler"]
 
@@ -121,32 +119,6 @@ class PredictorCorrectorScheduler(VariancePreservingScheduler, SchedulerMixin):
                 steps.append(_PREDICT[self.config.predictor](now, then))
             plan += [LinearStep(time, x0_coefficients, *(float(number) for number in step)) for step in steps]
         return plan
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        return_dict: bool = True,
-    ) -> LinearStepOutput | tuple[Tensor, Tensor]:
-        """Takes a corrector step or, at the last entry of a timestep, the predictor's step to the next.
-
-        Args:
-            model_output: Output of the network, shape ``(B, *)``.
-            timestep: One of ``self.timesteps``.
-            sample: Sample at that timestep, shape ``(B, *)``.
-            generator: Source of the noise; a list has one for each sample.
-            return_dict: Whether to return a [`LinearStepOutput`] instead of a tuple.
-
-        Returns:
-            [`LinearStepOutput`], or a tuple of its two fields.
-
-        Raises:
-            ValueError: If the timestep is not one of ``self.timesteps`` or the shapes differ.
-        """
-        output = self._linear_step(model_output, timestep, sample, generator)
-        return output if return_dict else (output.prev_sample, output.pred_original_sample)
 
 
 def _euler_maruyama(log_snr_t: float, log_snr_s: float) -> tuple[float, float, float]:

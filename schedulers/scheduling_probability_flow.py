@@ -26,13 +26,12 @@ import numpy as np
 import torch
 from diffusers import SchedulerMixin  # by this name in this file pipelines know that it can be loaded
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .log_snr_curve import LogSnrCurve, alpha_sigma, prediction_coefficients
 from .runge_kutta import TABLEAUX, Tableau, adams_weights, noise_level
-from .variance_preserving_scheduler import VariancePreservingScheduler, at_least_single
+from .variance_preserving_scheduler import StepOutput, VariancePreservingScheduler, at_least_single
 
 __all__ = ["ProbabilityFlowScheduler", "ProbabilityFlowSchedulerOutput"]
 
@@ -41,22 +40,17 @@ _ADAMS_ORDER = 4
 
 
 @dataclass
-class ProbabilityFlowSchedulerOutput(BaseOutput):
-    """Output of a step.
+class ProbabilityFlowSchedulerOutput(StepOutput):
+    """Output of a step; inside a step ``prev_sample`` is its next stage.
 
     Args:
-        prev_sample (`torch.Tensor`):
-            What the network is to see next, shape ``(B, *)``: the sample at the next timestep, or inside a step its
-            next stage.
-        pred_original_sample (`torch.Tensor`):
-            The clean sample as predicted here, shape ``(B, *)``.
+        prev_sample, pred_original_sample:
+            As in the other schedulers.
         log_density_change (`torch.Tensor`, *optional*):
             Log-density of the last whole step's sample less that of the first, shape ``(B,)``, float64, in nats; if
             divergences were given.
     """
 
-    prev_sample: Tensor
-    pred_original_sample: Tensor
     log_density_change: Tensor | None = None
 
 

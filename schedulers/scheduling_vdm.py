@@ -20,13 +20,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from diffusers import SchedulerMixin  # by this name in this file pipelines know that it can be loaded
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from .log_snr_curve import LogSnrCurve, alpha_sigma, ancestral_coefficients, prediction_coefficients
-from .variance_preserving_scheduler import LinearStep, LinearStepOutput, VariancePreservingScheduler
+from .variance_preserving_scheduler import LinearStep, VariancePreservingScheduler
 
 __all__ = ["VDMScheduler"]
 
@@ -127,32 +126,6 @@ class VDMScheduler(VariancePreservingScheduler, SchedulerMixin):
         x0_coefficients, _ = prediction_coefficients(self.config.prediction_type, alpha_t, sigma_t)
         columns = np.broadcast_arrays(grid, *x0_coefficients, of_sample, of_x0, std)
         return [LinearStep(t, (a, b), *rest) for t, a, b, *rest in np.stack(columns, axis=1).tolist()]
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        return_dict: bool = True,
-    ) -> LinearStepOutput | tuple[Tensor, Tensor]:
-        """Draws the sample at the next timestep.
-
-        Args:
-            model_output: Output of the network, shape ``(B, *)``.
-            timestep: One of ``self.timesteps``.
-            sample: Sample at that timestep, shape ``(B, *)``.
-            generator: Source of the noise; a list has one for each sample.
-            return_dict: Whether to return a [`LinearStepOutput`] instead of a tuple.
-
-        Returns:
-            [`LinearStepOutput`], or a tuple of its two fields.
-
-        Raises:
-            ValueError: If the timestep is not one of ``self.timesteps`` or the shapes differ.
-        """
-        output = self._linear_step(model_output, timestep, sample, generator)
-        return output if return_dict else (output.prev_sample, output.pred_original_sample)
 
     def loss_weights(self, timesteps: Tensor, weighting: str = "elbo", max_snr: float = 5.0) -> Tensor:
         r"""Weights of the squared error of the network's output, summed over a sample's entries.

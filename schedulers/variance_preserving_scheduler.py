@@ -17,7 +17,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-__all__ = ["NOISE_SCHEDULE", "LinearStep", "LinearStepOutput", "VariancePreservingScheduler", "at_least_single"]
+__all__ = ["NOISE_SCHEDULE", "LinearStep", "StepOutput", "VariancePreservingScheduler", "at_least_single"]
 
 _PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "score")
 _SPACINGS = ("leading", "linspace", "trailing", "log_snr")
@@ -42,14 +42,14 @@ _SOLVER_OPTIONS = {
 
 
 @dataclass
-class LinearStepOutput(BaseOutput):
-    """Output of a step that is linear in sample, predicted clean sample and noise.
+class StepOutput(BaseOutput):
+    """Output of a step.
 
     Args:
         prev_sample (`torch.Tensor`):
-            The sample after the step, shape ``(B, *)``.
+            What the network is to see next, shape ``(B, *)``: the sample at the next of the timesteps.
         pred_original_sample (`torch.Tensor`):
-            The clean sample as predicted before it, shape ``(B, *)``.
+            The clean sample as predicted before the step, shape ``(B, *)``.
     """
 
     prev_sample: Tensor
@@ -57,7 +57,7 @@ class LinearStepOutput(BaseOutput):
 
 
 class LinearStep(NamedTuple):
-    """The coefficients of such a step, plain numbers."""
+    """A step that is linear in sample, predicted clean sample and noise: its coefficients, plain numbers."""
 
     timestep: float
     x0_coefficients: tuple[float, float]  # of the sample and of the network's output in the predicted clean sample
@@ -253,10 +253,29 @@ class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"timestep must be one of those of set_timesteps, {_short(times)}, got {value:g}")
         return times.index(value)
 
-    def _linear_step(
-        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, generator: Any
-    ) -> LinearStepOutput:
-        """Takes the planned :class:`LinearStep`."""
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> StepOutput | tuple[Tensor, Tensor]:
+        """Takes the :class:`LinearStep` that is planned at a timestep.
+
+        Args:
+            model_output: Output of the network, shape ``(B, *)``.
+            timestep: One of ``self.timesteps``.
+            sample: Sample at that timestep, shape ``(B, *)``.
+            generator: Source of the noise; a list has one for each sample.
+            return_dict: Whether to return a [`StepOutput`] instead of a tuple.
+
+        Returns:
+            [`StepOutput`], or a tuple of its two fields.
+
+        Raises:
+            ValueError: If the timestep is not one of ``self.timesteps`` or the shapes differ.
+        """
         index = self._index(timestep, model_output, sample)
         self._next_index = index + 1
         step: LinearStep = self._rows[index]
@@ -266,7 +285,8 @@ class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
         if step.noise_std > 0:
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
             prev_sample = prev_sample + step.noise_std * noise
-        return LinearStepOutput(prev_sample.to(sample.dtype), clean.to(sample.dtype))
+        prev_sample, clean = prev_sample.to(sample.dtype), clean.to(sample.dtype)
+        return StepOutput(prev_sample, clean) if return_dict else (prev_sample, clean)
 
     def _clean(self, sample: Tensor, model_output: Tensor, coefficients: tuple[float, float]) -> Tensor:
         """The predicted clean sample, clipped if so configured."""

@@ -137,8 +137,8 @@ def train_denoiser(
         pipe = pipeline(module).to(device)
         if not of_autoencoder:
             images = designs.heldout.to(device).float() / 255
-            terms = autoencoder_nats(vae, moments[:, 0], images, config.decoder_likelihood, decoder_scale, randomness)
-            of_autoencoder.append(terms)
+            logvar, likelihood = moments[:, 0].chunk(2, dim=1)[1], config.decoder_likelihood
+            of_autoencoder.append(autoencoder_nats(vae, logvar, latents, images, likelihood, decoder_scale))
         metrics["elbo_nats"] = of_autoencoder[0] + latent_nats(module.process, latents, nats)
         metrics["elbo_bits_per_dim"] = -metrics["elbo_nats"] / (math.prod(designs.size) * math.log(2))
 

@@ -26,7 +26,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["dataset_of", "grey_levels", "response_meaning"]
+__all__ = ["dataset_of", "designs_of", "grey_levels", "response_meaning"]
 
 
 def response_meaning(dataset: Any) -> dict[str, Any]:
@@ -85,6 +85,11 @@ def grey_levels(designs: Tensor | np.ndarray) -> np.ndarray:
             "between: np.rint(255 * designs) / 255 rounds them"
         )
     return levels.astype(np.uint8)
+
+
+def designs_of(levels: np.ndarray) -> np.ndarray:
+    """The designs in [0, 1], float64, that :func:`grey_levels` gave bool or uint8 for."""
+    return levels.astype(np.float64) / (1 if levels.dtype == bool else 255)
 
 
 def dataset_of(

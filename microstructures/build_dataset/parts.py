@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from mechdiffusers.mechanics import simulate
+from mechdiffusers.microstructures.build_dataset.columns import designs_of
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -88,8 +89,7 @@ class _Parts(Dataset[int]):
 
     def __getitem__(self, index: int) -> int:
         path, levels = self._parts[index]
-        designs = levels.astype(np.float64) / (255 if levels.dtype == np.uint8 else 1)
-        response = simulated_response(designs, self._meaning, device=self._device)
+        response = simulated_response(designs_of(levels), self._meaning, device=self._device)
         # the worker of a killed build may be at the same part, for as long as that takes
         unfinished = path.with_name(f".unfinished-{os.getpid()}-{path.name}")
         np.save(unfinished, response)

@@ -12,6 +12,7 @@ from mechdiffusers.mechanics import simulate
 from mechdiffusers.microstructures import build_dataset, random_composites, response_meaning
 from mechdiffusers.microstructures.build_dataset import builder, parts
 from mechdiffusers.microstructures.build_dataset.__main__ import main
+from mechdiffusers.microstructures.build_dataset.columns import designs_of, grey_levels
 from mechdiffusers.training import TrainingConfig
 from mechdiffusers.training.data import load_designs
 
@@ -60,6 +61,11 @@ def test_binary_designs_take_one_bit_a_pixel_and_grey_ones_eight():
     np.testing.assert_array_equal(np.stack([np.asarray(image) for image in dataset["image"]]), np.rint(grey * 255))
     expected = simulate(grey, CASES, STRAINS, element_order=1).stress
     np.testing.assert_allclose(dataset["response"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("designs", [DESIGNS, np.arange(256).reshape(1, 16, 16) / 255], ids=["binary", "grey"])
+def test_designs_come_back_from_their_grey_levels(designs):
+    np.testing.assert_array_equal(designs_of(grey_levels(designs)), designs)
 
 
 def test_parameters_become_columns(tmp_path):

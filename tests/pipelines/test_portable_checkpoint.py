@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from mechdiffusers.models import ResponseEncoder
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.schedulers import PredictorCorrectorScheduler, ProbabilityFlowScheduler, VDMScheduler
@@ -24,8 +24,10 @@ def folder(pipe, tmp_path) -> Path:
 
 def test_a_checkpoint_holds_code_weights_and_configurations_and_nothing_else(folder):
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
+        "continuous_diffusion.py",
         "hub_checkpoint.py",
         "latent_likelihood.py",
+        "latent_prior.py",
         "model_index.json",
         "pipeline_latent_ddpm.py",
         "portable_checkpoint.py",
@@ -35,6 +37,7 @@ def test_a_checkpoint_holds_code_weights_and_configurations_and_nothing_else(fol
         "response_encoder/diffusion_pytorch_model.safetensors",
         "response_encoder/response_encoder.py",
         "scheduler/scheduler_config.json",
+        "trained_noise_schedule.py",
         "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",
         "vae/config.json",
@@ -56,6 +59,26 @@ def test_what_the_decoder_means_comes_back(make_pipeline, tmp_path):
     loaded = LatentDDPMPipeline.from_pretrained(tmp_path)
     assert loaded.config.decoder_likelihood == "discretized_logistic"
     assert loaded.config.decoder_scale == 0.03
+
+
+def test_a_scheduler_given_on_loading_takes_the_place_of_the_checkpoints(folder):
+    scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    loaded = LatentDDPMPipeline.from_pretrained(folder, scheduler=scheduler)
+    assert loaded.scheduler is scheduler
+    assert sample(loaded).shape == (3, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prediction_type": "epsilon"}, "scheduler must have prediction_type='v_prediction', as the denoiser was"),
+        ({"beta_schedule": "scaled_linear"}, "scheduler must have the noise schedule that the denoiser was trained"),
+    ],
+)
+def test_a_scheduler_given_on_loading_that_does_not_suit_the_weights_is_refused(folder, change, message):
+    scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", **change)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        LatentDDPMPipeline.from_pretrained(folder, scheduler=scheduler)
 
 
 def test_weights_load_in_another_dtype(folder):

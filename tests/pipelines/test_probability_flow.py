@@ -5,7 +5,8 @@ import torch
 from diffusers import DDPMScheduler
 from exact_pipeline import exact_diffusion, exact_pipeline, rotated_gaussian
 from mechdiffusers.evaluation import GaussianMixture, two_moons
-from mechdiffusers.pipelines.probability_flow import ContinuousDiffusion, flow_log_density, solve_adaptively
+from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion
+from mechdiffusers.pipelines.probability_flow import flow_log_density, solve_adaptively
 from mechdiffusers.schedulers import VDMScheduler
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "score")

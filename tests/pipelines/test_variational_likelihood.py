@@ -9,8 +9,8 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from exact_pipeline import NOISE, exact_diffusion, exact_pipeline, rotated_gaussian
 from mechdiffusers.evaluation import GaussianMixture
-from mechdiffusers.pipelines.probability_flow import ContinuousDiffusion, log_snr_table
-from mechdiffusers.pipelines.variational_likelihood import ancestral_terms, continuous_terms
+from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion, log_snr_table
+from mechdiffusers.pipelines.latent_prior import ancestral_terms, continuous_terms
 from mechdiffusers.schedulers import VDMScheduler
 
 FAR = VDMScheduler(log_snr="linear", log_snr_range=(13.3, -12.0), prediction_type="v_prediction")

@@ -81,6 +81,8 @@ def test_defaults_are_those_of_ddpm_except_that_nothing_clips(cls):
     assert {"beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "prediction_type"} <= shared
 
 
+# KDPM2DiscreteScheduler hands single tensors to NumPy, some thousand times
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning:numpy")
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("name", VARIANCE_PRESERVING)
 def test_from_config_takes_the_noise_schedule_of_any_stock_scheduler(cls, name):

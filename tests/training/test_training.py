@@ -264,17 +264,19 @@ def test_under_the_priors_log_density_of_the_latents_the_whole_bound_is_the_auto
     designs = torch.utils.data.TensorDataset((images * 255).to(torch.uint8), torch.empty(300, 0, 0))
     moments = encode_all(autoencoder.vae, designs, torch.device("cpu"), 300)[0][:, 0]
 
-    def nats() -> float:
-        return autoencoder_nats(autoencoder.vae, moments, images, "bernoulli", None, StepRandomness(("test",)))
+    noise = StepRandomness(("test",)).normal(300, 2, 4, 4)
+    mean, logvar = moments.chunk(2, dim=1)
+
+    def nats(scale: float = 1.0) -> float:
+        autoencoder.vae.register_to_config(scaling_factor=scale, shift_factor=0.1)
+        latents = (mean + torch.exp(logvar / 2) * noise - 0.1) * scale
+        return autoencoder_nats(autoencoder.vae, logvar, latents, images, "bernoulli", None)
 
     with torch.no_grad():
-        reconstruction, kl, _ = autoencoder(images, StepRandomness(("test",)).normal(300, 2, 4, 4))
-    mean, logvar = moments.double().chunk(2, dim=1)
-    log_prior = -(math.log(2 * math.pi) + mean.square() + logvar.exp()).flatten(1).sum(1).mean().item() / 2
+        reconstruction, kl, _ = autoencoder(images, noise)
+    log_prior = -(math.log(2 * math.pi) + mean.square() + logvar.exp()).double().flatten(1).sum(1).mean().item() / 2
     assert nats() + log_prior == pytest.approx((reconstruction - kl).mean().item(), abs=1e-4)
-    unscaled = nats()
-    autoencoder.vae.register_to_config(scaling_factor=3.0)
-    assert nats() - unscaled == pytest.approx(32 * math.log(3))
+    assert nats(scale=3.0) - nats() == pytest.approx(32 * math.log(3), rel=1e-5)
 
 
 def test_the_denoiser_is_conditioned_on_the_null_token_and_learns_it():
