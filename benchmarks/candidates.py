@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from mechdiffusers.evaluation import response_error
 from mechdiffusers.microstructures.build_dataset.columns import designs_of, grey_levels
 from mechdiffusers.microstructures.build_dataset.parts import compute_by_parts
+from mechdiffusers.pipelines import LatentDDPMPipeline
 
 
 def common_arguments(doc: str | None, name: str, num_targets: int) -> argparse.ArgumentParser:
@@ -64,6 +66,30 @@ def errors_of(
     response = compute_by_parts(grey_levels(designs), meaning, folder, device, progress=True)
     per_target = len(designs) // len(targets)
     return response_error(response, np.repeat(targets, per_target, axis=0)).reshape(len(targets), per_target)
+
+
+def autoencoder(
+    pipe: LatentDDPMPipeline,
+    designs: np.ndarray,
+    targets: np.ndarray,
+    meaning: dict[str, Any],
+    folder: Path,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Error of designs behind the autoencoder; what comes out unchanged has none and is not simulated."""
+    batches = torch.from_numpy(designs).split(256)
+    decoded = np.concatenate([pipe.decode(pipe.encode(batch), output_type="np")[..., 0] for batch in batches])
+    changed = (decoded != designs).any((1, 2))
+    errors = np.zeros(len(designs))
+    if changed.any():
+        errors[changed] = errors_of(decoded[changed], targets[changed], meaning, folder, device)[:, 0]
+    return {
+        "error_percent": percent(errors),
+        "worst_percent": 100 * float(errors.max()),
+        "unchanged": float(1 - changed.mean()),
+        "pixels_reconstructed": float((decoded == designs).mean()),
+        "soft_pixels_reconstructed": float((decoded == 0)[designs == 0].mean()),
+    }
 
 
 def summary(errors: np.ndarray) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from candidates import common_arguments, errors_of, fingerprint, kept, percent, summary
+from candidates import autoencoder, common_arguments, errors_of, fingerprint, kept, summary
 from mechdiffusers.evaluation import (
     diversity,
     nearest_training_designs,
@@ -85,7 +85,9 @@ def main() -> None:
             "designs": log_likelihood(pipe, designs[:: arguments.num_designs], targets, arguments.seed),
             "heldout_designs": log_likelihood(pipe, originals, targets, arguments.seed),
         },
-        "autoencoder": autoencoder(pipe, originals, targets, meaning, arguments),
+        "autoencoder": autoencoder(
+            pipe, originals, targets, meaning, arguments.run_dir / "responses", arguments.device
+        ),
         "scheduler": arguments.scheduler,
         **options,
     }
@@ -115,25 +117,6 @@ def log_likelihood(
         error = values.std(ddof=1) / np.sqrt(len(values))
         bounds[name] = {"mean_nats": float(values.mean()), "standard_error": float(error)}
     return bounds
-
-
-def autoencoder(
-    pipe: LatentDDPMPipeline, designs: np.ndarray, targets: np.ndarray, meaning: dict[str, Any], arguments: Any
-) -> dict[str, Any]:
-    """Error of designs behind the autoencoder; what comes out unchanged has none and is not simulated."""
-    batches = torch.from_numpy(designs).split(256)
-    decoded = np.concatenate([pipe.decode(pipe.encode(batch), output_type="np")[..., 0] for batch in batches])
-    changed = (decoded != designs).any((1, 2))
-    errors = np.zeros(len(designs))
-    if changed.any():
-        folder = arguments.run_dir / "responses"
-        errors[changed] = errors_of(decoded[changed], targets[changed], meaning, folder, arguments.device)[:, 0]
-    return {
-        "error_percent": percent(errors),
-        "worst_percent": 100 * float(errors.max()),
-        "unchanged": float(1 - changed.mean()),
-        "pixels_reconstructed": float((decoded == designs).mean()),
-    }
 
 
 def timed(

@@ -55,6 +55,22 @@ def test_inverse_design_is_measured_and_nothing_is_computed_twice(folder):
 
 
 @pytest.mark.slow
+def test_designs_for_published_energies_stand_beside_random_and_nearest_training_designs(folder):
+    quick = ["--num", "4", "--num_designs", "3", "--num_inference_steps", "2"]
+    first = run(folder, "mechanical_mnist.py", *quick)
+    files = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.np*")}
+    assert run(folder, "mechanical_mnist.py", *quick) == first
+    assert {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.np*")} == files
+    for name in ("designs", "random_training_designs", "nearest_training_designs"):
+        assert (first[name]["targets"], first[name]["designs_a_target"]) == (4, 3)
+    assert (
+        first["nearest_training_designs"]["best_percent"]["mean"]
+        <= (first["random_training_designs"]["best_percent"]["mean"])
+    )
+    assert 0 <= first["autoencoder"]["soft_pixels_reconstructed"] <= 1
+
+
+@pytest.mark.slow
 def test_sweeps_have_a_point_for_each_setting(folder):
     quick = ["--num_targets", "2", "--num_designs", "2", "--steps", "2", "3", "--num_inference_steps", "2"]
     quick += ["--guidance_scales", "1", "2", "--trained_on", "20=checkpoint", "--figure", "sweeps.png"]

@@ -94,9 +94,10 @@ def test_links_and_pictures_of_the_pages_exist():
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_the_released_checkpoint_holds_the_code_of_this_version():
+@pytest.mark.parametrize("checkpoint", sorted((ROOT / "checkpoints").iterdir()), ids=lambda path: path.name)
+def test_a_released_checkpoint_holds_the_code_of_this_version(checkpoint):
     sources = {path.name: path for path in TRAVELS}
-    shipped = list((ROOT / "checkpoints" / "composites-32").rglob("*.py"))
+    shipped = list(checkpoint.rglob("*.py"))
     assert {"pipeline_latent_ddpm.py", "response_encoder.py"} <= {path.name for path in shipped}
     for path in shipped:
         assert path.read_text() == sources[path.name].read_text(), f"save {path} again"

@@ -1,0 +1,86 @@
+"""Designs for the energies of held-out rows of Mechanical MNIST, by finite elements, beside the data themselves.
+
+    python benchmarks/mechanical_mnist.py checkpoints/mechanical-mnist --dataset path/to/dataset --num 100
+
+The dataset is what ``python -m mechdiffusers.microstructures.mechanical_mnist`` writes: the last 500 rows are held out,
+and their published energies are the targets. The energies of one load are nearly one number, which many digits have, so
+that two baselines stand beside the designs, neither of which simulates anything: as many training designs drawn at
+random, and the nearest ones. Ten candidates for each of 500 targets are 5,000 simulations of order 2, about two hours
+on two cores; they are kept in --run_dir, so that the same command goes on after an interruption.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from candidates import autoencoder, errors_of, fingerprint, kept, summary
+from mechdiffusers.evaluation import (
+    nearest_training_designs,
+    novelty,
+    response_error,
+    stored_designs,
+    stored_responses,
+)
+from mechdiffusers.evaluation.design import designs_for
+from mechdiffusers.evaluation.response import load_split
+from mechdiffusers.microstructures import response_meaning
+from mechdiffusers.pipelines import LatentDDPMPipeline
+from mechdiffusers.schedulers import STOCK_SCHEDULERS, stock_scheduler
+from record import record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--dataset", type=Path, required=True)
+    parser.add_argument("--num", type=int, default=500, help="targets, the first ones of the held-out rows")
+    parser.add_argument("--num_designs", type=int, default=10, help="for each target")
+    parser.add_argument("--scheduler", choices=STOCK_SCHEDULERS, default="dpmsolver++")
+    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--guidance_scale", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--run_dir", type=Path, default=Path("runs/mechanical_mnist_benchmark"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/mechanical_mnist.json"))
+    arguments = parser.parse_args()
+
+    train, heldout = load_split(arguments.dataset, "train"), load_split(arguments.dataset, "heldout")
+    heldout = heldout.select(range(min(arguments.num, len(heldout))))
+    meaning, targets, originals = response_meaning(heldout), stored_responses(heldout), stored_designs(heldout)
+    num, folder = arguments.num_designs, arguments.run_dir / "responses"
+
+    pipe = LatentDDPMPipeline.from_pretrained(arguments.checkpoint).to(arguments.device)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = stock_scheduler(arguments.scheduler, pipe.scheduler.config)
+    options = {"num_inference_steps": arguments.num_inference_steps, "guidance_scale": arguments.guidance_scale}
+    recipe = [fingerprint(arguments.checkpoint), arguments.scheduler, options, arguments.seed, num, targets.tolist()]
+    designs = kept(
+        arguments.run_dir,
+        recipe,
+        lambda: designs_for(pipe, targets, num, seed=arguments.seed, progress=True, **options),
+    )
+    training_designs = stored_designs(train)
+    figures = {
+        "autoencoder": autoencoder(pipe, originals, targets, meaning, folder, arguments.device),
+        "designs": summary(errors_of(designs, targets, meaning, folder, arguments.device)),
+        "random_training_designs": summary(random_errors(targets, stored_responses(train), num, arguments.seed)),
+        "nearest_training_designs": summary(nearest_training_designs(targets, train, num).error),
+        "novelty": {
+            "designs": float(novelty(designs, training_designs).mean()),
+            "heldout_designs": float(novelty(originals, training_designs).mean()),
+        },
+        "training_designs": len(train),
+        "scheduler": arguments.scheduler,
+        **options,
+    }
+    record(figures, arguments.output)
+
+
+def random_errors(targets: np.ndarray, stored: np.ndarray, num: int, seed: int) -> np.ndarray:
+    """Errors of stored responses that are drawn at random for each target, shape ``(T, num)``."""
+    rng = np.random.default_rng(seed)
+    return np.array([response_error(stored[rng.choice(len(stored), num, replace=False)], target) for target in targets])
+
+
+if __name__ == "__main__":
+    main()
