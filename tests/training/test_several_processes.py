@@ -1,11 +1,13 @@
 """Several processes train as one does, and sharded models go on from their checkpoints."""
 
 import signal
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from mechdiffusers.training.checkpoints import newest_intact
 from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.train import train
 from scipy.stats import kstest
@@ -89,6 +91,28 @@ def test_sharded_processes_stop_on_sigterm_and_go_on(sharded, fifty, tmp_path):
     assert not (run / "pipeline").exists()
     assert "denoiser goes on from step" in finish(launch("fsdp", run, "--resume_from_checkpoint", "latest", **fifty))
     assert_same_weights(run, sharded)
+
+
+@pytest.mark.slow
+def test_processes_that_are_started_by_their_ranks_alone_stop_on_sigterm_with_its_status(tmp_path, monkeypatch):
+    """As srun starts them, whose status is theirs."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    together = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": 2}
+    processes = []
+    for rank in range(2):
+        for name, value in {**together, "RANK": rank, "LOCAL_RANK": rank}.items():
+            monkeypatch.setenv(name, str(value))
+        processes.append(start(command_line(tmp_path / "run", **FIFTY)))
+    for line in processes[0].stderr:
+        if line.startswith("autoencoder") and " 5/50" in line:
+            break
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    messages = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, messages
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("autoencoder-*")
+    assert newest_intact(checkpoint.parent, "autoencoder") == checkpoint
 
 
 def test_two_processes_draw_what_one_draws_for_the_same_batch():
