@@ -5,9 +5,16 @@ import socket
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from mechdiffusers.models import response_normalisation
+from mechdiffusers.training.accelerators import stage_accelerator
 from mechdiffusers.training.checkpoints import newest_intact
+from mechdiffusers.training.data import load_designs
+from mechdiffusers.training.denoiser import denoising_loss
+from mechdiffusers.training.latent_denoiser import LatentDenoiser
+from mechdiffusers.training.loop import run_stage
 from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.train import train
 from scipy.stats import kstest
@@ -22,6 +29,7 @@ from small_runs import (
     start,
     write_dataset,
 )
+from torch.utils.data import TensorDataset
 
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file"]
 CONFIGS = SCRIPT.parent / "configs" / "accelerate"
@@ -63,6 +71,32 @@ def test_two_processes_train_as_one(tmp_path):
     finish(start(command_line(tmp_path / "alone", **FIFTY)))
     finish(launch("one_machine", tmp_path / "run", **FIFTY))
     assert_same_curves(tmp_path / "alone", tmp_path / "run", {"autoencoder": 1e-4, "denoiser": 1e-4})
+
+
+@pytest.mark.slow
+def test_nothing_but_rounding_tells_shares_of_a_batch_from_the_whole(fifty, tmp_path):
+    """In float64 the losses agree to their own digits, also with responses and a learned curve."""
+
+    def losses(folder: Path, **settings: object) -> np.ndarray:
+        config, seen = small(folder, **{**fifty, **settings}), []
+        accelerator, designs = stage_accelerator(config, "denoiser"), load_designs(config)
+        responses = designs.train.tensors[1]
+        options = {"meaning": designs.meaning, **response_normalisation(responses)}
+        denoiser = LatentDenoiser(config, (4, 4), **options).double()
+        moments = torch.randn(len(responses), 2, 4, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+        compute_loss = denoising_loss(config, 0.0, 1.0)
+
+        def kept(*step):
+            loss, quantities = compute_loss(*step)
+            seen.append(quantities["loss"].item())
+            return loss, quantities
+
+        data = TensorDataset(moments, responses)
+        run_stage(accelerator, config, "denoiser", denoiser, data, kept, lambda *_: {"loss": 0.0})
+        return np.reshape(seen, (50, -1)).mean(1)
+
+    halves = losses(tmp_path / "halves", gradient_accumulation_steps=2, denoiser_batch_size=8)
+    assert halves == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
 
 
 @pytest.mark.slow
