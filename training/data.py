@@ -97,7 +97,7 @@ def load_designs(config: TrainingConfig) -> Designs:
     everything = _stacked(tqdm(samples, total=len(rows), desc="reading designs", unit="design"))
     if heldout_rows is None:
         return _split(everything, config, np.random.default_rng(config.seed).permutation(len(rows)), meaning)
-    _check_enough(len(rows), config.num_train_designs or 1, config)
+    _check_enough(len(rows), 0, config)
     heldout = _first(heldout_rows, config, meaning, everything[0].shape[1:])
     images, responses = (part[: config.num_train_designs] for part in everything)
     return Designs(TensorDataset(images, responses), *heldout, len(images), meaning)
@@ -111,7 +111,8 @@ def _first(
     images, responses = _stacked(islice(checked_samples(rows, config, meaning, shape), num))
     if len(images) < num:
         raise ValueError(
-            f"dataset must have more than the {num} designs to hold out, got {len(images)} from {config.dataset!r}"
+            f"dataset must have num_heldout_designs={num} designs to hold out, got {len(images)} from "
+            f"{config.dataset!r}"
         )
     return images, responses
 
@@ -120,21 +121,23 @@ def _split(
     samples: tuple[Tensor, Tensor], config: TrainingConfig, order: np.ndarray, meaning: dict[str, Any] | None
 ) -> Designs:
     """The first samples of an order as the held-out, the others as the training designs."""
-    wanted = config.num_heldout_designs + (config.num_train_designs or 1)
-    _check_enough(len(order), wanted, config)
-    end = None if config.num_train_designs is None else wanted
-    heldout, train = order[: config.num_heldout_designs], order[config.num_heldout_designs : end]
+    _check_enough(len(order), config.num_heldout_designs, config)
+    heldout, train = np.split(order, [config.num_heldout_designs])
+    train = train[: config.num_train_designs]
     images, responses = samples
     return Designs(
         TensorDataset(images[train], responses[train]), images[heldout], responses[heldout], len(train), meaning
     )
 
 
-def _check_enough(num: int, wanted: int, config: TrainingConfig) -> None:
-    if num < wanted:
+def _check_enough(num: int, num_heldout: int, config: TrainingConfig) -> None:
+    """Checks that a split has the designs to hold out of it and those to train on."""
+    num_train = config.num_train_designs or 1
+    if num < num_heldout + num_train:
+        heldout = f"num_heldout_designs={num_heldout} and " if num_heldout else ""
         raise ValueError(
-            f"dataset must have at least {wanted} designs (with those held out of the same split), got {num} from "
-            f"{config.dataset!r}"
+            f"dataset must have at least {num_heldout + num_train} designs ({heldout}{num_train} to train on), got "
+            f"{num} from {config.dataset!r}"
         )
 
 

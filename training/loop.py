@@ -113,7 +113,7 @@ def run_stage(
                     optimizer.zero_grad()
                 for key, value in quantities.items():
                     sums[key] = sums.get(key, 0) + value.detach() / config.gradient_accumulation_steps
-            average.step(local_parameters(module))
+            _update_average(average, module)
             progress.update()
 
             done = step + 1
@@ -178,6 +178,14 @@ def _batches(accelerator: Accelerator, loader: DataLoader, used: int) -> Iterato
         loader.set_epoch(epoch)  # type: ignore[attr-defined]
         yield from accelerator.skip_first_batches(loader, skipped) if skipped else loader
         epoch, skipped = epoch + 1, 0
+
+
+@torch.no_grad()
+def _update_average(average: EMAModel, module: nn.Module) -> None:
+    """``EMAModel.step`` without the temporary copies of all weights that it makes, which take longer than the rest."""
+    average.optimization_step += 1
+    decay = average.get_decay(average.optimization_step)
+    torch._foreach_lerp_(average.shadow_params, local_parameters(module), 1 - decay)
 
 
 def _take_average(accelerator: Accelerator, module: nn.Module, average: EMAModel, averaged: nn.Module) -> None:

@@ -71,7 +71,7 @@ def claim(config: TrainingConfig) -> Path:
         )
     try:
         if resume == "latest":
-            if (output_dir / "config.yaml").exists():
+            if (output_dir / "checkpoints").exists():  # until then nothing was trained by the settings
                 _check_same_run(config, output_dir / "config.yaml", _MAY_CHANGE)
         elif resume is not None:
             _begin_from(Path(resume), config)

@@ -96,7 +96,7 @@ def test_responses_that_lost_their_meaning_are_refused(dataset, tmp_path):
 
 
 def test_a_heldout_split_that_is_too_small_is_refused(dataset):
-    with pytest.raises(ValueError, match="^dataset must have more than the 17 designs to hold out, got 16"):
+    with pytest.raises(ValueError, match="^dataset must have num_heldout_designs=17 designs to hold out, got 16"):
         load(dataset, num_heldout_designs=17)
     with pytest.raises(ValueError, match="^dataset must have at least 49 designs .* got 48"):
         load(dataset, num_train_designs=49)

@@ -1,3 +1,4 @@
+import re
 from itertools import islice
 
 import datasets
@@ -140,7 +141,7 @@ def test_a_damaged_image_file_is_named(tmp_path):
 
 def test_a_stream_that_is_too_short_is_refused(tmp_path):
     path = write_parquet(tmp_path, BINARY[:3])
-    with pytest.raises(ValueError, match="^dataset must have more than the 4 designs to hold out, got 3"):
+    with pytest.raises(ValueError, match="^dataset must have num_heldout_designs=4 designs to hold out, got 3 from"):
         load_designs(config(path, streaming=True, num_train_designs=5))
 
 
@@ -164,9 +165,11 @@ def test_an_unknown_column_is_named(tmp_path):
         load_designs(config(write_parquet(tmp_path, BINARY, column="picture")))
 
 
-def test_too_few_designs_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="^dataset must have at least 12 designs .*got 3 from"):
-        load_designs(config(write_folder(tmp_path, BINARY[:3]), num_train_designs=8))
+@pytest.mark.parametrize(("num_train", "least"), [(8, 8), (None, 1)])
+def test_too_few_designs_are_refused(tmp_path, num_train, least):
+    wanted = f"{4 + least} designs (num_heldout_designs=4 and {least} to train on), got 3"
+    with pytest.raises(ValueError, match="^dataset must have at least " + re.escape(wanted)):
+        load_designs(config(write_folder(tmp_path, BINARY[:3]), num_train_designs=num_train))
 
 
 def test_a_dataset_that_is_not_there_is_refused(tmp_path):

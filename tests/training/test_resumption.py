@@ -163,6 +163,13 @@ def test_a_run_does_not_go_on_with_other_settings(trained):
     assert (trained / "config.yaml").read_text() == before
 
 
+def test_a_run_that_was_refused_before_its_first_step_may_be_corrected(trained, tmp_path):
+    with pytest.raises(ValueError, match="^autoencoder_batch_size must be at most the number of training designs"):
+        train(small(tmp_path / "run", resume_from_checkpoint="latest", autoencoder_batch_size=64))
+    train(small(tmp_path / "run", resume_from_checkpoint="latest"))
+    assert_same_weights(tmp_path / "run", trained)
+
+
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_earlier_checkpoints(trained, tmp_path, monkeypatch):
     """The limit on the size of a file stands in for the disk: the system refuses the write in the same way."""

@@ -1,11 +1,20 @@
 """Several processes train as one does, and sharded models go on from their checkpoints."""
 
 import signal
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from mechdiffusers.models import response_normalisation
+from mechdiffusers.training.accelerators import stage_accelerator
+from mechdiffusers.training.checkpoints import newest_intact
+from mechdiffusers.training.data import load_designs
+from mechdiffusers.training.denoiser import denoising_loss
+from mechdiffusers.training.latent_denoiser import LatentDenoiser
+from mechdiffusers.training.loop import run_stage
 from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.train import train
 from scipy.stats import kstest
@@ -20,6 +29,7 @@ from small_runs import (
     start,
     write_dataset,
 )
+from torch.utils.data import TensorDataset
 
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file"]
 CONFIGS = SCRIPT.parent / "configs" / "accelerate"
@@ -64,6 +74,32 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 @pytest.mark.slow
+def test_nothing_but_rounding_tells_shares_of_a_batch_from_the_whole(fifty, tmp_path):
+    """In float64 the losses agree to their own digits, also with responses and a learned curve."""
+
+    def losses(folder: Path, **settings: object) -> np.ndarray:
+        config, seen = small(folder, **{**fifty, **settings}), []
+        accelerator, designs = stage_accelerator(config, "denoiser"), load_designs(config)
+        responses = designs.train.tensors[1]
+        options = {"meaning": designs.meaning, **response_normalisation(responses)}
+        denoiser = LatentDenoiser(config, (4, 4), **options).double()
+        moments = torch.randn(len(responses), 2, 4, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+        compute_loss = denoising_loss(config, 0.0, 1.0)
+
+        def kept(*step):
+            loss, quantities = compute_loss(*step)
+            seen.append(quantities["loss"].item())
+            return loss, quantities
+
+        data = TensorDataset(moments, responses)
+        run_stage(accelerator, config, "denoiser", denoiser, data, kept, lambda *_: {"loss": 0.0})
+        return np.reshape(seen, (50, -1)).mean(1)
+
+    halves = losses(tmp_path / "halves", gradient_accumulation_steps=2, denoiser_batch_size=8)
+    assert halves == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
+
+
+@pytest.mark.slow
 def test_two_processes_rehearse(tmp_path):
     messages = finish(launch("one_machine", tmp_path / "run", "--dry_run", "true"))
     assert messages.count("48 training designs of 8 x 8 pixels, 16 held out") == 1
@@ -89,6 +125,28 @@ def test_sharded_processes_stop_on_sigterm_and_go_on(sharded, fifty, tmp_path):
     assert not (run / "pipeline").exists()
     assert "denoiser goes on from step" in finish(launch("fsdp", run, "--resume_from_checkpoint", "latest", **fifty))
     assert_same_weights(run, sharded)
+
+
+@pytest.mark.slow
+def test_processes_that_are_started_by_their_ranks_alone_stop_on_sigterm_with_its_status(tmp_path, monkeypatch):
+    """As srun starts them, whose status is theirs."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    together = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": 2}
+    processes = []
+    for rank in range(2):
+        for name, value in {**together, "RANK": rank, "LOCAL_RANK": rank}.items():
+            monkeypatch.setenv(name, str(value))
+        processes.append(start(command_line(tmp_path / "run", **FIFTY)))
+    for line in processes[0].stderr:
+        if line.startswith("autoencoder") and " 5/50" in line:
+            break
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    messages = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, messages
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("autoencoder-*")
+    assert newest_intact(checkpoint.parent, "autoencoder") == checkpoint
 
 
 def test_two_processes_draw_what_one_draws_for_the_same_batch():
