@@ -62,7 +62,8 @@ class VDMScheduler(VariancePreservingScheduler, SchedulerMixin):
             Whether, and to what magnitude, the predicted clean sample is clipped.
         variance_type (`str`, defaults to `"fixed_small"`):
             ``"fixed_small"`` (also ``"fixed_small_log"``, which is the same): :math:`\sigma_s^2 c` above;
-            ``"fixed_large"``: :math:`1 - \alpha_t^2 / \alpha_s^2`; ``"optimal"``: the analytic one above.
+            ``"fixed_large"``: :math:`1 - \alpha_t^2 / \alpha_s^2`, the optimal one of a velocity error of 1;
+            ``"optimal"``: the analytic one above.
         velocity_error (`list[float]`, *optional*):
             :math:`E\|v - \hat v\|^2 / D` at equally spaced timesteps from 0 to T - 1, for ``"optimal"``; see
             :func:`mechdiffusers.schedulers.estimate_velocity_error`.
@@ -114,14 +115,14 @@ class VDMScheduler(VariancePreservingScheduler, SchedulerMixin):
     def _plan(self, grid: np.ndarray) -> list[Any]:
         log_snr_t = self.curve.at(grid)
         log_snr_s = np.append(log_snr_t[1:], np.inf)
-        (alpha_t, sigma_t), (alpha_s, _) = alpha_sigma(log_snr_t), alpha_sigma(log_snr_s)
+        alpha_t, sigma_t = alpha_sigma(log_snr_t)
         of_sample, of_x0, std = ancestral_coefficients(log_snr_t, log_snr_s)
-        if self.config.variance_type == "fixed_large":
-            std = np.sqrt(-np.expm1(2 * np.log(alpha_t / alpha_s)))
-        elif self.config.variance_type == "optimal":
+        if self.config.variance_type == "optimal":
             errors = self.config.velocity_error
             error = np.interp(grid, np.linspace(0, len(self) - 1, len(errors)), errors)
-            std = np.sqrt(std**2 + (of_x0 * sigma_t) ** 2 * error)
+        else:  # that of a clean sample that is known, or of a standard normal one (Ho et al. 2020, section 3.2)
+            error = float(self.config.variance_type == "fixed_large")
+        std = np.sqrt(std**2 + (of_x0 * sigma_t) ** 2 * error)
         std[-1] = 0  # the last step ends at the mean
         x0_coefficients, _ = prediction_coefficients(self.config.prediction_type, alpha_t, sigma_t)
         columns = np.broadcast_arrays(grid, *x0_coefficients, of_sample, of_x0, std)
