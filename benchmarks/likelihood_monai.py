@@ -57,7 +57,7 @@ def main() -> None:
     def a_dimension(log_density: torch.Tensor) -> torch.Tensor:
         return log_density / DIMS - math.log(255)
 
-    chain = ancestral_terms(diffusion, images, torch.arange(1000).flip(0), "fixed_small", draw)
+    chain = ancestral_terms(diffusion, images, torch.arange(1000).flip(0), torch.zeros(1000), draw)
     continuous, _ = continuous_terms(diffusion, images, 16, draw)
     flow = flow_log_density(diffusion, images, None)
     theirs = MonaiScheduler(

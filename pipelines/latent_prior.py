@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
@@ -27,7 +28,9 @@ _PRIORS = {
     "ode": ("flow",),
 }
 _NUM_STEPS = {"continuous": 16, "flow": 8}
-_VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large")
+_FIXED = ("fixed_small", "fixed_small_log", "fixed_large")
+#: The variances of each scheduler with an ancestral chain; another may have the option too, left over from these.
+_VARIANCE_TYPES = {"DDPMScheduler": _FIXED, "VDMScheduler": (*_FIXED, "optimal")}
 
 #: Draws standard normal numbers, or uniform ones, of a shape for each row, float64.
 Draw = Callable[..., Tensor]
@@ -93,7 +96,7 @@ def continuous_terms(diffusion: Any, latents: Tensor, num_levels: int, draw: Dra
 
 
 def ancestral_terms(
-    diffusion: Any, latents: Tensor, timesteps: Tensor, variance_type: str, draw: Draw, sampled: bool = False
+    diffusion: Any, latents: Tensor, timesteps: Tensor, velocity_error: Tensor, draw: Draw, sampled: bool = False
 ) -> dict[str, Tensor]:
     r"""One draw of the bound on the log-density of latents under an ancestral chain, or of its whole path's log-weight.
 
@@ -106,7 +109,9 @@ def ancestral_terms(
         diffusion: Denoiser and noise schedule.
         latents: Shape ``(B, *)``, float64.
         timesteps: The chain's, falling; behind the last the latents are drawn.
-        variance_type: ``"fixed_small"`` or ``"fixed_large"``, as in ``DDPMScheduler``.
+        velocity_error: Mean square error of the velocity, an entry, that the chain's variance allows for at each of
+            them, shape ``(N,)``: 0 is ``DDPMScheduler``'s ``"fixed_small"``, 1 its ``"fixed_large"``, and what
+            ``VDMScheduler`` holds is ``"optimal"``.
         draw: Source of random numbers.
         sampled: Whether to take the ratios as drawn instead of their means.
 
@@ -123,7 +128,7 @@ def ancestral_terms(
     else:
         noise_prior = -noise_divergence(latents, levels[0])
     ratios = torch.zeros_like(noise_prior)
-    for level_t, level_s in zip(levels, [*levels[1:], None], strict=True):
+    for level_t, level_s, allowed in zip(levels, [*levels[1:], None], velocity_error.tolist(), strict=True):
         alpha_t, sigma_t = _alpha_sigma(level_t[None], latents)
         velocity = diffusion.velocity(z, level_t.expand(len(z)))
         noise = (z - alpha_t * latents) / sigma_t
@@ -134,11 +139,9 @@ def ancestral_terms(
             break
         alpha_s, sigma_s = _alpha_sigma(level_s[None], latents)
         c = -torch.expm1(level_t - level_s)
-        variance = sigma_s.square().squeeze() * c
-        model_variance = variance
-        if variance_type == "fixed_large":
-            model_variance = 1 - (alpha_t / alpha_s).square().squeeze()
         pull = alpha_s * c
+        variance = sigma_s.square().squeeze() * c
+        model_variance = variance + (pull * sigma_t).square().squeeze() * allowed
         draws = draw(latents.shape[1:])
         if sampled:  # shift: from the mean of q(z_s | z_t, z) to that of p(z_s | z_t)
             shift = pull * (alpha_t * z - sigma_t * velocity - latents)
@@ -217,10 +220,10 @@ class LatentPrior(DiffusionPipeline):
 
             return continuous
         if prior == "ancestral":
-            timesteps, variance_type = self._chain(num_steps)
+            timesteps, velocity_error = self._chain(num_steps)
             sampled = method == "iwae"
             return lambda diffusion, latents, draw: ancestral_terms(
-                diffusion, latents, timesteps, variance_type, draw, sampled
+                diffusion, latents, timesteps, velocity_error, draw, sampled
             )
         self._check_solver(steps, tolerance)
         is_exact = num_probes >= dims
@@ -245,19 +248,26 @@ class LatentPrior(DiffusionPipeline):
 
         return flow
 
-    def _chain(self, num_steps: int | None) -> tuple[Tensor, str]:
-        """The timesteps of the scheduler's ancestral chain and its variance type."""
-        variance_type = self.scheduler.config.get("variance_type")
-        if variance_type not in _VARIANCE_TYPES:
+    def _chain(self, num_steps: int | None) -> tuple[Tensor, Tensor]:
+        """The timesteps of the scheduler's ancestral chain, and the error of the velocity that it allows for there."""
+        name, config = type(self.scheduler).__name__, self.scheduler.config
+        variance_type = config.get("variance_type")
+        if variance_type not in _VARIANCE_TYPES.get(name, ()):
             raise ValueError(
-                f"scheduler must have an ancestral chain of variance_type {_VARIANCE_TYPES} for the 'ancestral' prior, "
-                f"such as DDPMScheduler, got {type(self.scheduler).__name__} with {variance_type!r}; possible are "
+                "scheduler must have an ancestral chain for the 'ancestral' prior, as VDMScheduler has, and "
+                f"DDPMScheduler with a variance_type of {_FIXED}, got {name} with {variance_type!r}; possible are "
                 "method='elbo' with prior='continuous' and method='ode'"
             )
+        last = len(self.scheduler.alphas_cumprod) - 1
         if num_steps is None:
-            return torch.arange(len(self.scheduler.alphas_cumprod)).flip(0), variance_type
-        self.scheduler.set_timesteps(num_steps)
-        return self.scheduler.timesteps.cpu(), variance_type
+            timesteps = torch.arange(last, -1, -1)
+        else:
+            self.scheduler.set_timesteps(num_steps)
+            timesteps = self.scheduler.timesteps.cpu()
+        # the fixed variances are the optimal ones of a latent that is known, and of a standard normal one
+        table = config.velocity_error if variance_type == "optimal" else [float(variance_type == "fixed_large")] * 2
+        errors = np.interp(timesteps.numpy(), np.linspace(0, last, len(table)), table)
+        return timesteps, torch.from_numpy(errors)
 
 
 def _checked_prior(method: str, prior: str | None) -> str:

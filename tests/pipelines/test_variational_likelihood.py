@@ -11,7 +11,7 @@ from exact_pipeline import NOISE, exact_diffusion, exact_pipeline, rotated_gauss
 from mechdiffusers.evaluation import GaussianMixture
 from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion, log_snr_table
 from mechdiffusers.pipelines.latent_prior import ancestral_terms, continuous_terms
-from mechdiffusers.schedulers import VDMScheduler
+from mechdiffusers.schedulers import ProbabilityFlowScheduler, VDMScheduler
 
 FAR = VDMScheduler(log_snr="linear", log_snr_range=(13.3, -12.0), prediction_type="v_prediction")
 METHODS = [
@@ -48,7 +48,7 @@ def test_the_bound_of_a_chain_of_few_steps_lies_below_the_truth_by_the_known_gap
     diffusion = exact_diffusion(gaussian, scheduler)
     latents = gaussian.sample(num, torch.manual_seed(0))[:, None, None]
     timesteps = torch.linspace(999, 0, steps + 1, dtype=torch.float64)
-    bound = total(ancestral_terms(diffusion, latents, timesteps, "fixed_small", source(num)))
+    bound = total(ancestral_terms(diffusion, latents, timesteps, torch.zeros(steps + 1), source(num)))
     found = (gaussian.log_prob(latents.flatten(1), torch.tensor(torch.inf)) - bound) / 64
     assert abs(found.mean() - gap) < 3 * found.std() / num**0.5 + 0.005
     assert found.std() / num**0.5 < 0.05 * gap + 0.005
@@ -81,7 +81,7 @@ def test_the_error_of_the_continuous_bound_is_the_spread_of_repeated_draws():
     assert error.square().mean().sqrt().item() == pytest.approx(terms["diffusion"].std().item(), rel=0.1)
 
 
-def chain_std(std, levels):
+def chain_std(std, levels, velocity_error):
     """Standard deviation of what a chain of ancestral steps with the exact denoiser of N(0, std^2) draws."""
     alpha, sigma = torch.sigmoid(levels).sqrt(), torch.sigmoid(-levels).sqrt()
     shrink = alpha * std**2 / (alpha**2 * std**2 + sigma**2)  # the clean latent is this times the noisy one
@@ -89,12 +89,28 @@ def chain_std(std, levels):
     for t in range(len(levels) - 1):
         c = -torch.expm1(levels[t] - levels[t + 1])
         mean = alpha[t + 1] / alpha[t] * (1 - c) + alpha[t + 1] * c * shrink[t]
-        variance = mean**2 * variance + sigma[t + 1] ** 2 * c
+        variance = mean**2 * variance + sigma[t + 1] ** 2 * c + (alpha[t + 1] * c * sigma[t]) ** 2 * velocity_error
     return (shrink[-1] ** 2 * variance + (sigma[-1] / alpha[-1]) ** 2).sqrt().item()
 
 
-@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
-def test_the_weights_of_whole_paths_have_the_chains_own_density_as_their_mean(variance_type):
+def test_the_bound_of_a_chain_of_few_steps_has_no_gap_with_the_variance_for_the_denoisers_error():
+    # of the 9.77 nats a dimension above: the reverse transitions of a round Gaussian are themselves round Gaussians
+    std, dims, num = 0.5, 8, 2000
+    gaussian = rotated_gaussian([std] * dims)
+    diffusion = exact_diffusion(gaussian, VDMScheduler(log_snr="linear"))
+    timesteps = torch.linspace(999, 0, 11, dtype=torch.float64)
+    levels = diffusion.log_snr(timesteps)
+    # E|z - E[z | z_t]|^2 = 1 / (1 / std^2 + SNR) an entry, over sigma^2
+    velocity_error = 1 / (1 / std**2 + levels.exp()) / torch.sigmoid(-levels)
+    latents = gaussian.sample(num, torch.manual_seed(0))[:, None, None]
+    bound = total(ancestral_terms(diffusion, latents, timesteps, velocity_error, source(num)))
+    gap = (gaussian.log_prob(latents.flatten(1), torch.tensor(torch.inf)) - bound) / dims
+    assert abs(gap.mean()) < 4 * gap.std() / num**0.5 + 1e-4
+    assert gap.std() / num**0.5 < 0.05
+
+
+@pytest.mark.parametrize("velocity_error", [0.0, 1.0, 0.3])
+def test_the_weights_of_whole_paths_have_the_chains_own_density_as_their_mean(velocity_error):
     std = 0.7
     gaussian = rotated_gaussian([std])
     timesteps = torch.linspace(999, 0, 6, dtype=torch.float64)
@@ -102,14 +118,15 @@ def test_the_weights_of_whole_paths_have_the_chains_own_density_as_their_mean(va
     diffusion = exact_diffusion(gaussian, scheduler)
     line = torch.linspace(-6, 6, 61, dtype=torch.float64)
     latents = line.repeat_interleave(4000)[:, None, None, None]
-    terms = ancestral_terms(diffusion, latents, timesteps, variance_type, source(len(latents)), sampled=True)
+    errors = torch.full((6,), velocity_error)
+    terms = ancestral_terms(diffusion, latents, timesteps, errors, source(len(latents)), sampled=True)
     density = total(terms).exp().reshape(61, 4000).mean(1)
     assert torch.trapezoid(density, line).item() == pytest.approx(1, abs=0.02)
-    if variance_type == "fixed_small":
-        own = chain_std(std, diffusion.log_snr(timesteps))
-        variance = torch.trapezoid(density * line**2, line).item()
-        assert variance == pytest.approx(own**2, rel=0.03)
-        bound = total(ancestral_terms(diffusion, latents, timesteps, variance_type, source(len(latents))))
+    own = chain_std(std, diffusion.log_snr(timesteps), velocity_error)
+    variance = torch.trapezoid(density * line**2, line).item()
+    assert variance == pytest.approx(own**2, rel=0.03)
+    if velocity_error == 0:
+        bound = total(ancestral_terms(diffusion, latents, timesteps, errors, source(len(latents))))
         assert (bound.reshape(61, 4000).mean(1) < density.log() + 0.05).all()
 
 
@@ -284,15 +301,42 @@ def test_bad_input_is_named(pipe, options, message):
         pipe.log_likelihood(**{"images": images, **options})
 
 
-def test_a_scheduler_without_an_ancestral_chain_says_what_it_can_do(pipe):
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+@pytest.mark.parametrize("method", ["elbo", "iwae"])
+def test_the_chain_of_a_pipeline_has_the_variance_of_its_scheduler(pipe, method):
+    images = torch.randint(0, 2, (2, 1, 8, 8), generator=torch.manual_seed(0)).float()
+
+    def value(cls, **options):
+        pipe.scheduler = cls.from_config(pipe.scheduler.config, timestep_spacing="trailing", **options)
+        output = pipe.log_likelihood(images, method, prior="ancestral", num_steps=3, generator=torch.manual_seed(0))
+        return output.log_likelihood
+
+    def optimal(velocity_error):
+        return value(VDMScheduler, variance_type="optimal", velocity_error=velocity_error)
+
+    of_tables = optimal([0.0, 0.0]), optimal([1.0, 1.0]), optimal([0.0, 1.0])
+    assert (of_tables[2] != of_tables[0]).all()
+    for variance_type, of_table in zip(("fixed_small", "fixed_large"), of_tables[:2], strict=True):
+        for cls in (VDMScheduler, DDPMScheduler):
+            of_type = value(cls, variance_type=variance_type, clip_sample=False)
+            torch.testing.assert_close(of_type, of_table, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cls", [DDIMScheduler, ProbabilityFlowScheduler])
+def test_a_scheduler_without_an_ancestral_chain_says_what_it_can_do(pipe, cls, tmp_path):
+    pipe.scheduler.save_pretrained(tmp_path)
+    pipe.scheduler = cls.from_config(DDPMScheduler.from_pretrained(tmp_path).config, clip_sample=False)
+    assert pipe.scheduler.config.variance_type == "fixed_small"  # of the class before, with no meaning here
     images = torch.zeros(1, 1, 8, 8)
     with pytest.raises(ValueError, match="^scheduler must have an ancestral chain .* possible are"):
         pipe.log_likelihood(images, prior="ancestral")
     assert pipe.log_likelihood(images).is_lower_bound
-    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, variance_type="learned", clip_sample=False)
-    with pytest.raises(ValueError, match="^scheduler must have an ancestral chain"):
-        pipe.log_likelihood(images, "iwae")
+
+
+def test_a_chain_of_a_variance_that_the_network_would_have_to_learn_is_refused(pipe):
+    for variance_type in ("learned", "optimal"):  # DDPMScheduler takes any word
+        pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, variance_type=variance_type)
+        with pytest.raises(ValueError, match=f"^scheduler must have an ancestral chain .* with '{variance_type}'"):
+            pipe.log_likelihood(torch.zeros(1, 1, 8, 8), "iwae")
 
 
 def test_a_deterministic_autoencoder_has_no_bound(pipe, monkeypatch):
