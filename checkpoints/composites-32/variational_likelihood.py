@@ -217,7 +217,7 @@ def _summary(values: dict[str, Tensor], method: str, dims: int, num_pixels: int)
         value = torch.logsumexp(total, dim=1) - math.log(num_samples)
         terms["importance_gain"] = value - total.mean(1)
         # the delta method: relative standard error of the mean weight
-        error = (1 / effective - 1 / num_samples).clamp(min=0).sqrt()
+        error = ((num_samples / effective - 1) / max(num_samples - 1, 1)).clamp(min=0).sqrt()
     else:
         value = total.mean(1)
         error = _standard_error(total)

@@ -11,6 +11,7 @@ from exact_pipeline import NOISE, exact_diffusion, exact_pipeline, rotated_gauss
 from mechdiffusers.evaluation import GaussianMixture
 from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion, log_snr_table
 from mechdiffusers.pipelines.latent_prior import ancestral_terms, continuous_terms
+from mechdiffusers.pipelines.variational_likelihood import _summary
 from mechdiffusers.schedulers import ProbabilityFlowScheduler, VDMScheduler
 
 FAR = VDMScheduler(log_snr="linear", log_snr_range=(13.3, -12.0), prediction_type="v_prediction")
@@ -319,6 +320,13 @@ def test_the_chain_of_a_pipeline_has_the_variance_of_its_scheduler(pipe, method)
         for cls in (VDMScheduler, DDPMScheduler):
             of_type = value(cls, variance_type=variance_type, clip_sample=False)
             torch.testing.assert_close(of_type, of_table, rtol=1e-4, atol=1e-4)
+
+
+def test_the_error_of_the_importance_weighted_bound_is_that_of_the_mean_weight():
+    log_weights = torch.randn(5, 3, generator=torch.manual_seed(0), dtype=torch.float64)
+    weights = log_weights.exp()
+    expected = weights.std(1) / weights.mean(1) / 3**0.5
+    torch.testing.assert_close(_summary({"weight": log_weights}, "iwae", dims=1, num_pixels=1).error, expected)
 
 
 @pytest.mark.parametrize("cls", [DDIMScheduler, ProbabilityFlowScheduler])
