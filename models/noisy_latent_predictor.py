@@ -2,7 +2,7 @@ r"""What noisy latents tell of a quantity of the design, such as its volume frac
 
 A small network gives a Gaussian :math:`p(y \mid x_t)`, its mean and its variance, at every noise level: where the noise
 hides the quantity the variance says so, and the gradient that guides a sample is small (Dhariwal & Nichol 2021,
-section 4.1, train their classifier on noisy images likewise).
+section 4, train their classifier on noisy images likewise).
 
 This file imports torch and diffusers alone.
 """
