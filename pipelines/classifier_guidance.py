@@ -2,13 +2,15 @@ r"""Classifier guidance: samples drawn towards a target by the gradient of its l
 
 By Bayes' rule :math:`\nabla \log p(x_t \mid y) = \nabla \log p(x_t) + \nabla \log p(y \mid x_t)` (Dhariwal & Nichol
 2021, section 4; Luo 2022, "Guidance"). Both terms enter a step linearly, so the second one can be added after the step
-that the scheduler takes with the first: over a step of the log-SNR from :math:`\lambda_t` to :math:`\lambda_s`, up to
-the step's own error,
+that the scheduler takes with the first: over a step of the log-SNR from :math:`\lambda_t` to :math:`\lambda_s`
 
-.. math:: x_s \leftarrow x_s + w \, \frac{\alpha_s}{\alpha_t} \sigma_t^2 \, k \, \nabla \log p(y \mid x_s),
+.. math:: x_s \leftarrow x_s + w \, \frac{\alpha_s}{\alpha_t} \sigma_t^2 \, k \, \nabla \log p(y \mid x_t)
+    \approx x_s + w \, \sigma_t^2 \, k \, \nabla \log p(y \mid x_s),
 
 where :math:`k = 1 - e^{\lambda_t - \lambda_s}` for a scheduler that draws noise, as in an ancestral step, and
-:math:`k = 1 - e^{(\lambda_t - \lambda_s)/2}` for one that solves the probability flow, as in a step of DDIM.
+:math:`k = 1 - e^{(\lambda_t - \lambda_s)/2}` for one that solves the probability flow, as in a step of DDIM. What is at
+hand after the step is the gradient at its end. A noisy latent of unit variance tells of the clean one in proportion to
+:math:`\alpha`, so that the gradient at the start is :math:`\alpha_t / \alpha_s` of it.
 
 This file imports torch and numpy alone.
 """
@@ -88,11 +90,11 @@ def _weights(scheduler: Any) -> list[float]:
             f"DDIMScheduler, got {type(scheduler).__name__}"
         )
     alphas_cumprod = scheduler.alphas_cumprod.double().cpu().numpy()
-    table = np.log(alphas_cumprod) - np.log1p(-alphas_cumprod)
+    with np.errstate(divide="ignore"):  # where no signal is left
+        table = np.log(alphas_cumprod) - np.log1p(-alphas_cumprod)
     log_snr = np.interp(timesteps, np.arange(len(table)), table)
     share = -np.expm1(-np.diff(log_snr) * (1 if draws_noise else 0.5))
-    alpha = 1 / np.sqrt(1 + np.exp(-log_snr))
-    return (alpha[1:] / alpha[:-1] / (1 + np.exp(log_snr[:-1])) * share).tolist()
+    return (share / (1 + np.exp(log_snr[:-1]))).tolist()
 
 
 def _draws_noise(scheduler: Any) -> bool:
