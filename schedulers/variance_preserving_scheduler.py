@@ -65,6 +65,11 @@ class LinearStep(NamedTuple):
     x0_coefficient: float
     noise_std: float
 
+    @property
+    def starts_step(self) -> bool:
+        """Whether a loop may begin here."""
+        return True
+
 
 class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
     """What the schedulers on a log-SNR curve share: the forward process, the grid of timesteps, the index in it.
@@ -194,7 +199,7 @@ class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
         if not rows:
             raise ValueError(f"timesteps must leave a step to go before the trajectory's end, got {grid.tolist()}")
         self.num_inference_steps, self._rows, self._next_index = len(grid), rows, 0
-        self.timesteps = torch.tensor([row.timestep for row in rows], dtype=torch.float32, device=device)
+        self.timesteps = self._laid = torch.tensor([row.timestep for row in rows], dtype=torch.float32, device=device)
 
     def _plan(self, grid: np.ndarray) -> list[Any]:
         """For each evaluation of the network its timestep, a float32 number, and what else the step needs, by name."""
@@ -239,19 +244,18 @@ class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"model_output must have the sample's shape {tuple(sample.shape)}, got {tuple(model_output.shape)}"
             )
-        if isinstance(timestep, Tensor):
-            # an element of self.timesteps tells its index by where it lies in memory: the host need not read it
-            index = int(timestep.storage_offset())
-            same = timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr()
-            if same and index < len(self._rows):
-                return index
+        # an element of the timesteps laid tells its index by where it lies in memory: the host need not read it
+        laid_at = self._laid.untyped_storage().data_ptr()
+        if isinstance(timestep, Tensor) and timestep.untyped_storage().data_ptr() == laid_at:
+            return int(timestep.storage_offset())
         value = float(np.float32(float(timestep)))
-        times = [row.timestep for row in self._rows]
-        if times[self._next_index : self._next_index + 1] == [value]:
-            return self._next_index
-        if value not in times:
+        places = [index for index, row in enumerate(self._rows) if row.timestep == value]
+        if not places:
+            times = [row.timestep for row in self._rows]
             raise ValueError(f"timestep must be one of those of set_timesteps, {_short(times)}, got {value:g}")
-        return times.index(value)
+        if self._next_index in places:
+            return self._next_index
+        return next((index for index in places if self._rows[index].starts_step), places[0])
 
     def step(
         self,

@@ -222,6 +222,18 @@ def test_timesteps_may_be_given_as_numbers_too(cls, options):
 
 
 @pytest.mark.parametrize("cls", CLASSES)
+def test_timesteps_that_a_user_replaces_are_told_by_their_values(cls):
+    scheduler, x = cls(), torch.randn(2, 3, generator=torch.manual_seed(0))
+    scheduler.set_timesteps(5)
+    second = scheduler.order  # where the step from the second timestep starts
+    expected = scheduler.step(torch.tanh(x), scheduler.timesteps[second], x, generator=torch.manual_seed(1))
+    scheduler.set_timesteps(5)
+    scheduler.timesteps = scheduler.timesteps[second:].clone()
+    got = scheduler.step(torch.tanh(x), scheduler.timesteps[0], x, generator=torch.manual_seed(1))
+    torch.testing.assert_close(got.prev_sample, expected.prev_sample)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
 def test_fractional_timesteps_are_noised_between_their_neighbours(cls):
     scheduler, stock = cls(), DDPMScheduler()
     x, noise = torch.randn(2, 4, 3, generator=torch.manual_seed(0), dtype=torch.float64)
