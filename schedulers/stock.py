@@ -55,7 +55,7 @@ def stock_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
         'squaredcos_cap_v2'
     """
     if name not in STOCK_SCHEDULERS:
-        raise ValueError(f"scheduler must be one of {sorted(STOCK_SCHEDULERS)}, got {name!r}")
+        raise ValueError(f"name must be one of {sorted(STOCK_SCHEDULERS)}, got {name!r}")
     if config.get("prediction_type") == "score":
         raise ValueError(
             "config must have a prediction_type that stock schedulers take, epsilon, v_prediction or sample, "

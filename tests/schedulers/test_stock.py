@@ -79,5 +79,5 @@ def test_a_network_that_predicts_the_score_is_refused():
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="^scheduler must be one of .* got 'magic'"):
+    with pytest.raises(ValueError, match="^name must be one of .* got 'magic'"):
         stock_scheduler("magic", DDPMScheduler().config)
