@@ -10,6 +10,7 @@ that between sets of exact samples, the least and the greatest of twelve pairs.
 to the same noise solved with 1,000 steps (of the probability flow: stochastic schedulers go elsewhere and have none),
 the share of pixels that differ from the design that solution decodes to, and the two-point and volume-fraction errors
 against held-out designs. The distance is what ranks the solvers: the statistics of few designs do not tell them apart.
+A conditional checkpoint is asked for no response.
 
 Deterministic schedulers of higher order, stock or ours, run in trailing spacing, as the released checkpoint has, and in
 equal steps of log-SNR (``-log-snr``).
@@ -65,7 +66,7 @@ STOCK_LOG_SNR: dict[str, tuple[str, dict[str, Any]]] = {
 LOG_SNR = {"timestep_spacing": "log_snr"}
 OURS: dict[str, tuple[Any, dict[str, Any]]] = {
     "flow-adams-optimized": (ProbabilityFlowScheduler, {"solver": "adams_bashforth", **LOG_SNR}),
-    "vdm": (VDMScheduler, {}),
+    "vdm": (VDMScheduler, {"variance_type": "fixed_small"}),
     "vdm-optimal-variance": (VDMScheduler, {"variance_type": "optimal"}),
     "flow-euler": (ProbabilityFlowScheduler, {"solver": "euler"}),
     "flow-heun": (ProbabilityFlowScheduler, {"solver": "heun"}),
@@ -171,7 +172,8 @@ class Checkpoint:
     def __init__(self, folder: Path, num: int, reference: Path):
         self.pipe = LatentDDPMPipeline.from_pretrained(folder)
         self.config = self.pipe.scheduler.config
-        self.tokens = self.pipe.response_encoder(torch.full((1, 0, 0), float("nan"))).detach()
+        no_response = torch.full((1, *self.pipe.response_encoder.response_shape), float("nan"))
+        self.tokens = self.pipe.response_encoder(no_response).detach()
         generator = torch.Generator().manual_seed(0)
         channels, size = self.pipe.unet.config.in_channels, self.pipe.unet.config.sample_size
         self.noise = torch.randn(num, channels, size, size, generator=generator)
