@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 #: Of the logarithm of a step of log-SNR: large enough to rise above rounding in single precision.
 _DIFFERENCE = 0.02
+#: Of the fine solution: the fourth-order Runge-Kutta method in equal steps of log-SNR.
+_FINE_STEPS = 50
 #: Of a noisy sample (B, *) and a timestep (), what the network predicts (B, *).
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
@@ -37,7 +39,6 @@ def optimize_steps(
     scheduler: ProbabilityFlowScheduler,
     noise: Tensor,
     num_inference_steps: int,
-    reference_steps: int = 50,
     iterations: int = 5,
 ) -> ProbabilityFlowScheduler:
     r"""The scheduler with the best ``num_inference_steps`` timesteps for a denoiser in its configuration.
@@ -47,7 +48,6 @@ def optimize_steps(
         scheduler: Its solver and noise schedule are kept; it ends at clean data, without churn or clipping.
         noise: Standard normal noise to solve from, shape ``(B, *)``; 16 samples of a latent model are enough.
         num_inference_steps: Number of timesteps of the grid, 2 or more.
-        reference_steps: Steps of the fine solution, by the fourth-order Runge-Kutta method in equal steps of log-SNR.
         iterations: Largest number of trust-region steps.
 
     Returns:
@@ -80,7 +80,7 @@ def optimize_steps(
             f"got {type(scheduler).__name__} with {dict(config)}"
         )
     trial = ProbabilityFlowScheduler.from_config(config, optimized_steps=None)
-    trajectory, end = _fine_solution(denoiser, trial, noise, reference_steps)
+    trajectory, end = _fine_solution(denoiser, trial, noise)
     first, last = trial.curve.at([len(trial) - 1, 0])
 
     def grid(shares: np.ndarray) -> list[float]:
@@ -122,11 +122,11 @@ def _shares(scheduler: ProbabilityFlowScheduler, spacing: str, num: int) -> np.n
 
 
 def _fine_solution(
-    denoiser: Denoiser, scheduler: ProbabilityFlowScheduler, noise: Tensor, num: int
+    denoiser: Denoiser, scheduler: ProbabilityFlowScheduler, noise: Tensor
 ) -> tuple[CubicHermiteSpline, Tensor]:
     """The trajectory of x / alpha by the log-SNR, shape (B, *), and the clean samples at its end."""
     fine = ProbabilityFlowScheduler.from_config(scheduler.config, solver="rk4", timestep_spacing="log_snr")
-    fine.set_timesteps(num, device=noise.device)
+    fine.set_timesteps(_FINE_STEPS, device=noise.device)
     x, levels, states, slopes = noise, [], [], []
     for row, t in zip(fine._rows, fine.timesteps, strict=True):
         output = denoiser(x, t)
