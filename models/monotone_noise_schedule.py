@@ -41,7 +41,7 @@ class MonotoneNoiseSchedule(ModelMixin, ConfigMixin):
         >>> scheduler = VDMScheduler(log_snr=schedule.table())  # doctest: +SKIP
 
     References:
-        | Variational Diffusion Models (Kingma et al., 2021), section 5 and appendix on the learned schedule
+        | Variational Diffusion Models (Kingma et al., 2021), section 5.3 and appendix I.2
         | https://arxiv.org/abs/2107.00630
     """
 

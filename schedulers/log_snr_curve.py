@@ -9,8 +9,8 @@ equally spaced timesteps, straight in between, whatever it comes from:
 ``"betas"``
     The beta schedule of a stock scheduler, exactly: its ``alphas_cumprod`` at every integer timestep.
 ``"linear"``, ``"cosine"``
-    :math:`\lambda_t` linear in :math:`t` (Kingma et al. 2021, appendix), or :math:`-2 \log \tan` of an angle linear in
-    :math:`t` (Nichol & Dhariwal 2021), between the two ends of ``log_snr_range``.
+    :math:`\lambda_t` linear in :math:`t`, or :math:`-2 \log \tan` of an angle linear in :math:`t` (Nichol & Dhariwal
+    2021), between the two ends of ``log_snr_range``.
 a list of numbers
     Any other curve, such as a learned one.
 
@@ -139,7 +139,7 @@ def prediction_coefficients(prediction_type: str, alpha: Any, sigma: Any) -> tup
 
 
 def ancestral_coefficients(log_snr_t: Any, log_snr_s: Any) -> tuple[Any, Any, Any]:
-    r"""Of a draw from :math:`q(x_s \mid x_t, x_0)`, s the less noisy time (Kingma et al. 2021, appendix A).
+    r"""Of a draw from :math:`q(x_s \mid x_t, x_0)`, s the less noisy time (Kingma et al. 2021, appendix A.4).
 
     Args:
         log_snr_t: Log-SNR at the noisier time, any shape, numpy.

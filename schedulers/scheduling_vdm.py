@@ -5,7 +5,7 @@ From :math:`x_t` to a less noisy :math:`x_s` the variational diffusion model dra
 .. math:: p(x_s \mid x_t) = q(x_s \mid x_t, x_0 = \hat x_0(x_t)) = N\left(\tfrac{\alpha_s}{\alpha_t}(1 - c) x_t
     + \alpha_s c \hat x_0, \; \sigma_s^2 c\right), \quad c = -\operatorname{expm1}(\lambda_t - \lambda_s)
 
-(Kingma et al. 2021, section 3.3 and appendix A; Luo 2022, "Variational Diffusion Models"). The true reverse transition
+(Kingma et al. 2021, section 3.3, appendix A.4; Luo 2022, "Variational Diffusion Models"). The true reverse transition
 is wider, as :math:`x_0` is not known; of all isotropic Gaussians about that mean the nearest has the variance
 :math:`\sigma_s^2 c + (\alpha_s c)^2 E\|x_0 - \hat x_0\|^2 / D` (Bao et al. 2022, theorem 1 for the exact denoiser). The
 error of the velocity, :math:`\|x_0 - \hat x_0\| / \sigma_t`, changes least along the curve, so that is what a table in

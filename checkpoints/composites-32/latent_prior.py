@@ -42,8 +42,8 @@ def continuous_terms(diffusion: Any, latents: Tensor, num_levels: int, draw: Dra
     .. math:: \log p_\theta(z) \ge E[\log p(z \mid z_0)] - KL(q(z_1 \mid z) \| N(0, I))
         - \tfrac12 \int E\|\epsilon - \hat\epsilon\|^2 d\lambda
 
-    (Kingma et al. 2021, section 5). The draws of a latent are equally spaced behind a random offset (their appendix on
-    low-variance sampling), in two independent halves, whose distance tells the error. As
+    (Kingma et al. 2021, equations 11 and 17). The draws of a latent are equally spaced behind a random offset (the
+    low-discrepancy sampler of their appendix I.1), in two independent halves, whose distance tells the error. As
     :math:`\epsilon - \hat\epsilon = \alpha (v - \hat v)`, the part of :math:`\|v\|^2` is integrated in closed form, and
     only :math:`\alpha^2 (\|\hat v\|^2 - 2 v \cdot \hat v)`, which the network has a say in, is drawn: without it the
     bound is that of a standard normal prior. The log-SNRs have a density proportional to :math:`\alpha^2`.
@@ -103,7 +103,8 @@ def ancestral_terms(
     The path :math:`z_T, \dots, z_0` is drawn from :math:`q(\cdot \mid z)`, noise first. Its log-weight is
     :math:`\log p(z \mid z_0) + \sum \log p(z_s \mid z_t) / q(z_s \mid z_t, z) + \log p(z_T) / q(z_T \mid z)`, whose
     exponential has the mean :math:`p_\theta(z)` exactly. In the bound each ratio's mean, minus a Kullback-Leibler
-    divergence of Gaussians, takes its place (Luo 2022, "Variational Diffusion Models").
+    divergence of Gaussians, takes its place (Kingma et al. 2021, equation 12; Luo 2022, "Variational Diffusion
+    Models").
 
     Args:
         diffusion: Denoiser and noise schedule.
