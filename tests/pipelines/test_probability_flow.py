@@ -56,6 +56,16 @@ def test_32_evaluations_give_a_gaussians_log_density_to_a_thousandth_of_a_nat_a_
     assert error.abs().max() < 1e-3
 
 
+@pytest.mark.parametrize(("std", "mean", "num_steps"), [(0.5, 0.8, 8), (0.3, 0.9, 16)])
+def test_a_mixture_takes_as_many_evaluations_and_twice_as_many_where_it_is_narrow_and_parted(std, mean, num_steps):
+    mixture = GaussianMixture([0.6, 0.4], [[-mean], [mean]], [[[std**2]], [[std**2]]])
+    diffusion = exact_diffusion(mixture, PURE_NOISE)
+    latents = latents_of(mixture, 256)
+    likelihood = flow_log_density(diffusion, latents, None, num_steps=num_steps)
+    error = value_of(likelihood) - true_log_density(mixture, diffusion, latents)
+    assert error.square().mean().sqrt() < 1e-3
+
+
 def test_the_adaptive_method_gives_log_densities_to_a_hundred_thousandth_of_a_nat_a_dimension():
     moons = two_moons(num_components=4, width=0.3)
     for mixture in (*GAUSSIANS.values(), moons):
