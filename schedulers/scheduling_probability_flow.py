@@ -10,7 +10,7 @@ densities reads
 Models"). An Euler step of it is a step of DDIM without clipping, to the next timestep and at last to clean data
 (``set_alpha_to_one``). A Runge-Kutta method is data, a ``Tableau``; a new one costs three
 lines. The Adams-Bashforth method integrates the polynomial in :math:`\lambda = -2 \log \varsigma` through the slopes of
-the last steps instead (Zhang & Chen 2023, section 3.3), one evaluation a step.
+the last steps instead (Zhang & Chen 2023, on polynomial extrapolation), one evaluation a step.
 
 This file travels inside checkpoints: it imports torch, numpy, diffusers and its siblings alone.
 """
