@@ -17,6 +17,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
+from mechdiffusers.training.atomic_file import atomic_write
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -161,10 +162,9 @@ class BestWeights:
                 if not loss < float(file.metadata()["loss"]):  # also where it is NaN
                     return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self._path.with_name(f".unfinished-{self._path.name}")
         weights = {key: value.contiguous() for key, value in module.state_dict().items()}
-        save_file(weights, unfinished, metadata={"loss": repr(loss), "step": str(step)})
-        os.replace(unfinished, self._path)
+        with atomic_write(self._path) as unfinished:
+            save_file(weights, unfinished, metadata={"loss": repr(loss), "step": str(step)})
 
     def load_into(self, module: nn.Module) -> int:
         """Gives a module the weights that were kept; returns their step."""

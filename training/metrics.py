@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 from pathlib import Path
 
 import torch
+from mechdiffusers.training.atomic_file import atomic_write
 
 __all__ = ["peak_memory", "update_metrics"]
 
@@ -24,9 +24,8 @@ def update_metrics(output_dir: Path, name: str, metrics: dict[str, float]) -> No
     path = output_dir / "metrics.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     known |= {f"{name}/{key}": value for key, value in metrics.items()}
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    unfinished.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
-    os.replace(unfinished, path)
+    with atomic_write(path) as unfinished:
+        unfinished.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
 
 
 def peak_memory() -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from mechdiffusers.training.atomic_file import atomic_write
 from mechdiffusers.training.checkpoints import damage_of, newest_intact
 from mechdiffusers.training.config import TrainingConfig
 
@@ -76,9 +76,8 @@ def claim(config: TrainingConfig) -> Path:
         elif resume is not None:
             _begin_from(Path(resume), config)
         output_dir.mkdir(parents=True, exist_ok=True)
-        unfinished = output_dir / ".unfinished-config.yaml"
-        unfinished.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-        os.replace(unfinished, output_dir / "config.yaml")
+        with atomic_write(output_dir / "config.yaml") as unfinished:
+            unfinished.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
     except OSError as error:
         raise ValueError(f"output_dir must be a folder that can be written, got {output_dir}: {error}") from error
     return output_dir
