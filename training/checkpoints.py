@@ -75,7 +75,8 @@ def save(accelerator: Accelerator, average: EMAModel, folder: Path, name: str, s
             f"the earlier ones are intact, --resume_from_checkpoint latest goes on from them"
         ) from error
     if main:
-        for older in _checkpoints(folder, name)[:-limit]:
+        done = [checkpoint for checkpoint in _checkpoints(folder, name) if checkpoint.name <= final.name]
+        for older in done[:-limit]:  # one of a later step is torn, and takes nobody's place
             shutil.rmtree(older)
     accelerator.wait_for_everyone()  # a process that ends earlier would have the others killed
 
@@ -93,28 +94,18 @@ def load_newest(accelerator: Accelerator, average: EMAModel, folder: Path, name:
         The number of steps done.
 
     Raises:
-        ValueError: If the model is sharded and was not, or was not and is, or among another number of processes.
+        ValueError: If the weights were sharded among another number of processes, 1 for those that were not.
     """
     checkpoint = newest_intact(folder, name)
     if checkpoint is None:
         return 0
-    was_sharded = not (checkpoint / "model.safetensors").exists()
-    if was_sharded != _sharded(accelerator):
+    shards = accelerator.num_processes if _sharded(accelerator) else 1
+    if (shards_before := len(list(checkpoint.glob("average-*")))) != shards:
         raise ValueError(
-            f"resume_from_checkpoint must go on with the weights sharded as before, got {checkpoint}, "
-            f"{'sharded' if was_sharded else 'not sharded'}"
-        )
-    if was_sharded and len(list(checkpoint.glob("average-*"))) != accelerator.num_processes:
-        raise ValueError(
-            f"resume_from_checkpoint must go on with as many processes as before when the model is sharded, "
-            f"got {accelerator.num_processes} for {checkpoint}"
+            f"resume_from_checkpoint must go on with the weights in as many shards as before, got {shards} for "
+            f"{checkpoint} with {shards_before}"
         )
     accelerator.load_state(str(checkpoint))
-    if accelerator.is_main_process:  # torn ones would count as the newest
-        for newer in _checkpoints(folder, name):
-            if newer.name > checkpoint.name:
-                shutil.rmtree(newer)
-    accelerator.wait_for_everyone()
     path = checkpoint / _average_file(accelerator)
     for i, weight in load_file(path).items():
         average.shadow_params[int(i)].copy_(weight)
