@@ -42,6 +42,8 @@ def stage_accelerator(config: TrainingConfig, name: str) -> Accelerator:
         config: Settings of the run.
         name: ``"autoencoder"`` or ``"denoiser"``.
     """
+    torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.allow_tf32
     process = process_state()
     accelerator = Accelerator(
         cpu=process.device.type == "cpu",

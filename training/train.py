@@ -18,7 +18,6 @@ from pathlib import Path
 
 import datasets
 import diffusers
-import torch
 import transformers
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.pipelines.hub_checkpoint import claim_repository
@@ -62,8 +61,6 @@ def train(config: TrainingConfig) -> LatentDDPMPipeline:
         name = config.hub_model_id or Path(config.output_dir).absolute().name
         with _failures_explained("nothing was trained"):
             repo_id = claim_repository(name, private=config.hub_private)
-    torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = config.allow_tf32
     pipe = run_stages(config, designs)
     if repo_id is not None:
         again = "the run itself is complete, --resume_from_checkpoint latest --push_to_hub true publishes it again"
