@@ -144,24 +144,29 @@ class BestWeights:
     """
 
     def __init__(self, folder: Path, name: str):
-        self._path = folder / f"best-{name}.safetensors"
+        self.path = folder / f"best-{name}.safetensors"
 
     def offer(self, module: nn.Module, loss: float, step: int) -> None:
         """Keeps a module's weights if their loss is the least."""
-        if self._path.exists():
-            with safe_open(self._path, framework="pt") as file:
-                if not loss < float(file.metadata()["loss"]):  # also where it is NaN
-                    return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and not loss < float(self._metadata()["loss"]):  # also where it is NaN
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         weights = {key: value.contiguous() for key, value in module.state_dict().items()}
-        with atomic_write(self._path) as unfinished:
+        with atomic_write(self.path) as unfinished:
             save_file(weights, unfinished, metadata={"loss": repr(loss), "step": str(step)})
 
     def load_into(self, module: nn.Module) -> int:
         """Gives a module the weights that were kept; returns their step."""
-        module.load_state_dict(load_file(self._path))
-        with safe_open(self._path, framework="pt") as file:
-            return int(file.metadata()["step"])
+        module.load_state_dict(load_file(self.path))
+        return int(self._metadata()["step"])
+
+    def were_kept_by(self, step: int) -> bool:
+        """Whether there are weights, of this step or one before it."""
+        return self.path.exists() and int(self._metadata()["step"]) <= step
+
+    def _metadata(self) -> dict[str, str]:
+        with safe_open(self.path, framework="pt") as file:
+            return file.metadata()
 
 
 def _checkpoints(folder: Path, name: str) -> list[Path]:

@@ -9,12 +9,25 @@ import time
 import datasets
 import pytest
 import torch
+import yaml
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.training import checkpoints
 from mechdiffusers.training.checkpoints import BestWeights
+from mechdiffusers.training.output_folder import claim
 from mechdiffusers.training.train import train
 from safetensors.torch import load_file
-from small_runs import SCRIPT, SMALL, assert_same_weights, command_line, finish, small, start, weights
+from small_runs import (
+    SCRIPT,
+    SMALL,
+    assert_same_weights,
+    command_line,
+    conditional,
+    finish,
+    small,
+    start,
+    weights,
+    write_dataset,
+)
 from torch import nn
 
 
@@ -142,6 +155,34 @@ def test_a_new_run_goes_on_with_the_best_autoencoder(tmp_path):
     assert_same_weights(tmp_path / "fork", tmp_path / "run")
 
 
+def test_a_new_run_has_none_of_what_the_other_reached_later_or_otherwise(tmp_path):
+    """Its card would show another model's figures and samples."""
+    settings = conditional(write_dataset(tmp_path / "composites"))
+    train(small(tmp_path / "run", **settings))
+    checkpoint = str(tmp_path / "run" / "checkpoints" / "autoencoder-00000006")
+    other = {**settings, "response_column": None, "denoiser_steps": 3}
+    train(small(tmp_path / "fork", resume_from_checkpoint=checkpoint, **other))
+    metrics = json.loads((tmp_path / "fork" / "metrics.json").read_text())
+    assert "denoiser/loss_without_response" not in metrics
+    assert max(path.name for path in (tmp_path / "fork" / "validation").iterdir()) == "denoiser-00000003.png"
+
+
+def test_a_new_run_has_steps_left_to_train(trained, tmp_path):
+    checkpoint = trained / "checkpoints" / "denoiser-00000004"
+    with pytest.raises(ValueError, match="^denoiser_steps must be above those of resume_from_checkpoint, got 4 for"):
+        train(small(tmp_path / "fork", resume_from_checkpoint=str(checkpoint), denoiser_steps=4))
+    assert not (tmp_path / "fork").exists()
+
+
+def test_two_runs_are_not_at_work_in_one_folder(tmp_path):
+    config = small(tmp_path / "run")
+    with claim(config), pytest.raises(ValueError, match="^output_dir must be a folder that no other run is at work in"):
+        train(small(tmp_path / "run", resume_from_checkpoint="latest", seed=1))
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["seed"] == 0
+    with claim(config):  # when the first has ended
+        pass
+
+
 def test_a_new_run_does_not_start_from_a_torn_checkpoint(trained, tmp_path):
     torn = tmp_path / "torn" / "checkpoints" / "denoiser-00000004"
     shutil.copytree(trained, tmp_path / "torn")
@@ -228,6 +269,15 @@ def test_the_best_weights_are_those_of_least_loss(tmp_path):
         best.offer(module, loss, step)
     best.load_into(module)
     assert module.weight.item() == 1.0
+
+
+def test_best_weights_of_later_steps_are_told_from_earlier_ones(tmp_path):
+    """A new run from the checkpoint of step 4 has none that its way there has not seen."""
+    best = BestWeights(tmp_path, "stage")
+    assert not best.were_kept_by(5)
+    best.offer(nn.Linear(1, 1), 1.0, 5)
+    assert best.were_kept_by(5)
+    assert not best.were_kept_by(4)
 
 
 def test_a_run_may_end_with_its_best_weights(tmp_path):
