@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from mechdiffusers.training.autoencoder import LikelihoodAutoencoder
 from mechdiffusers.training.denoiser import denoising_loss
 from mechdiffusers.training.latent_denoiser import LatentDenoiser
 from mechdiffusers.training.loop import run_stage
+from mechdiffusers.training.metrics import read_metrics
 from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.rehearsal import rehearse
 from mechdiffusers.training.train import train
@@ -166,6 +168,23 @@ def test_the_averaged_weights_are_those_of_the_recursion(tmp_path):
         expected = decay * expected + (1 - decay) * weight
     assert averaged.weight.item() == pytest.approx(expected, rel=1e-5)
     assert averaged.weight.item() != pytest.approx(last, rel=1e-3)
+
+
+def test_the_time_of_a_step_is_that_of_steps_alone(tmp_path):
+    """A look at the held-out designs between two entries of the log is left out."""
+    config = small(tmp_path, denoiser_steps=8, validation_steps=6, logging_steps=100, checkpointing_steps=100)
+
+    def loss(module, batch, randomness):
+        time.sleep(0.02)
+        return module(batch[0]).square().mean(), {}
+
+    def validate(module, step):
+        time.sleep(0.5)
+        return {"loss": 0.0}
+
+    data = torch.utils.data.TensorDataset(torch.rand(48, 1))
+    run_stage(stage_accelerator(config, "denoiser"), config, "denoiser", nn.Linear(1, 1), data, loss, validate)
+    assert 0.02 < read_metrics(tmp_path, "denoiser")["seconds_per_step"] < 0.25
 
 
 @pytest.mark.slow
