@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -203,6 +204,22 @@ def test_compiled_networks_train_as_others_do(tmp_path, monkeypatch):
     for stage in ("autoencoder", "denoiser"):
         expected, curve = loss_curve(tmp_path / "without", stage), loss_curve(tmp_path / "with", stage)
         assert list(curve.values()) == pytest.approx(list(expected.values()), rel=1e-4)
+
+
+@pytest.mark.parametrize("launcher", [None, "ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"])
+def test_one_thread_is_the_choice_of_the_user_unless_a_launcher_made_it(tmp_path, monkeypatch, launcher):
+    before, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if launcher is not None:
+        monkeypatch.setenv(launcher, "no")
+    try:
+        torch.set_num_threads(cores + 1)
+        stage_accelerator(small(tmp_path), "denoiser")
+        assert torch.get_num_threads() == (cores + 1 if launcher is None else cores)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_rounding_to_tf32_is_off_when_it_is_not_wanted(tmp_path, monkeypatch):
