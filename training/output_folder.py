@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 _MAY_CHANGE = {
     "output_dir",
     "resume_from_checkpoint",
-    "dry_run",
     "logging_steps",
     "report_to",
     "validation_steps",

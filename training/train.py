@@ -52,6 +52,8 @@ def train(config: TrainingConfig) -> LatentDDPMPipeline:
         OSError: If a checkpoint cannot be written, the earlier ones being intact, or the upload to the Hub breaks off.
         StopRequested: If the process got SIGTERM; the state is saved.
     """
+    if config.dry_run:
+        raise ValueError("dry_run must be left out of what train is given, which trains: rehearse is the dry run")
     process, repo_id = process_state(), None
     with claim(config) if process.is_main_process else nullcontext():
         process.wait_for_everyone()

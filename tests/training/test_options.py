@@ -243,6 +243,12 @@ def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_is_not_trained(tmp_path):
+    with pytest.raises(ValueError, match="^dry_run must be left out of what train is given"):
+        train(small(tmp_path / "run", dry_run=True))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_leaves_its_newest_figures(tmp_path):
     train(small(tmp_path))
     metrics = json.loads((tmp_path / "metrics.json").read_text())
