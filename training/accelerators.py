@@ -20,6 +20,9 @@ from mechdiffusers.training.config import TrainingConfig
 
 __all__ = ["process_state", "stage_accelerator"]
 
+#: What accelerate launch and torchrun set, which leave a process one thread.
+_LAUNCHERS = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}
+
 
 def process_state() -> PartialState:
     """This process among those that train together, however they were launched.
@@ -42,6 +45,8 @@ def stage_accelerator(config: TrainingConfig, name: str) -> Accelerator:
         config: Settings of the run.
         name: ``"autoencoder"`` or ``"denoiser"``.
     """
+    torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.allow_tf32
     process = process_state()
     accelerator = Accelerator(
         cpu=process.device.type == "cpu",
@@ -57,8 +62,9 @@ def stage_accelerator(config: TrainingConfig, name: str) -> Accelerator:
             project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / "logs" / name)
         ),
     )
-    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        # not the user's choice but that of accelerate launch, which leaves a process one thread
+    launched = not _LAUNCHERS.isdisjoint(os.environ)
+    if accelerator.device.type == "cpu" and launched and os.environ.get("OMP_NUM_THREADS") == "1":
+        # their default rather than the user's choice
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // local_processes))

@@ -17,6 +17,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
+from mechdiffusers.training.atomic_file import atomic_write
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -74,7 +75,8 @@ def save(accelerator: Accelerator, average: EMAModel, folder: Path, name: str, s
             f"the earlier ones are intact, --resume_from_checkpoint latest goes on from them"
         ) from error
     if main:
-        for older in _checkpoints(folder, name)[:-limit]:
+        done = [checkpoint for checkpoint in _checkpoints(folder, name) if checkpoint.name <= final.name]
+        for older in done[:-limit]:  # one of a later step is torn, and takes nobody's place
             shutil.rmtree(older)
     accelerator.wait_for_everyone()  # a process that ends earlier would have the others killed
 
@@ -92,28 +94,18 @@ def load_newest(accelerator: Accelerator, average: EMAModel, folder: Path, name:
         The number of steps done.
 
     Raises:
-        ValueError: If the model is sharded and was not, or was not and is, or among another number of processes.
+        ValueError: If the weights were sharded among another number of processes, 1 for those that were not.
     """
     checkpoint = newest_intact(folder, name)
     if checkpoint is None:
         return 0
-    was_sharded = not (checkpoint / "model.safetensors").exists()
-    if was_sharded != _sharded(accelerator):
+    shards = accelerator.num_processes if _sharded(accelerator) else 1
+    if (shards_before := len(list(checkpoint.glob("average-*")))) != shards:
         raise ValueError(
-            f"resume_from_checkpoint must go on with the weights sharded as before, got {checkpoint}, "
-            f"{'sharded' if was_sharded else 'not sharded'}"
-        )
-    if was_sharded and len(list(checkpoint.glob("average-*"))) != accelerator.num_processes:
-        raise ValueError(
-            f"resume_from_checkpoint must go on with as many processes as before when the model is sharded, "
-            f"got {accelerator.num_processes} for {checkpoint}"
+            f"resume_from_checkpoint must go on with the weights in as many shards as before, got {shards} for "
+            f"{checkpoint} with {shards_before}"
         )
     accelerator.load_state(str(checkpoint))
-    if accelerator.is_main_process:  # torn ones would count as the newest
-        for newer in _checkpoints(folder, name):
-            if newer.name > checkpoint.name:
-                shutil.rmtree(newer)
-    accelerator.wait_for_everyone()
     path = checkpoint / _average_file(accelerator)
     for i, weight in load_file(path).items():
         average.shadow_params[int(i)].copy_(weight)
@@ -152,25 +144,29 @@ class BestWeights:
     """
 
     def __init__(self, folder: Path, name: str):
-        self._path = folder / f"best-{name}.safetensors"
+        self.path = folder / f"best-{name}.safetensors"
 
     def offer(self, module: nn.Module, loss: float, step: int) -> None:
         """Keeps a module's weights if their loss is the least."""
-        if self._path.exists():
-            with safe_open(self._path, framework="pt") as file:
-                if not loss < float(file.metadata()["loss"]):  # also where it is NaN
-                    return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self._path.with_name(f".unfinished-{self._path.name}")
+        if self.path.exists() and not loss < float(self._metadata()["loss"]):  # also where it is NaN
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         weights = {key: value.contiguous() for key, value in module.state_dict().items()}
-        save_file(weights, unfinished, metadata={"loss": repr(loss), "step": str(step)})
-        os.replace(unfinished, self._path)
+        with atomic_write(self.path) as unfinished:
+            save_file(weights, unfinished, metadata={"loss": repr(loss), "step": str(step)})
 
     def load_into(self, module: nn.Module) -> int:
         """Gives a module the weights that were kept; returns their step."""
-        module.load_state_dict(load_file(self._path))
-        with safe_open(self._path, framework="pt") as file:
-            return int(file.metadata()["step"])
+        module.load_state_dict(load_file(self.path))
+        return int(self._metadata()["step"])
+
+    def were_kept_by(self, step: int) -> bool:
+        """Whether there are weights, of this step or one before it."""
+        return self.path.exists() and int(self._metadata()["step"]) <= step
+
+    def _metadata(self) -> dict[str, str]:
+        with safe_open(self.path, framework="pt") as file:
+            return file.metadata()
 
 
 def _checkpoints(folder: Path, name: str) -> list[Path]:

@@ -144,7 +144,7 @@ def train_denoiser(
 
         pipe.set_progress_bar_config(disable=True)
         pipe.scheduler = stock_scheduler(config.validation_scheduler, pipe.scheduler.config)
-        asked = heldout_response[known][: config.num_validation_images] if designs.meaning is not None else None
+        asked = heldout_response[known][: config.num_validation_images] if known.any() else None
         samples = pipe(
             batch_size=config.num_validation_images if asked is None else len(asked),
             response=asked,

@@ -6,7 +6,6 @@ import copy
 import logging
 import math
 import signal
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -93,10 +92,9 @@ def run_stage(
     batches = _batches(accelerator, loader, start * config.gradient_accumulation_steps)
     progress = tqdm(initial=start, total=settings.steps, desc=name, unit="step", disable=not main)
     sums: dict[str, Tensor] = {}
-    seconds: list[float] = []
+    logged, begin = start, time.perf_counter()
     with _sigterm_noticed() as stop:
         for step in range(start, settings.steps):
-            begin = time.perf_counter()
             for part in range(config.gradient_accumulation_steps):
                 batch = next(batches)
                 # a batch that is summed draws what it would as a part of the batch that they make together
@@ -118,23 +116,26 @@ def run_stage(
 
             done = step + 1
             last = done == settings.steps
-            seconds.append(time.perf_counter() - begin)
             stopping = _all_agree(accelerator, stop, done, last)
+            validation_due = done % config.validation_steps == 0 or last
             checkpoint_due = done % config.checkpointing_steps == 0 or last or stopping
-            if done % config.logging_steps == 0 or checkpoint_due:
-                logs = {key: accelerator.reduce(value, "mean").item() / len(seconds) for key, value in sums.items()}
+            log_due = done % config.logging_steps == 0 or validation_due or checkpoint_due
+            if log_due:  # before anything but steps takes time, and it waits for those that a GPU has not done yet
+                num = done - logged
+                logs = {key: accelerator.reduce(value, "mean").item() / num for key, value in sums.items()}
+                seconds = (time.perf_counter() - begin) / num
                 if not all(map(math.isfinite, logs.values())):
                     raise FloatingPointError(
                         f"{name}: the loss is not finite at step {done}: {logs}; lower the learning rate"
                     )
                 progress.set_postfix({key: f"{value:.4g}" for key, value in logs.items()})
-                logs |= {"learning_rate": schedule.get_last_lr()[0], "seconds_per_step": statistics.median(seconds)}
+                logs |= {"learning_rate": schedule.get_last_lr()[0], "seconds_per_step": seconds}
                 accelerator.log(logs, step=done)
-                sums, seconds = {}, []
+                sums = {}
                 if main and last:
-                    cost = {"seconds_per_step": logs["seconds_per_step"], "peak_memory_gib": peak_memory()}
+                    cost = {"seconds_per_step": seconds, "peak_memory_gib": peak_memory()}
                     update_metrics(Path(config.output_dir), name, cost)
-            if done % config.validation_steps == 0 or last:
+            if validation_due:
                 _take_average(accelerator, module, average, averaged)
                 if main:
                     metrics = validate(averaged.eval().to(accelerator.device), done)
@@ -146,6 +147,8 @@ def run_stage(
                 accelerator.wait_for_everyone()
             if checkpoint_due:
                 checkpoints.save(accelerator, average, folder, name, done, config.checkpoints_total_limit)
+            if log_due:
+                logged, begin = done, time.perf_counter()
             if stopping or (last and _all_agree(accelerator, stop, done, last)):  # it may have come in between
                 raise StopRequested(f"{name} has stopped at step {done} of {settings.steps}, as SIGTERM asked")
     progress.close()
@@ -155,9 +158,7 @@ def run_stage(
     averaged.eval()
     if main and config.load_best_model_at_end:
         step = best.load_into(averaged.cpu())
-        metrics = validate(
-            averaged.to(accelerator.device), settings.steps
-        )  # its grid replaces that of the last weights
+        metrics = validate(averaged.to(accelerator.device), settings.steps)  # in place of the last weights' grid
         update_metrics(Path(config.output_dir), name, {"step": step, **metrics})
     return averaged.cpu()
 

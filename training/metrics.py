@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 from pathlib import Path
 
 import torch
+from mechdiffusers.training.atomic_file import atomic_write
 
-__all__ = ["peak_memory", "update_metrics"]
+__all__ = ["peak_memory", "read_metrics", "update_metrics"]
 
 
 def update_metrics(output_dir: Path, name: str, metrics: dict[str, float]) -> None:
@@ -22,11 +22,25 @@ def update_metrics(output_dir: Path, name: str, metrics: dict[str, float]) -> No
         metrics: Figures by name.
     """
     path = output_dir / "metrics.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = _read(path)
     known |= {f"{name}/{key}": value for key, value in metrics.items()}
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    unfinished.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
-    os.replace(unfinished, path)
+    with atomic_write(path) as unfinished:
+        unfinished.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
+
+
+def read_metrics(output_dir: Path, name: str) -> dict[str, float]:
+    """The figures of a stage by name; none where there are none yet.
+
+    Args:
+        output_dir: Folder of the run.
+        name: Stage.
+    """
+    known, prefix = _read(output_dir / "metrics.json"), f"{name}/"
+    return {key.removeprefix(prefix): value for key, value in known.items() if key.startswith(prefix)}
+
+
+def _read(path: Path) -> dict[str, float]:
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def peak_memory() -> float:

@@ -1,25 +1,30 @@
-"""The folder of a run: taken once, gone on with only by the same run, or begun from another run's checkpoint."""
+"""The folder of a run: one at a time works in it, gone on with only by the same, or begun from another's checkpoint."""
 
 from __future__ import annotations
 
-import os
+import fcntl
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
-from mechdiffusers.training.checkpoints import damage_of, newest_intact
+from mechdiffusers.training.atomic_file import atomic_write
+from mechdiffusers.training.checkpoints import BestWeights, damage_of, newest_intact
 from mechdiffusers.training.config import TrainingConfig
+from mechdiffusers.training.metrics import read_metrics, update_metrics
 
 __all__ = ["claim"]
+
+logger = logging.getLogger(__name__)
 
 #: Settings that a run may change when it goes on: they do not change what is trained.
 _MAY_CHANGE = {
     "output_dir",
     "resume_from_checkpoint",
-    "dry_run",
     "logging_steps",
     "report_to",
     "validation_steps",
@@ -50,18 +55,19 @@ _OF_THE_DENOISER = {
 }
 
 
-def claim(config: TrainingConfig) -> Path:
-    """Makes the folder of a run and writes its settings; called by the main process.
+@contextmanager
+def claim(config: TrainingConfig) -> Iterator[Path]:
+    """Makes the folder of a run, keeps others from it and writes the settings; called by the main process.
 
     Args:
         config: Settings of the run.
 
-    Returns:
-        The folder.
+    Yields:
+        The folder, no other run's until the context or the process ends.
 
     Raises:
-        ValueError: If the folder holds a run that this one does not continue, cannot be written, or
-            ``resume_from_checkpoint`` is no checkpoint of a run with the same settings.
+        ValueError: If the folder holds a run that this one does not continue, another run is at work in it, it cannot
+            be written, or ``resume_from_checkpoint`` is no checkpoint of a run with the same settings.
     """
     output_dir, resume = Path(config.output_dir), config.resume_from_checkpoint
     if resume != "latest" and (output_dir / "checkpoints").exists():
@@ -69,23 +75,37 @@ def claim(config: TrainingConfig) -> Path:
             f"output_dir must be new, got {output_dir}, which holds a run: choose another one, or go on with that run "
             "by --resume_from_checkpoint latest"
         )
+    start: list[Path] = []
+    if resume == "latest":
+        if (output_dir / "checkpoints").exists():  # until then nothing was trained by the settings
+            _check_same_run(config, output_dir / "config.yaml", _MAY_CHANGE)
+    elif resume is not None:
+        start = _checked_start(Path(resume), config)
+    with ExitStack() as held:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context((output_dir / ".lock").open("w"))
+            _keep_others_out(lock, output_dir)
+            with atomic_write(output_dir / "config.yaml") as unfinished:
+                unfinished.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+            if start:
+                _copy_start(start, output_dir)
+        except OSError as error:
+            raise ValueError(f"output_dir must be a folder that can be written, got {output_dir}: {error}") from error
+        yield output_dir
+
+
+def _keep_others_out(lock: IO[str], output_dir: Path) -> None:
     try:
-        if resume == "latest":
-            if (output_dir / "checkpoints").exists():  # until then nothing was trained by the settings
-                _check_same_run(config, output_dir / "config.yaml", _MAY_CHANGE)
-        elif resume is not None:
-            _begin_from(Path(resume), config)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        unfinished = output_dir / ".unfinished-config.yaml"
-        unfinished.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-        os.replace(unfinished, output_dir / "config.yaml")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lifts it however the process ends
+    except BlockingIOError as error:
+        raise ValueError(f"output_dir must be a folder that no other run is at work in, got {output_dir}") from error
     except OSError as error:
-        raise ValueError(f"output_dir must be a folder that can be written, got {output_dir}: {error}") from error
-    return output_dir
+        logger.warning("%s lies on a file system without locks (%s): start no second run in it", output_dir, error)
 
 
-def _begin_from(checkpoint: Path, config: TrainingConfig) -> None:
-    """Copies a checkpoint of another run, and what it stands on, into a new run's folder."""
+def _checked_start(checkpoint: Path, config: TrainingConfig) -> list[Path]:
+    """A checkpoint of another run, checked, and what it stands on."""
     stage, _, step = checkpoint.name.rpartition("-")
     if not (stage in ("autoencoder", "denoiser") and step.isdigit() and checkpoint.is_dir()):
         raise ValueError(
@@ -98,24 +118,34 @@ def _begin_from(checkpoint: Path, config: TrainingConfig) -> None:
     of_the_denoiser = {field.name for field in fields(config) if field.name.startswith("denoiser_")} | _OF_THE_DENOISER
     anew = _OF_THE_WAY_ON if stage == "denoiser" else of_the_denoiser
     _check_same_run(config, others.parent / "config.yaml", _MAY_CHANGE | anew)
-    needed = [checkpoint, *others.glob("best-autoencoder.safetensors")]
+    start = [checkpoint]
     if stage == "denoiser":
+        if config.denoiser_steps <= int(step):
+            raise ValueError(
+                f"denoiser_steps must be above those of resume_from_checkpoint, got {config.denoiser_steps} for "
+                f"{checkpoint}"
+            )
         autoencoder, latents = newest_intact(others, "autoencoder"), others / "latents.safetensors"
         if autoencoder is None or not latents.exists():
             raise ValueError(f"resume_from_checkpoint must lie beside its autoencoder and latents, got {checkpoint}")
-        needed += [autoencoder, latents, *others.glob("best-denoiser.safetensors")]
-    folder = Path(config.output_dir) / "checkpoints"
-    unfinished = folder.with_name(".unfinished-checkpoints")
+        start += [autoencoder, latents, *others.glob("best-autoencoder.safetensors")]
+    best = BestWeights(others, stage)
+    return [*start, best.path] if best.were_kept_by(int(step)) else start  # later ones are of the other run
+
+
+def _copy_start(start: list[Path], output_dir: Path) -> None:
+    """Copies what a run starts from, and what the other run's autoencoder has reached."""
+    other_dir = start[0].parent.parent
+    (output_dir / "validation").mkdir(exist_ok=True)
+    for picture in (other_dir / "validation").glob("autoencoder-*.png"):
+        shutil.copyfile(picture, output_dir / "validation" / picture.name)
+    update_metrics(output_dir, "autoencoder", read_metrics(other_dir, "autoencoder"))
+    unfinished = output_dir / ".unfinished-checkpoints"
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    for source in needed:
+    unfinished.mkdir()
+    for source in start:
         (shutil.copytree if source.is_dir() else shutil.copyfile)(source, unfinished / source.name)
-    unfinished.rename(folder)
-    for source in (others.parent / "metrics.json", *(others.parent / "validation").glob("*.png")):
-        if source.exists():  # what the stages before the checkpoint have reached
-            target = folder.parent / source.relative_to(others.parent)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(source, target)
+    unfinished.rename(output_dir / "checkpoints")  # the last: with them the folder is taken
 
 
 def _check_same_run(config: TrainingConfig, path: Path, may_change: set[str]) -> None:

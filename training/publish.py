@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from mechdiffusers.pipelines.hub_checkpoint import claim_repository, upload_checkpoint
+from mechdiffusers.training.atomic_file import atomic_write
 from safetensors import safe_open
 
 __all__ = ["model_card", "publish", "write_card"]
@@ -108,14 +109,10 @@ def write_card(output_dir: str | os.PathLike, repo_id: str) -> None:
         ValueError: If the folder holds no finished run.
     """
     card, pipeline = model_card(output_dir, repo_id), Path(output_dir) / "pipeline"
-    unfinished = pipeline / ".unfinished-card"
-    try:
+    with atomic_write(pipeline / "samples.png") as unfinished:
         shutil.copyfile(_newest_samples(Path(output_dir)), unfinished)
-        os.replace(unfinished, pipeline / "samples.png")
+    with atomic_write(pipeline / "README.md") as unfinished:
         unfinished.write_text(str(card), encoding="utf-8")
-        os.replace(unfinished, pipeline / "README.md")
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def model_card(output_dir: str | os.PathLike, repo_id: str) -> ModelCard:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 from mechdiffusers.training.accelerators import process_state
 from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.data import load_designs
+from mechdiffusers.training.metrics import read_metrics
 from mechdiffusers.training.stages import run_stages
 from torch.utils.data import IterableDataset, Subset
 
@@ -36,7 +36,8 @@ def rehearse(config: TrainingConfig) -> str:
     designs = load_designs(config)
     num = min(designs.num_train, max(config.autoencoder_batch_size, config.denoiser_batch_size))
     few = designs.train if isinstance(designs.train, IterableDataset) else Subset(designs.train, range(num))
-    process, metrics = process_state(), {}
+    process = process_state()
+    cost: dict[str, dict[str, float]] = {}
     existing = next(folder for folder in Path(config.output_dir).absolute().parents if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=".dry-run-", dir=existing) as own_folder:
         folder = broadcast_object_list([own_folder])[0]  # the main process's
@@ -51,17 +52,17 @@ def rehearse(config: TrainingConfig) -> str:
         )
         pipe = run_stages(short, replace(designs, train=few, num_train=num))
         if process.is_main_process:
-            metrics = json.loads((Path(folder) / "metrics.json").read_text())
+            cost = {name: read_metrics(Path(folder), name) for name in ("autoencoder", "denoiser")}
         process.wait_for_everyone()
     if not process.is_main_process:
         return ""
     height, width = designs.size
     lines = [f"{designs.num_train} training designs of {height} x {width} pixels, {len(designs.heldout)} held out"]
     for name, module in (("autoencoder", pipe.vae), ("denoiser", pipe.unet)):
-        stage, seconds = config.stage(name), metrics[f"{name}/seconds_per_step"]  # type: ignore[arg-type]
+        stage, seconds = config.stage(name), cost[name]["seconds_per_step"]  # type: ignore[arg-type]
         lines.append(
             f"{name}: {module.num_parameters() / 1e6:.2f} million parameters, {stage.steps} steps of "
             f"{stage.batch_size}, {seconds:.3f} s a step, {stage.steps * seconds / 60:.1f} minutes, "
-            f"{metrics[f'{name}/peak_memory_gib']:.2f} GiB"
+            f"{cost[name]['peak_memory_gib']:.2f} GiB"
         )
     return "\n".join(lines)

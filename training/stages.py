@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.training.accelerators import process_state, stage_accelerator
+from mechdiffusers.training.atomic_file import atomic_write
 from mechdiffusers.training.autoencoder import encode_all, measure_latents, train_autoencoder
 from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.data import Designs
@@ -84,8 +84,7 @@ def _cached_latents(
         train, response = encode_all(vae, designs.train, device, designs.num_train, config.random_half_turn)
         kept = TensorDataset(designs.heldout, designs.heldout_response)
         heldout, _ = encode_all(vae, kept, device, len(kept))
-        unfinished = path.with_name(f".unfinished-{path.name}")
-        save_file({"train": train, "response": response, "heldout": heldout}, unfinished)
-        os.replace(unfinished, path)
+        with atomic_write(path) as unfinished:
+            save_file({"train": train, "response": response, "heldout": heldout}, unfinished)
     accelerator.wait_for_everyone()
     return load_file(path)

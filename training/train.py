@@ -13,12 +13,11 @@ import logging
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import datasets
 import diffusers
-import torch
 import transformers
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.pipelines.hub_checkpoint import claim_repository
@@ -47,29 +46,28 @@ def train(config: TrainingConfig) -> LatentDDPMPipeline:
         The trained pipeline, on the CPU, in the main process.
 
     Raises:
-        ValueError: If a setting or the data are unfit, ``output_dir`` cannot be written or holds another run, or the
-            Hub refuses the repository that the run should be published in.
+        ValueError: If a setting or the data are unfit, ``output_dir`` cannot be written, holds another run or has one
+            at work in it, or the Hub refuses the repository that the run should be published in.
         FloatingPointError: If a loss is not finite.
         OSError: If a checkpoint cannot be written, the earlier ones being intact, or the upload to the Hub breaks off.
         StopRequested: If the process got SIGTERM; the state is saved.
     """
+    if config.dry_run:
+        raise ValueError("dry_run must be left out of what train is given, which trains: rehearse is the dry run")
     process, repo_id = process_state(), None
-    if process.is_main_process:
-        claim(config)
-    process.wait_for_everyone()
-    designs = load_designs(config)
-    if config.push_to_hub and process.is_main_process:  # before any work is done for it
-        name = config.hub_model_id or Path(config.output_dir).absolute().name
-        with _failures_explained("nothing was trained"):
-            repo_id = claim_repository(name, private=config.hub_private)
-    torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = config.allow_tf32
-    pipe = run_stages(config, designs)
-    if repo_id is not None:
-        again = "the run itself is complete, --resume_from_checkpoint latest --push_to_hub true publishes it again"
-        with _failures_explained(again):
-            logger.info("published: %s", publish(config.output_dir, repo_id, private=config.hub_private))
-    process.wait_for_everyone()
+    with claim(config) if process.is_main_process else nullcontext():
+        process.wait_for_everyone()
+        designs = load_designs(config)
+        if config.push_to_hub and process.is_main_process:  # before any work is done for it
+            name = config.hub_model_id or Path(config.output_dir).absolute().name
+            with _failures_explained("nothing was trained"):
+                repo_id = claim_repository(name, private=config.hub_private)
+        pipe = run_stages(config, designs)
+        if repo_id is not None:
+            again = "the run itself is complete, --resume_from_checkpoint latest --push_to_hub true publishes it again"
+            with _failures_explained(again):
+                logger.info("published: %s", publish(config.output_dir, repo_id, private=config.hub_private))
+        process.wait_for_everyone()
     return pipe
 
 

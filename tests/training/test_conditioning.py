@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import islice
 
 import datasets
@@ -19,6 +20,7 @@ from mechdiffusers.training.data import load_designs
 from mechdiffusers.training.denoiser import draw_latents
 from mechdiffusers.training.publish import model_card
 from mechdiffusers.training.randomness import StepRandomness
+from mechdiffusers.training.stages import run_stages
 from mechdiffusers.training.train import train
 from safetensors.torch import load_file
 from scipy.stats import binomtest
@@ -185,6 +187,15 @@ def test_a_conditional_run_leaves_a_pipeline_that_knows_what_its_responses_mean(
     assert len(images) == 4
     metrics = json.loads((trained / "metrics.json").read_text())
     assert metrics["denoiser/loss"] != metrics["denoiser/loss_without_response"]
+
+
+def test_heldout_designs_may_have_no_response(dataset, tmp_path):
+    config = small(tmp_path, **conditional(dataset))
+    designs = load_designs(config)
+    unknown = torch.full_like(designs.heldout_response, math.nan)
+    run_stages(config, replace(designs, heldout_response=unknown))
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["denoiser/loss"] == metrics["denoiser/loss_without_response"]
 
 
 def test_the_encoder_is_trained_and_averaged_with_the_denoiser(trained):

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from mechdiffusers.training.autoencoder import LikelihoodAutoencoder
 from mechdiffusers.training.denoiser import denoising_loss
 from mechdiffusers.training.latent_denoiser import LatentDenoiser
 from mechdiffusers.training.loop import run_stage
+from mechdiffusers.training.metrics import read_metrics
 from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.rehearsal import rehearse
 from mechdiffusers.training.train import train
@@ -168,6 +171,23 @@ def test_the_averaged_weights_are_those_of_the_recursion(tmp_path):
     assert averaged.weight.item() != pytest.approx(last, rel=1e-3)
 
 
+def test_the_time_of_a_step_is_that_of_steps_alone(tmp_path):
+    """A look at the held-out designs between two entries of the log is left out."""
+    config = small(tmp_path, denoiser_steps=8, validation_steps=6, logging_steps=100, checkpointing_steps=100)
+
+    def loss(module, batch, randomness):
+        time.sleep(0.02)
+        return module(batch[0]).square().mean(), {}
+
+    def validate(module, step):
+        time.sleep(0.5)
+        return {"loss": 0.0}
+
+    data = torch.utils.data.TensorDataset(torch.rand(48, 1))
+    run_stage(stage_accelerator(config, "denoiser"), config, "denoiser", nn.Linear(1, 1), data, loss, validate)
+    assert 0.02 < read_metrics(tmp_path, "denoiser")["seconds_per_step"] < 0.25
+
+
 @pytest.mark.slow
 def test_compiled_networks_train_as_others_do(tmp_path, monkeypatch):
     """Traced and differentiated by the compiler; what generates machine code takes minutes and is left out."""
@@ -184,6 +204,22 @@ def test_compiled_networks_train_as_others_do(tmp_path, monkeypatch):
     for stage in ("autoencoder", "denoiser"):
         expected, curve = loss_curve(tmp_path / "without", stage), loss_curve(tmp_path / "with", stage)
         assert list(curve.values()) == pytest.approx(list(expected.values()), rel=1e-4)
+
+
+@pytest.mark.parametrize("launcher", [None, "ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"])
+def test_one_thread_is_the_choice_of_the_user_unless_a_launcher_made_it(tmp_path, monkeypatch, launcher):
+    before, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if launcher is not None:
+        monkeypatch.setenv(launcher, "no")
+    try:
+        torch.set_num_threads(cores + 1)
+        stage_accelerator(small(tmp_path), "denoiser")
+        assert torch.get_num_threads() == (cores + 1 if launcher is None else cores)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_rounding_to_tf32_is_off_when_it_is_not_wanted(tmp_path, monkeypatch):
@@ -204,6 +240,12 @@ def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(tmp_path):
     assert autoencoder.startswith("autoencoder: 0.0")
     seconds, minutes = (float(denoiser.split(unit)[0].split()[-1]) for unit in (" s a step", " minutes"))
     assert minutes == pytest.approx(60_000 * seconds / 60, rel=0.05, abs=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_is_not_trained(tmp_path):
+    with pytest.raises(ValueError, match="^dry_run must be left out of what train is given"):
+        train(small(tmp_path / "run", dry_run=True))
     assert not (tmp_path / "run").exists()
 
 

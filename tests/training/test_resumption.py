@@ -9,12 +9,25 @@ import time
 import datasets
 import pytest
 import torch
+import yaml
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.training import checkpoints
 from mechdiffusers.training.checkpoints import BestWeights
+from mechdiffusers.training.output_folder import claim
 from mechdiffusers.training.train import train
 from safetensors.torch import load_file
-from small_runs import SCRIPT, SMALL, assert_same_weights, command_line, finish, small, start, weights
+from small_runs import (
+    SCRIPT,
+    SMALL,
+    assert_same_weights,
+    command_line,
+    conditional,
+    finish,
+    small,
+    start,
+    weights,
+    write_dataset,
+)
 from torch import nn
 
 
@@ -85,9 +98,11 @@ def test_a_torn_checkpoint_is_recognised_and_the_one_before_it_taken(trained, tm
     assert_same_weights(tmp_path / "run", trained)
 
 
-def test_a_torn_checkpoint_does_not_take_the_place_of_a_whole_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("torn", "newest"), [([4], 3), ([2, 4], 1)])
+def test_a_torn_checkpoint_does_not_take_the_place_of_a_whole_one(tmp_path, torn, newest, monkeypatch):
     interrupt(monkeypatch, tmp_path / "run", "denoiser", checkpointing_steps=2)
-    (tmp_path / "run" / "checkpoints" / "denoiser-00000004" / "files.json").unlink()
+    for step in torn:
+        (tmp_path / "run" / "checkpoints" / f"denoiser-{step:08d}" / "files.json").unlink()
     only_one = {"checkpointing_steps": 1, "checkpoints_total_limit": 1, "resume_from_checkpoint": "latest"}
     step, calls = torch.optim.AdamW.step, []
 
@@ -101,7 +116,8 @@ def test_a_torn_checkpoint_does_not_take_the_place_of_a_whole_one(tmp_path, monk
         patched.setattr(torch.optim.AdamW, "step", interrupted)
         with pytest.raises(Interruption):
             train(small(tmp_path / "run", **only_one))
-    assert {name for name in names(tmp_path / "run") if name.startswith("denoiser")} == {"denoiser-00000003"}
+    found = checkpoints.newest_intact(tmp_path / "run" / "checkpoints", "denoiser")
+    assert found.name == f"denoiser-{newest:08d}"
 
 
 def test_as_many_checkpoints_are_kept_as_wanted(tmp_path):
@@ -137,6 +153,34 @@ def test_a_new_run_goes_on_with_the_best_autoencoder(tmp_path):
     checkpoint = str(tmp_path / "run" / "checkpoints" / "denoiser-00000004")
     train(small(tmp_path / "fork", resume_from_checkpoint=checkpoint, **best))
     assert_same_weights(tmp_path / "fork", tmp_path / "run")
+
+
+def test_a_new_run_has_none_of_what_the_other_reached_later_or_otherwise(tmp_path):
+    """Its card would show another model's figures and samples."""
+    settings = conditional(write_dataset(tmp_path / "composites"))
+    train(small(tmp_path / "run", **settings))
+    checkpoint = str(tmp_path / "run" / "checkpoints" / "autoencoder-00000006")
+    other = {**settings, "response_column": None, "denoiser_steps": 3}
+    train(small(tmp_path / "fork", resume_from_checkpoint=checkpoint, **other))
+    metrics = json.loads((tmp_path / "fork" / "metrics.json").read_text())
+    assert "denoiser/loss_without_response" not in metrics
+    assert max(path.name for path in (tmp_path / "fork" / "validation").iterdir()) == "denoiser-00000003.png"
+
+
+def test_a_new_run_has_steps_left_to_train(trained, tmp_path):
+    checkpoint = trained / "checkpoints" / "denoiser-00000004"
+    with pytest.raises(ValueError, match="^denoiser_steps must be above those of resume_from_checkpoint, got 4 for"):
+        train(small(tmp_path / "fork", resume_from_checkpoint=str(checkpoint), denoiser_steps=4))
+    assert not (tmp_path / "fork").exists()
+
+
+def test_two_runs_are_not_at_work_in_one_folder(tmp_path):
+    config = small(tmp_path / "run")
+    with claim(config), pytest.raises(ValueError, match="^output_dir must be a folder that no other run is at work in"):
+        train(small(tmp_path / "run", resume_from_checkpoint="latest", seed=1))
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["seed"] == 0
+    with claim(config):  # when the first has ended
+        pass
 
 
 def test_a_new_run_does_not_start_from_a_torn_checkpoint(trained, tmp_path):
@@ -225,6 +269,15 @@ def test_the_best_weights_are_those_of_least_loss(tmp_path):
         best.offer(module, loss, step)
     best.load_into(module)
     assert module.weight.item() == 1.0
+
+
+def test_best_weights_of_later_steps_are_told_from_earlier_ones(tmp_path):
+    """A new run from the checkpoint of step 4 has none that its way there has not seen."""
+    best = BestWeights(tmp_path, "stage")
+    assert not best.were_kept_by(5)
+    best.offer(nn.Linear(1, 1), 1.0, 5)
+    assert best.were_kept_by(5)
+    assert not best.were_kept_by(4)
 
 
 def test_a_run_may_end_with_its_best_weights(tmp_path):

@@ -5,9 +5,11 @@ import socket
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from mechdiffusers.microstructures import random_composites
 from mechdiffusers.models import response_normalisation
 from mechdiffusers.training.accelerators import stage_accelerator
 from mechdiffusers.training.checkpoints import newest_intact
@@ -71,6 +73,19 @@ def test_two_processes_train_as_one(tmp_path):
     finish(start(command_line(tmp_path / "alone", **FIFTY)))
     finish(launch("one_machine", tmp_path / "run", **FIFTY))
     assert_same_curves(tmp_path / "alone", tmp_path / "run", {"autoencoder": 1e-4, "denoiser": 1e-4})
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_stream(tmp_path):
+    designs, _ = random_composites(80, size=8)
+    datasets.Dataset.from_dict({"image": list(designs)}).to_parquet(tmp_path / "designs.parquet")
+    stream = {"dataset": str(tmp_path / "designs.parquet"), "streaming": True, "logging_steps": 1}
+    train(small(tmp_path / "alone", **stream))
+    finish(launch("one_machine", tmp_path / "run", **stream))
+    for stage in ("autoencoder", "denoiser"):
+        expected, curve = (loss_curve(tmp_path / name, stage) for name in ("alone", "run"))
+        assert set(curve) == set(range(1, 7))
+        assert [curve[step] for step in expected] == pytest.approx(list(expected.values()), rel=1e-4)
 
 
 @pytest.mark.slow
