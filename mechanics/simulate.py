@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from mechdiffusers.mechanics.load_cases import load_case
 from mechdiffusers.mechanics.materials import CompressibleNeoHookean
-from mechdiffusers.mechanics.newton import Cell, follow
+from mechdiffusers.mechanics.newton import Cell
+from mechdiffusers.mechanics.path_following import follow
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from tqdm import tqdm

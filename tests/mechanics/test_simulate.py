@@ -11,7 +11,8 @@ from mechdiffusers.mechanics import simulate
 from mechdiffusers.mechanics.elements import Elements
 from mechdiffusers.mechanics.load_cases import LOAD_CASES, LoadCase
 from mechdiffusers.mechanics.materials import CompressibleNeoHookean
-from mechdiffusers.mechanics.newton import Cell, equilibrate, follow
+from mechdiffusers.mechanics.newton import Cell, equilibrate
+from mechdiffusers.mechanics.path_following import follow
 from mechdiffusers.microstructures import load_mechanical_mnist, random_composites
 
 ROOT = Path(__file__).parents[2]
