@@ -7,7 +7,7 @@ Every direction is one of descent of the strain energy, along which a line searc
 of quadrature. A tangent that is not positive definite is shifted towards that of the unloaded state, so the iteration
 follows the energy down to a stable state, and the state it arrives at is checked.
 
-All of that is decided for each design by itself; designs that are done leave the batch once half of it are.
+All of that is decided for each design by itself; those that are done leave the batch once half of it is done.
 
 References:
     | Numerical Optimization (Nocedal & Wright, 2006), sections 3.1, 3.4 and 7.2
@@ -15,6 +15,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -65,13 +66,18 @@ class Cell:
         return Evaluation(energy, forces, self.elements.least_jacobian(state) > 0)
 
     def path_tangent(self, state: State, modulus: Tensor) -> Tensor:
-        """Derivative of the displacements in equilibrium with respect to the strain, shape ``(B, *lattice, 2)``."""
+        """Derivative of the displacements in equilibrium with respect to the strain, shape ``(B, *lattice, 2)``.
+
+        NaN where the equilibrium is not stable: beyond a limit point there is no such path.
+        """
         stiffness = self.elements.stiffness(state, modulus)
         patches = self.elements.patches
         affine = patches.gathered(self.affine[None]).permute(2, 0, 1).reshape(1, *stiffness.shape[1:3], -1, 1)
         forces = (stiffness @ affine).reshape(-1, len(patches.nodes), 2).permute(1, 2, 0).contiguous()
         unbalanced = patches.assembled(forces) * self.free
-        return self.affine - self.solver.solve(self.solver.factorise(stiffness), unbalanced)
+        factor = self.solver.factorise(stiffness)
+        tangent = self.affine - self.solver.solve(factor, unbalanced)
+        return torch.where(_per_node(factor.definite), tangent, math.nan)
 
 
 @dataclass
@@ -161,10 +167,11 @@ def equilibrate(cell: Cell, modulus: Tensor, start: Tensor) -> Equilibrium:
         near = (slope.abs() <= ROUNDING * work.energy) & (_norm(gradient) < _norm(work.gradient))
         accepted = now.admissible & (decreased | near) & ~work.left
         work.step = torch.where(accepted, 1.0, work.step / 2)
-        place, change = _per_node(accepted) * (trial - work.displacement), gradient - work.gradient
+        # nothing of a trial that was not accepted, whose forces need not be finite
+        place = torch.where(_per_node(accepted), trial - work.displacement, 0.0)
+        change = torch.where(_per_node(accepted), gradient - work.gradient, 0.0)
         product = _dot(place, change)
-        weight = torch.where(accepted & (product > 0), 1 / product, 0.0)
-        work.pairs = [*work.pairs[1 - MEMORY :], (place, change.nan_to_num(), weight)]
+        work.pairs = [*work.pairs[1 - MEMORY :], (place, change, torch.where(product > 0, 1 / product, 0.0))]
         slow = accepted & (_norm(gradient) > SLOW * _norm(work.gradient))
         for name, value in (("displacement", trial), ("forces", now.forces), ("gradient", gradient)):
             setattr(work, name, torch.where(_per_node(accepted), value, getattr(work, name)))
