@@ -19,7 +19,8 @@ import torch
 from mechdiffusers.mechanics.load_cases import LOAD_CASES
 from mechdiffusers.mechanics.materials import CompressibleNeoHookean
 from mechdiffusers.mechanics.nested_dissection import Factor
-from mechdiffusers.mechanics.newton import Cell, follow
+from mechdiffusers.mechanics.newton import Cell
+from mechdiffusers.mechanics.path_following import follow
 from mechdiffusers.microstructures import random_composites
 from record import record
 

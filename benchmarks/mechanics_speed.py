@@ -16,7 +16,6 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from mechdiffusers.mechanics import simulate
 from mechdiffusers.microstructures import random_composites
@@ -90,7 +89,7 @@ def prepare(order: int) -> None:
 
 
 def extend_with_scipy(design: Tensor) -> list[float]:
-    return solver.extended(design, np.array(STRAINS).tolist())
+    return solver.extended(design, STRAINS)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-r"""Equilibrium of a batch of designs along a path of strains.
+r"""Equilibrium of a batch of designs at one strain, by a quasi-Newton method.
 
-Each step starts from an extrapolation of the path so far, whose tangent is factorised once. From there on the direction
-comes from limited-memory BFGS with that factor as its initial Hessian, so that one factorisation and a few cheap
-solutions make a step; where that converges slowly the tangent is factorised anew.
-Every direction is one of descent of the strain energy, along which a line search keeps :math:`\det F > 0`. A tangent
-that is not positive definite is shifted towards that of the unloaded state, so the iteration follows the energy down to
-a stable state, and the state it arrives at is checked. What cannot be solved is tried in half the step, a few times.
+The tangent at the start is factorised once. From there on the direction comes from limited-memory BFGS with that factor
+as its initial Hessian, so that one factorisation and a few cheap solutions make a step; where that converges slowly the
+tangent is factorised anew.
+Every direction is one of descent of the strain energy, along which a line search keeps :math:`\det F > 0` at the points
+of quadrature. A tangent that is not positive definite is shifted towards that of the unloaded state, so the iteration
+follows the energy down to a stable state, and the state it arrives at is checked.
 
-All of that is decided for each design by itself; designs that are done leave the batch.
+All of that is decided for each design by itself; those that are done leave the batch once half of it is done.
 
 References:
     | Numerical Optimization (Nocedal & Wright, 2006), sections 3.1, 3.4 and 7.2
@@ -15,7 +15,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,11 +25,11 @@ from mechdiffusers.mechanics.materials import Law
 from mechdiffusers.mechanics.nested_dissection import Factor, NestedDissection
 from torch import Tensor
 
-__all__ = ["Cell", "Equilibrium", "follow"]
+__all__ = ["Cell", "Equilibrium", "equilibrate"]
 
 TOLERANCE = 1e-10  #: of the out-of-balance forces, relative to those that hold the boundary
 MAX_EVALUATIONS = 60  #: of the energy, in one attempt at a step
-MAX_HALVINGS = 6  #: of a step of the path, and of a step of the line search
+MAX_HALVINGS = 6  #: of a step of the line search
 SLOW = 0.3  #: a new factorisation pays where an iteration leaves more than this of the out-of-balance forces
 SUFFICIENT = 1e-4  #: share of the predicted decrease of the energy that a step must make
 ROUNDING = 1e-8  #: below this relative change of the energy the forces tell better whether a step is good
@@ -66,13 +66,18 @@ class Cell:
         return Evaluation(energy, forces, self.elements.least_jacobian(state) > 0)
 
     def path_tangent(self, state: State, modulus: Tensor) -> Tensor:
-        """Derivative of the displacements in equilibrium with respect to the strain, shape ``(B, *lattice, 2)``."""
+        """Derivative of the displacements in equilibrium with respect to the strain, shape ``(B, *lattice, 2)``.
+
+        NaN where the equilibrium is not stable: beyond a limit point there is no such path.
+        """
         stiffness = self.elements.stiffness(state, modulus)
         patches = self.elements.patches
         affine = patches.gathered(self.affine[None]).permute(2, 0, 1).reshape(1, *stiffness.shape[1:3], -1, 1)
         forces = (stiffness @ affine).reshape(-1, len(patches.nodes), 2).permute(1, 2, 0).contiguous()
         unbalanced = patches.assembled(forces) * self.free
-        return self.affine - self.solver.solve(self.solver.factorise(stiffness), unbalanced)
+        factor = self.solver.factorise(stiffness)
+        tangent = self.affine - self.solver.solve(factor, unbalanced)
+        return torch.where(_per_node(factor.definite), tangent, math.nan)
 
 
 @dataclass
@@ -162,10 +167,11 @@ def equilibrate(cell: Cell, modulus: Tensor, start: Tensor) -> Equilibrium:
         near = (slope.abs() <= ROUNDING * work.energy) & (_norm(gradient) < _norm(work.gradient))
         accepted = now.admissible & (decreased | near) & ~work.left
         work.step = torch.where(accepted, 1.0, work.step / 2)
-        place, change = _per_node(accepted) * (trial - work.displacement), gradient - work.gradient
+        # nothing of a trial that was not accepted, whose forces need not be finite
+        place = torch.where(_per_node(accepted), trial - work.displacement, 0.0)
+        change = torch.where(_per_node(accepted), gradient - work.gradient, 0.0)
         product = _dot(place, change)
-        weight = torch.where(accepted & (product > 0), 1 / product, 0.0)
-        work.pairs = [*work.pairs[1 - MEMORY :], (place, change.nan_to_num(), weight)]
+        work.pairs = [*work.pairs[1 - MEMORY :], (place, change, torch.where(product > 0, 1 / product, 0.0))]
         slow = accepted & (_norm(gradient) > SLOW * _norm(work.gradient))
         for name, value in (("displacement", trial), ("forces", now.forces), ("gradient", gradient)):
             setattr(work, name, torch.where(_per_node(accepted), value, getattr(work, name)))
@@ -254,64 +260,3 @@ def _norm(a: Tensor) -> Tensor:
 
 def _per_node(value: Tensor) -> Tensor:
     return value[:, None, None, None]
-
-
-def follow(cell: Cell, modulus: Tensor, strains: Tensor) -> Iterator[Equilibrium]:
-    """Equilibria of designs with moduli ``(B, H, W)`` at increasing ``strains`` (S,), one after another.
-
-    What is not solved at one strain is not tried at the next.
-    """
-    batch = len(modulus)
-    path = _Path(batch, cell)
-    now = Equilibrium(
-        path.displacements[0], modulus.new_zeros(batch), modulus.new_zeros(batch), modulus.new_ones(batch).bool()
-    )
-    for strain in strains.tolist():
-        length = strain - path.strains[0]
-        halvings = torch.zeros(batch, dtype=torch.long, device=modulus.device)
-        while len(todo := (now.solved & (path.strains[0] < strain)).nonzero()[:, 0]):
-            goal = (path.strains[0] + length)[todo]
-            goal = torch.where(goal > strain * (1 - 1e-12), strain, goal)
-            found = equilibrate(cell, modulus[todo], path.extrapolated(todo, goal, halvings[todo] > 0))
-            reached = todo[found.solved]
-            path.append(reached, goal[found.solved], found.displacement[found.solved])
-            now.energy[reached], now.stress[reached] = found.energy[found.solved], found.stress[found.solved]
-            failed = todo[~found.solved]
-            length[failed] /= 2
-            halvings[failed] += 1
-            now.solved[failed[halvings[failed] > MAX_HALVINGS]] = False
-        now.displacement = path.displacements[0]
-        yield now
-
-
-class _Path:
-    """The last few states of each design, newest first, for polynomial extrapolation in the strain."""
-
-    POINTS = 4
-
-    def __init__(self, batch: int, cell: Cell):
-        self.affine = cell.affine
-        self.strains = cell.affine.new_zeros(self.POINTS, batch)
-        self.displacements = cell.affine.new_zeros(self.POINTS, batch, *cell.affine.shape)
-        self.known = torch.zeros(self.POINTS, batch, dtype=torch.bool, device=cell.affine.device)
-        self.known[0] = True
-
-    def append(self, index: Tensor, strain: Tensor, displacement: Tensor) -> None:
-        """Adds a state to the paths of the designs in ``index``."""
-        for values, new in ((self.strains, strain), (self.displacements, displacement), (self.known, True)):
-            values[1:, index] = values[:-1, index]
-            values[0, index] = new
-
-    def extrapolated(self, index: Tensor, goal: Tensor, carefully: Tensor) -> Tensor:
-        """Lagrange's polynomial through the known states at strains ``goal``; through the last two ``carefully``."""
-        strains, known = self.strains[:, index], self.known[:, index].clone()
-        known[2:] &= ~carefully
-        start = _per_node(goal) * self.affine * _per_node(~known[1])
-        for i in range(self.POINTS):
-            weight = (known[i] & known[1]).to(goal.dtype)
-            for j in range(self.POINTS):
-                if j != i:
-                    ratio = (goal - strains[j]) / (strains[i] - strains[j])
-                    weight = torch.where(known[i] & known[j], weight * ratio, weight)
-            start += _per_node(weight) * self.displacements[i, index]
-        return start

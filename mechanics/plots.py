@@ -50,7 +50,7 @@ def draw_deformed(axes: Axes, displacement: Any, values: Any, limit: float) -> P
 def save_simulation_figure(
     design: Any, result: Any, path: Path, *, index: int = 0, load_cases: Sequence[str], component: str = "yy"
 ) -> None:
-    """Writes a design, its deformed mesh at the last strain of the first load case, and all its curves.
+    """Writes a design, its deformed mesh at the last solved strain of the first load case, and all its curves.
 
     Args:
         design: Shape ``(H, W)``.
@@ -60,7 +60,7 @@ def save_simulation_figure(
         load_cases: Names of the result's load cases.
         component: Of the first Piola-Kirchhoff stress, ``"xx"``, ``"xy"``, ``"yx"`` or ``"yy"``.
     """
-    displacement, stress, limit = _fields(result, index, 0, component)
+    strains, displacement, stress, limit = _fields(result, index, 0, component)
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(9, 3), layout="constrained")
         left, middle, right = figure.subplots(1, 3)
@@ -69,7 +69,7 @@ def save_simulation_figure(
         left.set_title("design, stiff phase dark")
         patches = draw_deformed(middle, displacement[-1], stress[-1], limit)
         _frame(middle, displacement, np.asarray(design).shape)
-        middle.set_title(f"{load_cases[0].replace('_', ' ')}, strain {float(result.strain[0, -1]):.2g}")
+        middle.set_title(f"{load_cases[0].replace('_', ' ')}, strain {strains[-1]:.2g}")
         figure.colorbar(patches, ax=middle, shrink=0.8, label=f"$P_{{{component}}}$")
         for case, name in enumerate(load_cases):
             strain, curve = (np.asarray(values) for values in (result.strain[case], result.stress[index, case]))
@@ -82,7 +82,7 @@ def save_simulation_figure(
 def save_path_animation(
     result: Any, path: Path, *, index: int = 0, load_case: int = 0, component: str = "yy", milliseconds: int = 120
 ) -> None:
-    """Writes the deformed mesh of every strain, one after another and back, as a GIF.
+    """Writes the deformed mesh of every solved strain, one after another and back, as a GIF.
 
     Args:
         result: What ``simulate`` returned with fields, for a pixel size of 1.
@@ -92,7 +92,7 @@ def save_path_animation(
         component: Of the first Piola-Kirchhoff stress.
         milliseconds: Time of a frame.
     """
-    displacement, stress, limit = _fields(result, index, load_case, component)
+    _, displacement, stress, limit = _fields(result, index, load_case, component)
     frames = []
     for step in range(len(stress)):
         figure = Figure(figsize=(3, 3), layout="constrained")
@@ -111,8 +111,10 @@ def save_path_animation(
     )
 
 
-def _fields(result: Any, index: int, load_case: int, component: str) -> tuple[np.ndarray, np.ndarray, float]:
-    """Solved displacements and stresses of a path, and the range of colours."""
+def _fields(
+    result: Any, index: int, load_case: int, component: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Solved strains, displacements and stresses of a path, and the range of colours."""
     if result.displacement is None:
         raise ValueError("result must have fields: simulate with return_fields=True")
     if component not in ("xx", "xy", "yx", "yy"):
@@ -123,8 +125,8 @@ def _fields(result: Any, index: int, load_case: int, component: str) -> tuple[np
     solved = np.isfinite(stress).all((1, 2))
     if not solved.any():
         raise ValueError(f"result must have a solved strain of design {index}, got none")
-    displacement, stress = displacement[solved], stress[solved]
-    return displacement, stress, float(np.quantile(np.abs(stress), 0.99)) or 1.0
+    strain, displacement, stress = np.asarray(result.strain[load_case])[solved], displacement[solved], stress[solved]
+    return strain, displacement, stress, float(np.quantile(np.abs(stress), 0.99)) or 1.0
 
 
 def _frame(axes: Axes, displacement: np.ndarray, size: tuple[int, ...]) -> None:

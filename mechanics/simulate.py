@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from mechdiffusers.mechanics.load_cases import load_case
 from mechdiffusers.mechanics.materials import CompressibleNeoHookean
-from mechdiffusers.mechanics.newton import Cell, follow
+from mechdiffusers.mechanics.newton import Cell
+from mechdiffusers.mechanics.path_following import follow
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from tqdm import tqdm
@@ -105,11 +106,15 @@ def simulate(
         >>> simulate(designs, ("uniaxial_extension", "shear_x"), [0.1, 0.2]).stress.shape
         (3, 2, 2)
     """
-    given = torch.as_tensor(designs) if isinstance(designs, (Tensor, np.ndarray)) else None
-    if given is None or given.ndim != 3 or not given.numel():
-        shape = tuple(given.shape) if given is not None else type(designs).__name__
-        raise ValueError(f"designs must be a tensor or array of shape (B, H, W), none of them 0, got {shape}")
-    if given.is_complex() or not bool(((given >= 0) & (given <= 1)).all()):  # also false for NaN
+    given = designs
+    if isinstance(designs, np.ndarray) and designs.dtype.kind in "buif":
+        given = torch.from_numpy(np.array(designs, dtype=np.float64, order="C"))  # views that run backwards too
+    if not isinstance(given, Tensor) or given.is_complex() or given.ndim != 3 or not given.numel():
+        what = (
+            f"shape {tuple(designs.shape)} of {designs.dtype}" if hasattr(designs, "dtype") else type(designs).__name__
+        )
+        raise ValueError(f"designs must be a tensor or array of numbers, shape (B, H, W), none of them 0, got {what}")
+    if not bool(((given >= 0) & (given <= 1)).all()):  # also false for NaN
         raise ValueError("designs must lie in [0, 1] everywhere, got values outside or NaN")
     if element_order not in (1, 2):
         raise ValueError(f"element_order must be 1 or 2, got {element_order!r}")

@@ -55,7 +55,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = HfArgumentParser(
         BuildConfig,
         prog="python -m mechdiffusers.microstructures.build_dataset",
-        description=__doc__,
+        description=_DESCRIPTION,
         allow_abbrev=False,
     )
     (config,) = parser.parse_args_into_dataclasses(args=args, look_for_args_file=False)

@@ -35,7 +35,7 @@ def load_mechanical_mnist(folder: str | Path) -> Dataset:
 
     Returns:
         A row a bitmap, with the columns of :func:`build_dataset`: 8-bit images and responses (1, 12), the total strain
-        energy. :func:`response_meaning` says at which strains. Energies have 5 decimals: those of the first three
+        energy. :func:`response_meaning` says at which strains. Energies have 5 decimals: those of the first two
         strains carry hardly a digit. The published meshes are of triangles of order 2, finer than the bitmap.
 
     Raises:

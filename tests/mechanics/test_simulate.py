@@ -11,8 +11,8 @@ from mechdiffusers.mechanics import simulate
 from mechdiffusers.mechanics.elements import Elements
 from mechdiffusers.mechanics.load_cases import LOAD_CASES, LoadCase
 from mechdiffusers.mechanics.materials import CompressibleNeoHookean
-from mechdiffusers.mechanics.newton import Cell, equilibrate, follow
-from mechdiffusers.microstructures import load_mechanical_mnist, random_composites
+from mechdiffusers.mechanics.newton import Cell, equilibrate
+from mechdiffusers.microstructures import load_mechanical_mnist, random_composites, response_meaning
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -58,7 +58,10 @@ def test_a_homogeneous_cell_follows_the_closed_form(order, case, stretches):
 
 
 @ORDERS
-@pytest.mark.parametrize("gradient", [((0.2, 0.1), (-0.05, -0.1)), ((0.0, 0.3), (0.0, 0.0)), ((0.1, 0.0), (0.0, -0.2))])
+@pytest.mark.parametrize(
+    "gradient",
+    [*((0.2 * np.array(case.gradient)).tolist() for case in LOAD_CASES.values()), [[0.2, 0.1], [-0.05, -0.1]]],
+)
 def test_an_affine_boundary_gives_a_homogeneous_field(order, gradient):
     every_edge = LoadCase(gradient, dict.fromkeys(("top", "bottom", "left", "right"), "xy"))
     cell = Cell(5, 4, order, every_edge, LAW, CPU)
@@ -69,42 +72,6 @@ def test_an_affine_boundary_gives_a_homogeneous_field(order, gradient):
     assert torch.allclose(found.displacement[0], cell.affine, atol=1e-9)
     density = energy_density(torch.eye(2) + torch.tensor(gradient, dtype=torch.float64), young=3.0)
     assert abs(found.energy / (20 * density) - 1) < 1e-10
-
-
-@ORDERS
-@pytest.mark.parametrize("width", [2, 3])
-def test_forces_and_tangent_are_derivatives_of_the_energy(order, width):
-    elements = Elements(2, width, order, LAW, CPU)
-    displacement = 0.05 * torch.randn(1, *elements.lattice, 2, generator=torch.manual_seed(0)).double()
-    modulus = 1 + 99 * torch.rand(1, 2, width, generator=torch.manual_seed(1)).double()
-
-    def energy(displacement):
-        return (elements.energy(elements.state(displacement)) * modulus).sum()
-
-    state = elements.state(displacement)
-    forces = elements.grid.assembled(elements.nodal_forces(elements.stress(state) * modulus.flatten()))
-    assert torch.allclose(forces, torch.func.grad(energy)(displacement), atol=1e-12)
-    numbers = torch.arange(displacement.numel(), dtype=torch.float64).view_as(displacement)
-    dofs = elements.patches.gathered(numbers).permute(2, 0, 1).flatten(1).long()
-    tangent = torch.zeros(displacement.numel(), displacement.numel(), dtype=torch.float64)
-    for index, block in zip(dofs, elements.stiffness(state, modulus).flatten(0, 2), strict=True):
-        tangent[index[:, None], index] += block
-    expected = torch.autograd.functional.hessian(energy, displacement).view_as(tangent)
-    assert torch.allclose(tangent, expected, atol=1e-11)
-
-
-def test_energy_and_stress_do_not_see_a_rotation():
-    elements = Elements(2, 2, 2, LAW, CPU)
-    displacement = 0.1 * torch.randn(1, *elements.lattice, 2, generator=torch.manual_seed(0)).double()
-    rows, columns = elements.lattice
-    y, x = torch.meshgrid(torch.linspace(2, 0, rows).double(), torch.linspace(0, 2, columns).double(), indexing="ij")
-    place = torch.stack([x, y], -1)
-    angle = torch.tensor(0.7, dtype=torch.float64)
-    turn = torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
-    turned = (place + displacement) @ turn.T - place
-    assert torch.allclose(elements.energy(elements.state(turned)), elements.energy(elements.state(displacement)))
-    stresses = [elements.mean_stress(elements.stress(elements.state(u))) for u in (displacement, turned)]
-    assert torch.allclose(stresses[1], turn @ stresses[0])
 
 
 @ORDERS
@@ -143,6 +110,16 @@ def test_a_load_along_x_is_that_of_the_transposed_design(case):
     assert abs(energy / along_x.energy[0, 0, -1] - 1) < 1e-9
 
 
+def test_a_half_turn_of_a_design_changes_no_response_and_a_mirror_none_but_that_of_shear():
+    designs = composites(2)[:, :6].numpy()
+    responses = simulate(designs, ALL_CASES, [0.05], element_order=1)
+    turned = simulate(designs[:, ::-1, ::-1], ALL_CASES, [0.05], element_order=1)
+    assert np.allclose(turned.stress, responses.stress, rtol=1e-8, atol=0)
+    mirrored = simulate(designs[:, :, ::-1], ALL_CASES, [0.05], element_order=1)
+    same = np.isclose(mirrored.stress, responses.stress, rtol=1e-8, atol=0).all((0, 2))
+    assert [case for case, equal in zip(ALL_CASES, same, strict=True) if not equal] == ["shear", "shear_x"]
+
+
 @ORDERS
 @pytest.mark.parametrize("case", ["uniaxial_extension", "uniaxial_compression", "shear_x", "equibiaxial_extension"])
 def test_gradients_agree_with_central_differences(order, case):
@@ -165,8 +142,8 @@ def test_gradients_agree_with_central_differences(order, case):
 @pytest.mark.slow
 @pytest.mark.parametrize(("order", "mean", "worst"), [(1, 1.7e-2, 3e-2), (2, 5e-4, 1.5e-3)])
 def test_energies_are_those_that_were_published(order, mean, worst):
-    rows = load_mechanical_mnist(PUBLISHED).with_format("numpy")[:8]
-    strains = np.array([0.001, 0.01, 0.1, 0.5, 1, 2, 4, 6, 8, 10, 12, 14]) / 28
+    dataset = load_mechanical_mnist(PUBLISHED)
+    rows, strains = dataset.with_format("numpy")[:8], response_meaning(dataset)["strains"]
     result = simulate(rows["image"] / 255, ["uniaxial_extension"], strains, element_order=order)
     published = rows["response"][:, 0, 2:]  # the first steps have no digits
     error = np.linalg.norm(result.energy[:, 0, 2:] - published, axis=1) / np.linalg.norm(published, axis=1)
@@ -264,31 +241,6 @@ def test_a_path_in_finer_steps_comes_to_the_same_place():
     assert torch.allclose(coarse.stress[..., -1], fine.stress[..., -1], rtol=1e-8)
 
 
-def test_an_unstable_state_is_left_for_a_stable_one():
-    """A slender clamped column of one phase buckles near Euler's strain; the straight state is no answer beyond."""
-    column = torch.zeros(1, 24, 3)
-    column[0, 3, 0] = 0.02  # an imperfection, without which nothing says to which side
-    strains = np.linspace(0.01, 0.12, 12)
-    result = simulate(column, ["uniaxial_compression"], strains, element_order=2, return_fields=True)
-    sideways = result.displacement[0, 0, :, :, :, 0].mean(-1).abs().amax(-1)
-    assert result.converged.all()
-    assert sideways[2] < 0.1
-    assert sideways[-1] > 1.0
-    stress = result.stress[0, 0]
-    assert stress[-1] < 0.7 * stress[2] / strains[2] * strains[-1]  # straight, it would go on rising
-    cell = Cell(24, 3, 2, LOAD_CASES["uniaxial_compression"], LAW, CPU)
-    modulus = 1 + 99 * column.double()
-    state = cell.elements.state(result.displacement[:, 0, -1])
-    assert cell.solver.factorise(cell.elements.stiffness(state, modulus)).definite.all()
-
-
-def test_a_path_yields_every_strain_it_was_asked_for():
-    cell = Cell(3, 3, 1, LOAD_CASES["shear"], LAW, CPU)
-    strains = torch.tensor([0.1, 0.25, 0.3], dtype=torch.float64)
-    for strain, now in zip(strains, follow(cell, 1 + 99 * composites(2, size=4)[:, :3, :3], strains), strict=True):
-        assert torch.allclose(now.displacement[:, 0, :, 0], strain * 3)
-
-
 @pytest.mark.parametrize(
     ("change", "name"),
     [
@@ -297,6 +249,8 @@ def test_a_path_yields_every_strain_it_was_asked_for():
         ({"designs": torch.zeros(4, 4)}, "designs"),
         ({"designs": torch.zeros(0, 4, 4)}, "designs"),
         ({"designs": [[0.0]]}, "designs"),
+        ({"designs": np.full((1, 4, 4), "stiff")}, "designs"),
+        ({"designs": np.zeros((1, 4, 4), complex)}, "designs"),
         ({"strains": [0.2, 0.1]}, "strains"),
         ({"strains": [0.0, 0.1]}, "strains"),
         ({"strains": [0.1, float("nan")]}, "strains"),

@@ -62,5 +62,14 @@ def test_the_responses_are_those_of_simulate(splits, split):
     np.testing.assert_allclose(rows.with_format("numpy")[:]["response"], result.stress, rtol=1e-6)
 
 
+def test_the_card_counts_the_paths_that_are_not_solved(splits):
+    heldout, train = (
+        ~splits[split].select_columns("converged").with_format("numpy")[:]["converged"] for split in SPLITS
+    )
+    card = " ".join((FOLDER / "README.md").read_text().split())
+    assert f"{train.sum()} of the {train.size:,} paths to train on, {heldout.sum()} of the {heldout.size:,}" in card
+    assert not np.concatenate([train, heldout])[:, :2].any()  # all of them in shear
+
+
 def test_it_is_small_enough_to_be_carried_along():
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 8e6
