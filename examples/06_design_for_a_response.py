@@ -25,8 +25,8 @@ pipe = LatentDDPMPipeline.from_pretrained(arguments.checkpoint)
 pipe.scheduler = stock_scheduler("dpmsolver++", pipe.scheduler.config)
 meaning = pipe.response_encoder.config.meaning
 names, targets = read_targets(arguments.targets, meaning)
-options = {"num_inference_steps": arguments.steps, "generator": torch.manual_seed(0), "output_type": "np"}
-designs = pipe(response=targets, num_images_per_response=4, **options).images[..., 0]
+options = {"num_inference_steps": arguments.steps, "guidance_scale": 2.5, "generator": torch.manual_seed(0)}
+designs = pipe(response=targets, num_images_per_response=4, output_type="np", **options).images[..., 0]
 report = verify(designs, targets, meaning, progress=True)
 report.save(arguments.output_dir, names)
 for row in report.rows(names):
