@@ -3,13 +3,13 @@
 import argparse
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.evaluation import response_error
 from mechdiffusers.microstructures.build_dataset.columns import designs_of, grey_levels
 from mechdiffusers.microstructures.build_dataset.parts import compute_by_parts
@@ -46,12 +46,10 @@ def fingerprint(checkpoint: Path) -> str:
 
 def kept(folder: Path, recipe: list[Any], make: Callable[[], np.ndarray]) -> np.ndarray:
     """The designs that ``make`` gives; they are read where those of the same recipe were made before."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"designs-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]}.npz"
     if not path.exists():
-        unfinished = path.with_name(f".unfinished-{path.name}")
-        np.savez_compressed(unfinished, grey_levels(make()))
-        os.replace(unfinished, path)
+        with atomic_write(path) as unfinished:
+            np.savez_compressed(unfinished, grey_levels(make()))
     return designs_of(np.load(path)["arr_0"]).astype(np.float32)
 
 

@@ -8,10 +8,10 @@ is flagged by NaN; that flags and NaN agree is checked here too.
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import numpy as np
+from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.mechanics import simulate
 from mechdiffusers.mechanics.load_cases import LOAD_CASES
 from mechdiffusers.microstructures import random_composites
@@ -43,10 +43,8 @@ def main() -> None:
         if not np.array_equal(result.converged, np.isfinite(result.stress).all(-1)):
             raise AssertionError("a flag and NaN disagree")
         failed += [[case for case, solved in zip(CASES, row, strict=True) if not solved] for row in result.converged]
-        state.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = state.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(failed))
-        os.replace(unfinished, state)
+        with atomic_write(state) as unfinished:
+            unfinished.write_text(json.dumps(failed))
     solved = {case: 100 * sum(case not in row for row in failed) / len(failed) for case in CASES}
     record(
         {

@@ -11,7 +11,6 @@ steps and at 20 DDIM steps, without guidance. What is trained and simulated is k
 
 import json
 import math
-import os
 import time
 from functools import partial
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from candidates import common_arguments, errors_of, fingerprint, kept, summary
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
+from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.evaluation import stored_designs, stored_responses
 from mechdiffusers.evaluation.design import designs_for
 from mechdiffusers.evaluation.response import load_split
@@ -85,12 +85,10 @@ def trained(pipe: LatentDDPMPipeline, arguments: Any) -> tuple[nn.Module, nn.Mod
     both = nn.ModuleList([unet, encoder])
     file = arguments.run_dir / "weights.safetensors"
     if not file.exists():
-        arguments.run_dir.mkdir(parents=True, exist_ok=True)
         training = train(both, stock_scheduler("ddpm", pipe.scheduler.config), arguments)
-        unfinished = file.with_name(f".unfinished-{file.name}")
         weights = {name: weight.contiguous() for name, weight in both.state_dict().items()}
-        save_file(weights, unfinished, metadata={"training": json.dumps(training)})
-        os.replace(unfinished, file)
+        with atomic_write(file) as unfinished:
+            save_file(weights, unfinished, metadata={"training": json.dumps(training)})
     with safe_open(file, "pt") as stored:
         both.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
         training = json.loads(stored.metadata()["training"])

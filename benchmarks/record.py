@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mechdiffusers.atomic_file import atomic_write
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "numpy", "mechdiffusers")
 
@@ -29,10 +30,8 @@ def record(figures: dict[str, Any], path: Path) -> None:
         "machine": {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count()},
         "torch_threads": torch.get_num_threads(),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(unfinished, path)
+    with atomic_write(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2) + "\n")
     sys.stdout.write(json.dumps(figures, indent=2) + "\n")
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.evaluation import two_moons
 from mechdiffusers.schedulers import (
     PredictorCorrectorScheduler,
@@ -145,8 +146,8 @@ def main() -> None:
             figure = Figure(figsize=(10, 2.9), layout="constrained")
             draw(list(figure.subplots(1, 3)))
             path = arguments.output_dir / f"scheduler_{name}.png"
-            figure.savefig(path.with_name(f".unfinished-{path.name}"), format="png", dpi=110)
-            path.with_name(f".unfinished-{path.name}").replace(path)
+            with atomic_write(path) as unfinished:
+                figure.savefig(unfinished, format="png", dpi=110)
 
 
 if __name__ == "__main__":

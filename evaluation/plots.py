@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.evaluation.statistics import two_point_correlation
 from PIL import Image
 
@@ -39,7 +39,8 @@ def save_image_grid(designs: np.ndarray, path: Path, *, columns: int = 8, zoom: 
         top, left = margin + i // columns * (height + margin), margin + i % columns * (width + margin)
         canvas[top : top + height, left : left + width] = 0.9 - 0.8 * design
     picture = Image.fromarray(np.rint(np.kron(canvas, np.ones((zoom, zoom))) * 255).astype(np.uint8))
-    _write(path, lambda file: picture.save(file, format="PNG"))
+    with atomic_write(path) as unfinished:
+        picture.save(unfinished, format="PNG")
 
 
 def save_statistics_figure(sets: Mapping[str, np.ndarray], path: Path) -> None:
@@ -62,7 +63,8 @@ def save_statistics_figure(sets: Mapping[str, np.ndarray], path: Path) -> None:
         fractions.set(xlabel="volume fraction of the stiff phase", ylabel="probability density")
         correlations.set(xlabel="lag along x in pixels", ylabel="two-point correlation $S_2$")
         correlations.legend(frameon=False)
-        _write(path, lambda file: figure.savefig(file, format="png", dpi=150))
+        with atomic_write(path) as unfinished:
+            figure.savefig(unfinished, format="png", dpi=150)
 
 
 def save_verification_figure(report: VerificationReport, path: Path, *, index: int = 0, name: str = "") -> None:
@@ -106,13 +108,5 @@ def save_verification_figure(report: VerificationReport, path: Path, *, index: i
         axes = figure.axes[-len(cases)]
         axes.set_ylabel(report.meaning["quantity"])
         axes.legend(frameon=False, fontsize=7)
-        _write(path, lambda file: figure.savefig(file, format="png", dpi=150))
-
-
-def _write(path: Path, save: Callable[[IO[bytes]], None]) -> None:
-    """Writes a file under a temporary name and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    with open(unfinished, "wb") as file:
-        save(file)
-    os.replace(unfinished, path)
+        with atomic_write(path) as unfinished:
+            figure.savefig(unfinished, format="png", dpi=150)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mechdiffusers.atomic_file import atomic_write
 
 __all__ = ["read_targets", "write_targets"]
 
@@ -79,15 +80,13 @@ def read_targets(path: str | os.PathLike[str], meaning: Mapping[str, Any]) -> tu
 
 def write_targets(path: str | os.PathLike[str], targets: Mapping[str, np.ndarray], meaning: Mapping[str, Any]) -> None:
     """Writes targets, shape ``(L, S)`` each, by name, as :func:`read_targets` reads them; what is open is left out."""
-    unfinished = Path(path).with_name(f".unfinished-{Path(path).name}")
-    with open(unfinished, "w", newline="", encoding="utf-8") as file:
+    with atomic_write(Path(path)) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["target", "load_case", "strain", meaning["quantity"]])
         for name, target in targets.items():
             for case, strains, values in zip(meaning["load_cases"], meaning["strains"], target, strict=True):
                 points = [point for point in zip(strains, values, strict=True) if not math.isnan(point[1])]
                 table.writerows([name, case, f"{strain:.6g}", f"{value:.6g}"] for strain, value in points)
-    os.replace(unfinished, path)
 
 
 def _number(text: str, where: str) -> float:

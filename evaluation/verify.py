@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.evaluation.novelty import diversity, novelty, stiff_connectivity
 from mechdiffusers.evaluation.plots import save_verification_figure
 from mechdiffusers.evaluation.response import (
@@ -101,17 +102,18 @@ class VerificationReport:
         chosen = [f"target_{index}" for index in range(len(self.target))] if names is None else list(names)
         if len(set(chosen)) != len(self.target) or any(not name or Path(name).name != name for name in chosen):
             raise ValueError(f"names must be {len(self.target)} different names of files, got {chosen!r}")
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        rows = self.rows(chosen)
-        with open(path / ".unfinished-verification.csv", "w", newline="") as file:
-            table = csv.DictWriter(file, fieldnames=list(rows[0]))
-            table.writeheader()
-            table.writerows(rows)
-        (path / ".unfinished-verification.json").write_text(json.dumps(self.to_dict(chosen), indent=1) + "\n")
-        np.save(path / ".unfinished-designs.npy", np.asarray(self.designs))
-        for name in ("verification.csv", "verification.json", "designs.npy"):
-            os.replace(path / f".unfinished-{name}", path / name)
+        path, rows = Path(folder), self.rows(chosen)
+        with (
+            atomic_write(path / "verification.csv") as table_file,
+            atomic_write(path / "verification.json") as whole_file,
+            atomic_write(path / "designs.npy") as designs_file,
+        ):
+            with table_file.open("w", newline="") as file:
+                table = csv.DictWriter(file, fieldnames=list(rows[0]))
+                table.writeheader()
+                table.writerows(rows)
+            whole_file.write_text(json.dumps(self.to_dict(chosen), indent=1) + "\n")
+            np.save(designs_file, np.asarray(self.designs))
         for index, name in enumerate(chosen):
             save_verification_figure(self, path / f"{name}.png", index=index, name=name)
 

@@ -7,10 +7,9 @@ import argparse
 from pathlib import Path
 
 import torch
+from mechdiffusers import LatentDDPMPipeline
 from mechdiffusers.evaluation.plots import save_image_grid
 from mechdiffusers.schedulers import stock_scheduler
-
-from mechdiffusers import LatentDDPMPipeline
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--checkpoint", default=Path(__file__).parents[1] / "checkpoints" / "composites-32")

@@ -9,9 +9,8 @@ import argparse
 import logging
 from pathlib import Path
 
-from mechdiffusers.mechanics.plots import save_path_animation, save_simulation_figure
-
 from mechdiffusers import random_composites, simulate
+from mechdiffusers.mechanics.plots import save_path_animation, save_simulation_figure
 
 LOAD_CASES = ("uniaxial_extension", "uniaxial_extension_x", "shear")
 

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mechdiffusers import LatentDDPMPipeline, random_composites
 from mechdiffusers.evaluation import DESIGN_FAMILIES
 from mechdiffusers.evaluation.plots import save_image_grid
-
-from mechdiffusers import LatentDDPMPipeline, random_composites
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "composites-32"
 

@@ -8,10 +8,9 @@ import logging
 from pathlib import Path
 
 import torch
+from mechdiffusers import LatentDDPMPipeline, verify
 from mechdiffusers.evaluation.targets import read_targets
 from mechdiffusers.schedulers import stock_scheduler
-
-from mechdiffusers import LatentDDPMPipeline, verify
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--checkpoint", default=Path(__file__).parents[1] / "checkpoints" / "composites-32")

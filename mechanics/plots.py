@@ -5,7 +5,6 @@ Fields come from ``simulate(..., return_fields=True)``, here for one design unde
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
+from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.mechanics.elements import loop
 from PIL import Image
 
@@ -76,7 +76,8 @@ def save_simulation_figure(
             right.plot([0, *strain], [0, *curve], marker="o", markersize=3, label=name.replace("_", " "))
         right.set(xlabel="nominal strain", ylabel="nominal stress")
         right.legend(frameon=False, fontsize=7)
-        _write(path, lambda unfinished: figure.savefig(unfinished, format="png", dpi=150))
+        with atomic_write(path) as unfinished:
+            figure.savefig(unfinished, format="png", dpi=150)
 
 
 def save_path_animation(
@@ -103,12 +104,8 @@ def save_path_animation(
         canvas.draw()
         frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
     film = frames + frames[-2:0:-1]
-    _write(
-        path,
-        lambda unfinished: film[0].save(
-            unfinished, format="GIF", save_all=True, append_images=film[1:], duration=milliseconds, loop=0
-        ),
-    )
+    with atomic_write(path) as unfinished:
+        film[0].save(unfinished, "GIF", save_all=True, append_images=film[1:], duration=milliseconds, loop=0)
 
 
 def _fields(
@@ -133,11 +130,3 @@ def _frame(axes: Axes, displacement: np.ndarray, size: tuple[int, ...]) -> None:
     """The same frame for all states of a path."""
     reach = np.abs(displacement).max((0, 1, 2)) + 0.5
     axes.set(xlim=(-reach[0], size[1] + reach[0]), ylim=(-reach[1], size[0] + reach[1]))
-
-
-def _write(path: Path, save: Any) -> None:
-    """Writes a file under a temporary name and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    save(unfinished)
-    os.replace(unfinished, path)

@@ -17,7 +17,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
-from mechdiffusers.training.atomic_file import atomic_write
+from mechdiffusers.atomic_file import atomic_write
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -150,7 +150,6 @@ class BestWeights:
         """Keeps a module's weights if their loss is the least."""
         if self.path.exists() and not loss < float(self._metadata()["loss"]):  # also where it is NaN
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         weights = {key: value.contiguous() for key, value in module.state_dict().items()}
         with atomic_write(self.path) as unfinished:
             save_file(weights, unfinished, metadata={"loss": repr(loss), "step": str(step)})

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from mechdiffusers.training.atomic_file import atomic_write
+from mechdiffusers.atomic_file import atomic_write
 
 __all__ = ["peak_memory", "read_metrics", "update_metrics"]
 

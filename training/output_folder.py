@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
-from mechdiffusers.training.atomic_file import atomic_write
+from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.training.checkpoints import BestWeights, damage_of, newest_intact
 from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.metrics import read_metrics, update_metrics

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
+from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.training.accelerators import process_state, stage_accelerator
-from mechdiffusers.training.atomic_file import atomic_write
 from mechdiffusers.training.autoencoder import encode_all, measure_latents, train_autoencoder
 from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.data import Designs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.mechanics import simulate
 from mechdiffusers.microstructures.build_dataset.columns import designs_of
 from torch.utils.data import DataLoader, Dataset
@@ -91,9 +91,8 @@ class _Parts(Dataset[int]):
         path, levels = self._parts[index]
         response = simulated_response(designs_of(levels), self._meaning, device=self._device)
         # the worker of a killed build may be at the same part, for as long as that takes
-        unfinished = path.with_name(f".unfinished-{os.getpid()}-{path.name}")
-        np.save(unfinished, response)
-        os.replace(unfinished, path)
+        with atomic_write(path, shared=True) as unfinished:
+            np.save(unfinished, response)
         return len(levels)
 
 
