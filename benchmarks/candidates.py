@@ -16,19 +16,22 @@ from mechdiffusers.microstructures.build_dataset.parts import compute_by_parts
 from mechdiffusers.pipelines import LatentDDPMPipeline
 
 
-def common_arguments(doc: str | None, name: str, num_targets: int) -> argparse.ArgumentParser:
+def common_arguments(
+    doc: str | None, name: str, num_targets: int, dataset: Path | None = Path("data/composites-32")
+) -> argparse.ArgumentParser:
     """The arguments of every measurement of designs for held-out targets, under the docstring of its script.
 
     Args:
         doc: The docstring.
         name: Of the record, and of the run folder.
         num_targets: How many targets unless told.
+        dataset: Which dataset unless told; ``None`` where it has to be told.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--dataset", type=Path, default=Path("data/composites-32"))
-    parser.add_argument("--num_targets", type=int, default=num_targets)
-    parser.add_argument("--num_designs", type=int, default=8)
+    parser.add_argument("--dataset", type=Path, default=dataset, required=dataset is None)
+    parser.add_argument("--num_targets", type=int, default=num_targets, help="the first solved held-out rows")
+    parser.add_argument("--num_designs", type=int, default=8, help="for each target")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--run_dir", type=Path, default=Path("runs") / name)

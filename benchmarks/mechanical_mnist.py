@@ -1,6 +1,6 @@
 """Designs for the energies of held-out rows of Mechanical MNIST, by finite elements, beside the data themselves.
 
-    python benchmarks/mechanical_mnist.py checkpoints/mechanical-mnist --dataset path/to/dataset --num 100
+    python benchmarks/mechanical_mnist.py checkpoints/mechanical-mnist --dataset path/to/dataset --num_targets 100
 
 The dataset is what ``python -m mechdiffusers.microstructures.mechanical_mnist`` writes: the last 500 rows are held out,
 and their published energies are the targets. The energies of one load are nearly one number, which many digits have, so
@@ -9,11 +9,10 @@ random, and the nearest ones. Ten candidates for each of 500 targets are 5,000 s
 on two cores; they are kept in --run_dir, so that the same command goes on after an interruption.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
-from candidates import autoencoder, errors_of, fingerprint, kept, summary
+from candidates import autoencoder, common_arguments, errors_of, fingerprint, kept, summary
 from mechdiffusers.evaluation import (
     nearest_training_designs,
     novelty,
@@ -30,22 +29,16 @@ from record import record
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--dataset", type=Path, required=True)
-    parser.add_argument("--num", type=int, default=500, help="targets, the first ones of the held-out rows")
-    parser.add_argument("--num_designs", type=int, default=10, help="for each target")
+    parser = common_arguments(__doc__, "mechanical_mnist", num_targets=500, dataset=None)
+    # runs/mechanical_mnist is where the checkpoint is trained
+    parser.set_defaults(num_designs=10, run_dir=Path("runs/mechanical_mnist_benchmark"))
     parser.add_argument("--scheduler", choices=STOCK_SCHEDULERS, default="dpmsolver++")
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--guidance_scale", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--run_dir", type=Path, default=Path("runs/mechanical_mnist_benchmark"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/mechanical_mnist.json"))
     arguments = parser.parse_args()
 
     train, heldout = load_split(arguments.dataset, "train"), load_split(arguments.dataset, "heldout")
-    heldout = heldout.select(range(min(arguments.num, len(heldout))))
+    heldout = heldout.select(range(min(arguments.num_targets, len(heldout))))
     meaning, targets, originals = response_meaning(heldout), stored_responses(heldout), stored_designs(heldout)
     num, folder = arguments.num_designs, arguments.run_dir / "responses"
 
