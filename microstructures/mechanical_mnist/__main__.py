@@ -35,12 +35,14 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--folder",
         type=Path,
-        default=Path(os.environ.get("MECHANICAL_MNIST_DIR", "../shared/data/mechanical_mnist")),
-        help="of the published files; MECHANICAL_MNIST_DIR says it too",
+        default=os.environ.get("MECHANICAL_MNIST_DIR"),
+        help="of the published files; by default the one that MECHANICAL_MNIST_DIR names",
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to make")
     parser.add_argument("--num_heldout", type=int, default=500, help="rows in heldout.parquet, the last ones")
     arguments = parser.parse_args(args)
+    if arguments.folder is None:
+        parser.error("--folder or MECHANICAL_MNIST_DIR must name the folder of the published files, got neither")
     try:
         write_splits(arguments.folder, arguments.output_dir, arguments.num_heldout)
     except ValueError as error:

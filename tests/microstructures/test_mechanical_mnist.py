@@ -103,6 +103,19 @@ def test_the_released_configuration_trains_on_what_the_command_writes(dataset):
     assert designs.meaning == response_meaning(split(dataset, "train"))
 
 
+def test_the_folder_of_the_published_files_is_asked_for_where_neither_argument_nor_environment_names_it(
+    tmp_path, monkeypatch, capsys
+):
+    arguments = ["--output_dir", str(tmp_path / "dataset"), "--num_heldout", "1"]
+    monkeypatch.delenv("MECHANICAL_MNIST_DIR", raising=False)
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "--folder or MECHANICAL_MNIST_DIR must name the folder" in capsys.readouterr().err
+    monkeypatch.setenv("MECHANICAL_MNIST_DIR", str(write(tmp_path)))
+    main(arguments)
+    assert len(split(tmp_path / "dataset", "train")) == 2
+
+
 def test_a_folder_that_exists_and_a_split_without_rows_are_refused_and_nothing_is_left_behind(dataset, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     for output_dir, num_heldout, error in ((dataset, 1, "output_dir must"), (tmp_path / "new", 3, "num_heldout must")):
