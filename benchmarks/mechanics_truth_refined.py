@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from mechdiffusers.mechanics import simulate
 from mechdiffusers.microstructures import load_mechanical_mnist, response_meaning
+from mechdiffusers.microstructures.build_dataset.columns import designs_of
 from record import record
 
 FIRST = 3  # of the strains whose energies have digits enough for a difference in per cent
@@ -32,7 +33,7 @@ def main() -> None:
     published = rows["response"][:, 0, FIRST:].astype(np.float64)
     figures: dict[str, object] = {}
     for refinement in (1, 2):
-        fine = (rows["image"] / 255).repeat(refinement, axis=1).repeat(refinement, axis=2)
+        fine = designs_of(rows["image"]).repeat(refinement, axis=1).repeat(refinement, axis=2)
         energy = simulate(fine, ["uniaxial_extension"], strains, pixel_size=1 / refinement).energy[:, 0]
         difference = 100 * (energy / published - 1)
         figures[f"{refinement} x {refinement} elements a pixel"] = {
