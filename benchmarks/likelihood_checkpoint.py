@@ -31,6 +31,7 @@ from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion
 from mechdiffusers.pipelines.latent_prior import continuous_terms
 from mechdiffusers.pipelines.probability_flow import flow_log_density
+from mechdiffusers.training.moving_average import MovingAverage
 from record import record
 from scipy.integrate import solve_ivp
 from torch.nn.functional import binary_cross_entropy_with_logits, pad, unfold
@@ -128,7 +129,7 @@ def pixel_diffusion_bound(designs: np.ndarray, seconds: float) -> tuple[torch.Te
     diffusion = ContinuousDiffusion(lambda x, t: net(x.float(), t.float()).sample, log_snr, "v_prediction")
     train = torch.from_numpy(random_composites(8192, seed=TRAINING_SEED)[0])[:, None].double() * 2 - 1
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
-    averages = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
+    average = MovingAverage(net.parameters(), decay=0.99)
     steps = 0
     for share in timed(seconds, "pixel diffusion"):
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - share)
@@ -141,9 +142,9 @@ def pixel_diffusion_bound(designs: np.ndarray, seconds: float) -> tuple[torch.Te
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        averages.update_parameters(net)
+        average.step(net.parameters())
         steps += 1
-    net.load_state_dict(averages.module.state_dict())
+    average.copy_to(net.parameters())
     net.eval()
     generator = torch.Generator().manual_seed(0)
 

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from candidates import common_arguments, errors_of, fingerprint, kept, summary
 from diffusers import UNet2DConditionModel
-from diffusers.training_utils import EMAModel
 from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.evaluation import stored_designs, stored_responses
 from mechdiffusers.evaluation.design import designs_for
@@ -28,6 +27,7 @@ from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.models import ResponseEncoder
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.schedulers import stock_scheduler
+from mechdiffusers.training.moving_average import MovingAverage
 from record import record
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -105,7 +105,7 @@ def train(both: nn.ModuleList, scheduler: Any, arguments: Any) -> dict[str, Any]
     designs = 2 * torch.from_numpy(stored_designs(rows))[solved, None] - 1
     response = response[solved]
     optimizer = torch.optim.AdamW(both.parameters(), lr=arguments.learning_rate, weight_decay=0.0)
-    average = EMAModel(both.parameters(), decay=0.9995, use_ema_warmup=True, power=0.75)
+    average = MovingAverage(both.parameters(), decay=0.9995)
     losses: list[float] = []
     start, spent, steps = time.perf_counter(), 0.0, 0
     with tqdm(total=1.0, desc="train", bar_format="{desc}: {percentage:.0f} % {postfix}") as bar:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from diffusers.training_utils import EMAModel
 from mechdiffusers.atomic_file import atomic_write
+from mechdiffusers.training.moving_average import MovingAverage
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 _FILE_LIST = "files.json"
 
 
-def save(accelerator: Accelerator, average: EMAModel, folder: Path, name: str, step: int, limit: int) -> None:
+def save(accelerator: Accelerator, average: MovingAverage, folder: Path, name: str, step: int, limit: int) -> None:
     """Writes a checkpoint aside and renames it, then removes the oldest ones of the stage.
 
     Args:
@@ -81,7 +81,7 @@ def save(accelerator: Accelerator, average: EMAModel, folder: Path, name: str, s
     accelerator.wait_for_everyone()  # a process that ends earlier would have the others killed
 
 
-def load_newest(accelerator: Accelerator, average: EMAModel, folder: Path, name: str) -> int:
+def load_newest(accelerator: Accelerator, average: MovingAverage, folder: Path, name: str) -> int:
     """Loads the newest intact checkpoint of a stage, if there is one.
 
     Args:

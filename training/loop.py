@@ -16,10 +16,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from mechdiffusers.training import checkpoints
 from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.metrics import peak_memory, update_metrics
+from mechdiffusers.training.moving_average import MovingAverage
 from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.sharding import local_parameters
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ def run_stage(
         config.lr_scheduler, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.steps
     )
     module, optimizer, loader, schedule = accelerator.prepare(module, optimizer, loader, schedule)
-    average = EMAModel(local_parameters(module), decay=config.ema_decay, use_ema_warmup=True, power=3 / 4, foreach=True)
+    average = MovingAverage(local_parameters(module), decay=config.ema_decay)
 
     folder = Path(config.output_dir) / "checkpoints"
     start = checkpoints.load_newest(accelerator, average, folder, name) if config.resume_from_checkpoint else 0
@@ -111,7 +111,7 @@ def run_stage(
                     optimizer.zero_grad()
                 for key, value in quantities.items():
                     sums[key] = sums.get(key, 0) + value.detach() / config.gradient_accumulation_steps
-            _update_average(average, module)
+            average.step(local_parameters(module))
             progress.update()
 
             done = step + 1
@@ -181,15 +181,7 @@ def _batches(accelerator: Accelerator, loader: DataLoader, used: int) -> Iterato
         epoch, skipped = epoch + 1, 0
 
 
-@torch.no_grad()
-def _update_average(average: EMAModel, module: nn.Module) -> None:
-    """``EMAModel.step`` without the temporary copies of all weights that it makes, which take longer than the rest."""
-    average.optimization_step += 1
-    decay = average.get_decay(average.optimization_step)
-    torch._foreach_lerp_(average.shadow_params, local_parameters(module), 1 - decay)
-
-
-def _take_average(accelerator: Accelerator, module: nn.Module, average: EMAModel, averaged: nn.Module) -> None:
+def _take_average(accelerator: Accelerator, module: nn.Module, average: MovingAverage, averaged: nn.Module) -> None:
     """Loads the averaged weights into a module that no wrapper, compiler or sharding has touched."""
     average.store(local_parameters(module))
     average.copy_to(local_parameters(module))
