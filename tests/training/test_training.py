@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -17,6 +18,7 @@ from mechdiffusers.schedulers import VDMScheduler
 from mechdiffusers.schedulers.log_snr_curve import alpha_sigma
 from mechdiffusers.training import TrainingConfig, parse_config
 from mechdiffusers.training.autoencoder import LikelihoodAutoencoder, encode_all, measure_latents
+from mechdiffusers.training.data import load_designs
 from mechdiffusers.training.denoiser import denoising_loss
 from mechdiffusers.training.latent_bound import autoencoder_nats, latent_nats
 from mechdiffusers.training.latent_denoiser import LatentDenoiser
@@ -286,7 +288,8 @@ def test_the_denoiser_is_conditioned_on_the_null_token_and_learns_it():
     assert denoiser.response_encoder.null_tokens.grad.abs().sum() > 0
 
 
-def test_the_quick_preset_is_the_configuration_of_the_demo():
-    makefile = (SCRIPT.parents[1] / "Makefile").read_text()
-    assert "training/configs/quick.yaml" in makefile
-    assert parse_config(["--config", str(SCRIPT.parent / "configs" / "quick.yaml")]).output_dir == "runs/quick"
+def test_make_quick_trains_on_the_released_designs(monkeypatch):
+    monkeypatch.chdir(SCRIPT.parents[1])
+    assert "--config training/configs/quick.yaml" in Path("Makefile").read_text()
+    config = parse_config(["--config", "training/configs/quick.yaml"])
+    assert load_designs(config).num_train == pq.read_metadata("data/composites-32/train.parquet").num_rows
