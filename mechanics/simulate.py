@@ -116,8 +116,8 @@ def simulate(
         raise ValueError(f"designs must be a tensor or array of numbers, shape (B, H, W), none of them 0, got {what}")
     if not bool(((given >= 0) & (given <= 1)).all()):  # also false for NaN
         raise ValueError("designs must lie in [0, 1] everywhere, got values outside or NaN")
-    if element_order not in (1, 2):
-        raise ValueError(f"element_order must be 1 or 2, got {element_order!r}")
+    if not isinstance(element_order, (int, np.integer)) or element_order not in (1, 2):
+        raise ValueError(f"element_order must be the integer 1 or 2, got {element_order!r}")
     for name, value in (("young_soft", young_soft), ("young_stiff", young_stiff), ("pixel_size", pixel_size)):
         if not (_is_number(value) and 0 < value < math.inf):
             raise ValueError(f"{name} must be positive and finite, got {value!r}")

@@ -271,6 +271,7 @@ def test_a_path_in_finer_steps_comes_to_the_same_place():
         ({"poisson": 0.0}, "poisson"),
         ({"poisson": "0.3"}, "poisson"),
         ({"element_order": 3}, "element_order"),
+        ({"element_order": 2.0}, "element_order"),
         ({"batch_size": 0}, "batch_size"),
     ],
 )
