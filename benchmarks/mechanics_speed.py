@@ -5,7 +5,8 @@
 32 x 32 random composites of contrast 100, uniaxial extension to 0.3 in six steps. torch-fem solves one mesh of many
 designs, with all threads; where its Newton fails it halves its steps by itself. SciPy's LU uses one core, so that two
 processes share the designs. All iterate until the same share of the forces is out of balance. The memory is that of
-`simulate` alone, for 256 designs at the first strain; more strains add no more than their results.
+`simulate` alone, for 256 designs at the first strain, with what its processes share counted for each; more strains add
+no more than their results.
 """
 
 import argparse
@@ -43,7 +44,8 @@ def main() -> None:
     designs = torch.from_numpy(random_composites(arguments.num, size=SIZE)[0]).double()
     few = designs[: arguments.num_others]
     simulate(random_composites(256, size=SIZE)[0], strains=STRAINS[:1], element_order=order)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before the others have taken any
+    own, of_a_worker = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    peak = 1024 * (own + torch.get_num_threads() * of_a_worker)  # before the others have taken any
     seconds: dict[str, list[float]] = {"ours": [], "SciPy": [], "torch-fem": []}
     stresses: dict[str, Tensor] = {}
     with ProcessPoolExecutor(os.cpu_count(), initializer=prepare, initargs=(order,)) as pool:

@@ -15,9 +15,10 @@ References:
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing import current_process
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,12 @@ from mechdiffusers.mechanics.newton import Cell
 from mechdiffusers.mechanics.path_following import follow
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 __all__ = ["SimulationResult", "simulate"]
 
-#: What a batch may take: on a CPU, each of the threads that work on batches should find its own in the cache.
+#: What a batch may take: on a CPU, each of the processes that work on batches should find its own in the cache.
 _CPU_BYTES = 64e6
 _GPU_SHARE = 0.5
 
@@ -147,11 +149,12 @@ def simulate(
             modulus = young_soft + (young_stiff - young_soft) * (chosen.mT if cases[case][1] else chosen)
             return task, _responses(cells[case], modulus, strain[case], return_fields, with_gradient)
 
-    size = batch_size or _batch_size(height, width, element_order, where)
+    suited, workers = _shared(values.shape, element_order, len(cases), where)
+    size = batch_size or suited
     tasks = [(case, start, min(start + size, batch)) for case in range(len(cases)) for start in range(0, batch, size)]
     collected: dict[str, Tensor] = {}
     with tqdm(total=batch * len(cases), disable=not progress, unit="path", desc="simulate") as bar:
-        for (case, start, stop), part in _run(work, tasks, where):
+        for (case, start, stop), part in _run(work, tasks, workers):
             for name, field in part.items():
                 turned = _untransposed(name, field) if cases[case][1] else field
                 if name not in collected:
@@ -218,32 +221,56 @@ class _Response(torch.autograd.Function):
         return stress + energy, None, None, None, None
 
 
-def _run(work: Callable[[Any], Any], tasks: Sequence[Any], device: torch.device) -> Iterator[Any]:
-    """Results of tasks as they come; on a CPU with one thread a task, since small products gain nothing from more."""
-    threads = torch.get_num_threads()
-    workers = min(threads, len(tasks))
-    if device.type != "cpu" or workers == 1:
-        yield from map(work, tasks)
-        return
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            futures = [pool.submit(work, task) for task in tasks]
-            try:
-                for future in as_completed(futures):
-                    yield future.result()
-            finally:
-                for future in futures:
-                    future.cancel()
-    finally:
-        torch.set_num_threads(threads)
+def _run(work: Callable[[Any], Any], tasks: Sequence[Any], workers: int) -> Iterator[Any]:
+    """Results of tasks as they come."""
+    if workers == 1 or len(tasks) == 1:
+        return map(work, tasks)
+    return iter(
+        DataLoader(
+            _Tasks(work, tasks),
+            batch_size=None,
+            num_workers=min(workers, len(tasks)),
+            prefetch_factor=1,
+            in_order=False,
+            multiprocessing_context="fork",
+            generator=torch.Generator(),  # the loader draws a seed, which is not to come from the user's generator
+        )
+    )
 
 
-def _batch_size(height: int, width: int, order: int, device: torch.device) -> int:
-    """How many designs to compute at once."""
+class _Tasks(Dataset[Any]):
+    """Tasks, done as they are taken."""
+
+    def __init__(self, work: Callable[[Any], Any], tasks: Sequence[Any]):
+        self._work, self._tasks = work, tasks
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._work(self._tasks[index])
+
+
+def _shared(shape: Sequence[int], order: int, cases: int, device: torch.device) -> tuple[int, int]:
+    """How many designs to compute at once, and how many processes of one thread are to share the work.
+
+    On a CPU small products gain nothing from several threads, and threads that call them wait for each other in the
+    interpreter. So there are as many processes as torch has threads, where they can be forked and all have work that is
+    worth it; batches are of equal size, so that all have work to the end.
+    """
+    batch, height, width = shape
     design = 6 * 8 * height * width * (2 * (order + 1) ** 2) ** 2  # six times the stiffness of the elements
     if device.type == "cuda":
-        return max(1, int(_GPU_SHARE * torch.cuda.mem_get_info(device)[0] / design))
-    return max(1, int(_CPU_BYTES / design))
+        return max(1, int(_GPU_SHARE * torch.cuda.mem_get_info(device)[0] / design)), 1
+    most = max(1, int(_CPU_BYTES / design))
+    least = max(1, most // 4)  # smaller batches take longer in all
+    # a daemon may have no children
+    forks = device.type == "cpu" and sys.platform == "linux" and not current_process().daemon
+    workers = min(torch.get_num_threads(), math.ceil(batch * cases / least)) if forks else 1
+    count = math.ceil(batch / most)
+    while count * cases % workers and batch >= least * (count + 1):
+        count += 1
+    return math.ceil(batch / count), workers
 
 
 def _untransposed(name: str, value: Tensor) -> Tensor:

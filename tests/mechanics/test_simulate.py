@@ -1,7 +1,10 @@
 """Truth of the finite elements: closed forms, patch tests, published data, an independent code, and contracts."""
 
+import gc
 import os
+from importlib import import_module
 from importlib.util import find_spec
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +197,42 @@ def test_a_design_does_not_see_its_neighbours():
         alone = simulate(designs, cases, element_order=1, batch_size=1)
         assert torch.allclose(together.stress, alone.stress, rtol=1e-9, atol=0)
         assert torch.allclose(together.energy, alone.energy, rtol=1e-9, atol=0)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than the test may have cores
+def test_processes_change_neither_results_nor_the_random_state_and_none_is_left(two_threads):
+    designs = composites(2, size=32).requires_grad_()
+    state = torch.get_rng_state()
+    shared = simulate(designs, strains=[0.02])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not active_children()
+    torch.set_num_threads(1)
+    alone = simulate(designs, strains=[0.02])
+    assert torch.allclose(shared.stress, alone.stress, rtol=1e-9, atol=0)
+    slopes = [torch.autograd.grad(result.stress.sum(), designs)[0] for result in (shared, alone)]
+    assert torch.allclose(*slopes, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_an_error_in_a_process_is_raised_and_no_process_is_left(two_threads, monkeypatch):
+    def breaks(*arguments):
+        raise ArithmeticError(f"in process {os.getpid()}")
+
+    monkeypatch.setattr(import_module("mechdiffusers.mechanics.simulate"), "follow", breaks)
+    with pytest.raises(ArithmeticError, match="in process") as caught:
+        simulate(composites(2, size=32), strains=[0.02])
+    assert f"in process {os.getpid()}" not in str(caught.value)
+    del caught
+    gc.collect()
+    assert not active_children()
 
 
 def test_a_design_that_cannot_be_solved_is_nan_and_leaves_its_neighbours_untouched():
