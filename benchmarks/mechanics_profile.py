@@ -20,7 +20,7 @@ from mechdiffusers.mechanics.load_cases import LOAD_CASES
 from mechdiffusers.mechanics.materials import CompressibleNeoHookean
 from mechdiffusers.mechanics.nested_dissection import Factor
 from mechdiffusers.mechanics.newton import Cell
-from mechdiffusers.mechanics.path_following import follow
+from mechdiffusers.mechanics.path_following import RESPONSE_TOLERANCE, follow
 from mechdiffusers.microstructures import random_composites
 from record import record
 
@@ -51,7 +51,7 @@ def main() -> None:
     ):
         setattr(holder, name, timed(getattr(holder, name), parts[name], arguments.num))
     start = time.thread_time()
-    for _ in follow(cell, modulus, torch.linspace(0.05, 0.3, 6, dtype=torch.float64)):
+    for _ in follow(cell, modulus, torch.linspace(0.05, 0.3, 6, dtype=torch.float64), RESPONSE_TOLERANCE):
         pass
     total = time.thread_time() - start
 

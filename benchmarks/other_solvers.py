@@ -15,7 +15,8 @@ import scipy.sparse
 import torch
 from mechdiffusers.mechanics.load_cases import LOAD_CASES
 from mechdiffusers.mechanics.materials import CompressibleNeoHookean
-from mechdiffusers.mechanics.newton import TOLERANCE, Cell
+from mechdiffusers.mechanics.newton import Cell
+from mechdiffusers.mechanics.path_following import RESPONSE_TOLERANCE
 from scipy.sparse.linalg import splu
 from torch import Tensor
 
@@ -93,7 +94,7 @@ def extend_with_torch_fem(designs: Tensor, order: int, strains: Sequence[float])
         displacement, force, _, gradient, _ = mesh.solve(
             increments,
             max_iter=30,
-            rtol=TOLERANCE,
+            rtol=RESPONSE_TOLERANCE,
             atol=1e-8,
             stol=1e-11,
             return_intermediate=True,
@@ -147,7 +148,7 @@ class SciPyNewton:
             while True:
                 gradient = now.forces[0][cell.free]
                 held = now.forces[0] * ~cell.free
-                if gradient.norm() <= TOLERANCE * held.norm():
+                if gradient.norm() <= RESPONSE_TOLERANCE * held.norm():
                     break
                 state = cell.elements.state(displacement)
                 values = cell.elements.stiffness(state, modulus).flatten().numpy()[self.kept]

@@ -91,11 +91,11 @@ class Evaluation:
 
 @dataclass
 class Equilibrium:
-    """Designs at one strain of their path."""
+    """Designs at one strain."""
 
     displacement: Tensor  #: shape (B, *lattice, 2)
     energy: Tensor  #: shape (B,)
-    stress: Tensor  #: conjugate to the strain per unit area, shape (B,)
+    forces: Tensor  #: on the nodes; what is out of balance too, shape (B, *lattice, 2)
     solved: Tensor  #: bool, shape (B,); what is not solved is meaningless
 
 
@@ -122,24 +122,23 @@ class _Iterate:
         return _Iterate(**chosen, pairs=pairs)
 
 
-def equilibrate(cell: Cell, modulus: Tensor, start: Tensor) -> Equilibrium:
+def equilibrate(cell: Cell, modulus: Tensor, start: Tensor, tolerance: float = TOLERANCE) -> Equilibrium:
     """Finds the equilibrium near ``start``, whose prescribed displacements hold.
 
     Args:
         cell: The designs' size and load case.
         modulus: Young's moduli, shape ``(B, H, W)``.
         start: Displacements, shape ``(B, *lattice, 2)``.
+        tolerance: Norm of the forces out of balance over that of the forces that hold the boundary.
     """
-    result = Equilibrium(
-        start.clone(), start.new_empty(len(start)), start.new_empty(len(start)), start.new_zeros(len(start)).bool()
-    )
     now = cell.evaluate(start, modulus)
+    result = Equilibrium(start.clone(), now.energy, now.forces, torch.zeros_like(now.admissible))
     index = now.admissible.nonzero()[:, 0]
     modulus, start = modulus[index], start[index]
     energy, forces = now.energy[index], now.forces[index]
     gradient = forces * cell.free
-    balanced = _balanced(cell, forces, gradient)
-    _store(cell, result, index[balanced], start[balanced], energy[balanced], forces[balanced])
+    balanced = _balanced(cell, forces, gradient, tolerance)
+    _store(result, index[balanced], start[balanced], energy[balanced], forces[balanced])
     left = (~balanced).nonzero()[:, 0]
     if not len(left):
         return result
@@ -177,14 +176,14 @@ def equilibrate(cell: Cell, modulus: Tensor, start: Tensor) -> Equilibrium:
             setattr(work, name, torch.where(_per_node(accepted), value, getattr(work, name)))
         work.energy = torch.where(accepted, now.energy, work.energy)
 
-        balanced = accepted & _balanced(cell, work.forces, work.gradient)
+        balanced = accepted & _balanced(cell, work.forces, work.gradient, tolerance)
         stable = torch.ones_like(balanced)
         check = (balanced & work.shifted).nonzero()[:, 0]
         if len(check):
             state = cell.elements.state(work.displacement[check])
             stable[check] = cell.solver.factorise(cell.elements.stiffness(state, work.modulus[check])).definite
         done = (balanced & stable).nonzero()[:, 0]
-        _store(cell, result, work.index[done], work.displacement[done], work.energy[done], work.forces[done])
+        _store(result, work.index[done], work.displacement[done], work.energy[done], work.forces[done])
         work.left |= balanced | (work.step < 0.5**MAX_HALVINGS) | work.direction.isnan().flatten(1).any(1)
         staying = (~work.left).nonzero()[:, 0]
         if not len(staying):
@@ -236,18 +235,15 @@ def _factorise(cell: Cell, displacement: Tensor, modulus: Tensor) -> tuple[Facto
     return factor, shifted
 
 
-def _store(
-    cell: Cell, result: Equilibrium, index: Tensor, displacement: Tensor, energy: Tensor, forces: Tensor
-) -> None:
+def _store(result: Equilibrium, index: Tensor, displacement: Tensor, energy: Tensor, forces: Tensor) -> None:
     """Writes what is in equilibrium to its place in the result."""
-    result.displacement[index], result.energy[index] = displacement, energy
-    result.stress[index] = (forces * ~cell.free * cell.affine).flatten(1).sum(1) / cell.area
+    result.displacement[index], result.energy[index], result.forces[index] = displacement, energy, forces
     result.solved[index] = True
 
 
-def _balanced(cell: Cell, forces: Tensor, gradient: Tensor) -> Tensor:
+def _balanced(cell: Cell, forces: Tensor, gradient: Tensor, tolerance: float) -> Tensor:
     """Whether nothing is out of balance that counts beside the forces on the boundary."""
-    return _norm(gradient) <= TOLERANCE * _norm(forces * ~cell.free)
+    return _norm(gradient) <= tolerance * _norm(forces * ~cell.free)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from mechdiffusers.mechanics.load_cases import load_case
 from mechdiffusers.mechanics.materials import CompressibleNeoHookean
-from mechdiffusers.mechanics.newton import Cell
-from mechdiffusers.mechanics.path_following import follow
+from mechdiffusers.mechanics.newton import TOLERANCE, Cell
+from mechdiffusers.mechanics.path_following import RESPONSE_TOLERANCE, follow
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.data import DataLoader, Dataset
@@ -182,7 +182,7 @@ def _responses(cell: Cell, modulus: Tensor, strains: Tensor, fields: bool, slope
     """Everything asked for, of the designs of one batch under one load case, shapes ``(b, S, ...)``."""
     steps: dict[str, list[Tensor]] = {}
     nan = torch.tensor(math.nan, dtype=torch.float64, device=modulus.device)
-    for now in follow(cell, modulus, strains):
+    for now in follow(cell, modulus, strains, TOLERANCE if fields or slopes else RESPONSE_TOLERANCE):
         found = {"stress": now.stress, "energy": now.energy}
         if fields or slopes:
             state = cell.elements.state(now.displacement)
