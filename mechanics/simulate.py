@@ -77,6 +77,9 @@ def simulate(
     stable state that its energy leads down to; where that, or convergence, is not to be had, it is NaN from that strain
     on. A design's result does not depend on the others (to 1e-9).
 
+    On a CPU the work is shared among as many processes as torch has threads (on Linux, and unless it is little).
+    Without ``return_fields`` and gradients, stress and energy are in equilibrium to about 1e-9, with them to 1e-11.
+
     Stress and energy are differentiable in ``designs``; fields are not.
 
     Args:
