@@ -33,6 +33,7 @@ from .latent_likelihood import (
 )
 from .latent_prior import LatentPrior
 from .portable_checkpoint import PortableCheckpoint
+from .predictor_guidance import PredictorGuidance
 from .probability_flow import ProbabilityFlow
 from .response_conditioning import Guidance, prepare_response
 from .trained_noise_schedule import TrainedNoiseSchedule
@@ -46,6 +47,7 @@ _OUTPUT_TYPES = ("pil", "np", "pt")
 class LatentDDPMPipeline(
     VariationalLikelihood,
     LatentPrior,
+    PredictorGuidance,
     ProbabilityFlow,
     ContinuousTime,
     AutoencoderLikelihood,
@@ -68,6 +70,8 @@ class LatentDDPMPipeline(
             A variance-preserving scheduler with the betas and prediction type that the denoiser was trained with.
         response_encoder ([`ResponseEncoder`]):
             Makes tokens of responses, and the null tokens of a sample without one.
+        response_predictor ([`ResponsePredictor`], *optional*):
+            Predicts the response of a design, to draw samples towards a wanted one.
         decoder_likelihood (`str`, defaults to `"bernoulli"`):
             What the decoder's output means: ``"bernoulli"`` or ``"discretized_logistic"``.
         decoder_scale (`float`, *optional*):
@@ -85,7 +89,8 @@ class LatentDDPMPipeline(
         | https://arxiv.org/abs/2112.10752
     """
 
-    model_cpu_offload_seq = "response_encoder->unet->vae"
+    model_cpu_offload_seq = "response_encoder->unet->vae->response_predictor"
+    _optional_components = ["response_predictor"]
 
     def __init__(
         self,
@@ -93,12 +98,19 @@ class LatentDDPMPipeline(
         unet: UNet2DConditionModel,
         scheduler: Any,
         response_encoder: Any,
+        response_predictor: Any = None,
         decoder_likelihood: str = "bernoulli",
         decoder_scale: float | None = None,
     ):
         super().__init__()
         check_decoder_likelihood(decoder_likelihood, decoder_scale)
-        self.register_modules(vae=vae, unet=unet, scheduler=scheduler, response_encoder=response_encoder)
+        self.register_modules(
+            vae=vae,
+            unet=unet,
+            scheduler=scheduler,
+            response_encoder=response_encoder,
+            response_predictor=response_predictor,
+        )
         self.register_to_config(decoder_likelihood=decoder_likelihood, decoder_scale=decoder_scale)
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_grayscale=True)
         self._take_as_trained_with(scheduler)
@@ -119,6 +131,7 @@ class LatentDDPMPipeline(
         guidance_rescale: float = 0.0,
         guidance_start: float = 0.0,
         guidance_stop: float = 1.0,
+        predictor_guidance_scale: float = 2.0,
     ) -> ImagePipelineOutput | tuple:
         r"""Generates images.
 
@@ -153,6 +166,9 @@ class LatentDDPMPipeline(
                 Fraction of the steps after which guidance starts.
             guidance_stop (`float`, defaults to 1.0):
                 Fraction of the steps after which guidance stops; outside, the response acts without guidance.
+            predictor_guidance_scale (`float`, defaults to 2.0):
+                Weight of the guidance by the checkpoint's ``response_predictor``; 0 is none. It acts only with a
+                ``response`` and a checkpoint that has a predictor.
 
         Returns:
             [`ImagePipelineOutput`], or a tuple of the images.
@@ -170,6 +186,11 @@ class LatentDDPMPipeline(
             if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_stop)
+        if not 0 <= predictor_guidance_scale < math.inf:
+            raise ValueError(
+                f"predictor_guidance_scale must be a non-negative number, got {predictor_guidance_scale!r}"
+            )
+        by_predictor = response is not None and self.response_predictor is not None and predictor_guidance_scale > 0
         device, dtype = self._execution_device, self.unet.dtype
 
         responses = prepare_response(response, batch_size, self.response_encoder)
@@ -185,8 +206,9 @@ class LatentDDPMPipeline(
         elif latents.shape != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
 
-        tokens = self.response_encoder(responses.to(device))
-        open_tokens = self.response_encoder(torch.full_like(responses, math.nan).to(device))
+        responses = responses.to(device)
+        tokens = self.response_encoder(responses)
+        open_tokens = self.response_encoder(torch.full_like(responses, math.nan))
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
@@ -200,6 +222,8 @@ class LatentDDPMPipeline(
                 prediction = guidance(*prediction.chunk(2))
             else:
                 prediction = self.unet(model_input, t, encoder_hidden_states=tokens).sample
+            if by_predictor:
+                prediction = self._drawn_towards(prediction, model_input, t, responses, predictor_guidance_scale)
             latents = self.scheduler.step(prediction, t, latents, **step_kwargs).prev_sample.to(dtype)
             if callback_on_step_end is not None:
                 latents = callback_on_step_end(self, i, t, {"latents": latents}).get("latents", latents)

@@ -30,6 +30,10 @@ SMALL = {
     "denoiser_steps": 6,
     "denoiser_batch_size": 16,
     "denoiser_warmup_steps": 2,
+    "predictor_block_out_channels": [8, 8],
+    "predictor_steps": 6,
+    "predictor_batch_size": 16,
+    "predictor_warmup_steps": 2,
     "token_dim": 8,
     "logging_steps": 3,
     "validation_steps": 6,
@@ -92,7 +96,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     pipeline = folder / "pipeline"
     return {
         f"{name}.{key}": value
-        for name in ("vae", "unet", "response_encoder")
+        for name in ("vae", "unet", "response_encoder", "response_predictor")
+        if (pipeline / name).is_dir()
         for key, value in load_file(pipeline / name / "diffusion_pytorch_model.safetensors").items()
     }
 

@@ -43,7 +43,7 @@ def stage_accelerator(config: TrainingConfig, name: str) -> Accelerator:
 
     Args:
         config: Settings of the run.
-        name: ``"autoencoder"`` or ``"denoiser"``.
+        name: ``"autoencoder"``, ``"denoiser"`` or ``"predictor"``.
     """
     torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.allow_tf32

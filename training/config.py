@@ -33,7 +33,7 @@ _TOKEN_ARGUMENTS = {"__token", "__hub_token", "__hf_token", "__push_token", "__u
 
 @dataclass(frozen=True)
 class StageConfig:
-    """The settings that both stages have, each with its own value."""
+    """The settings that all stages have, each with its own value."""
 
     steps: int
     batch_size: int
@@ -43,7 +43,8 @@ class StageConfig:
 
 @dataclass
 class TrainingConfig:
-    """Settings of ``training/train.py``; two stages, the autoencoder and the denoiser of its latents."""
+    """Settings of ``training/train.py``; stages: the autoencoder, the denoiser of its latents and a
+    predictor of responses, where the designs have them."""
 
     output_dir: str = field(metadata={"help": "Folder of the run: its checkpoints, logs and the trained pipeline."})
     seed: int = field(default=0, metadata={"help": "Seed of everything random."})
@@ -130,6 +131,17 @@ class TrainingConfig:
     denoiser_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     denoiser_warmup_steps: int = field(default=200, metadata={"help": "Steps to the peak learning rate."})
 
+    predictor_block_out_channels: list[int] = field(
+        default_factory=lambda: [32, 64, 128], metadata={"help": "Widths of the predictor of responses."}
+    )
+    predictor_layers_per_block: int = field(default=2, metadata={"help": "Residual layers of a block."})
+    predictor_steps: int = field(
+        default=10_000, metadata={"help": "Optimiser steps of the predictor, where there are responses; 0 for none."}
+    )
+    predictor_batch_size: int = field(default=64, metadata={"help": "Designs a step, all processes together."})
+    predictor_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate."})
+    predictor_warmup_steps: int = field(default=200, metadata={"help": "Steps to the peak learning rate."})
+
     lr_scheduler: str = field(
         default="cosine", metadata={"help": "Learning-rate schedule by its name in diffusers.optimization."}
     )
@@ -190,6 +202,8 @@ class TrainingConfig:
             "response_masking",
             "autoencoder_warmup_steps",
             "denoiser_warmup_steps",
+            "predictor_steps",
+            "predictor_warmup_steps",
         }
         for name, value in asdict(self).items():
             for number in value if isinstance(value, list) else [value]:
@@ -230,7 +244,7 @@ class TrainingConfig:
                     f"{self.response_column!r}: build_dataset makes a dataset of designs with theirs"
                 )
 
-    def stage(self, name: Literal["autoencoder", "denoiser"]) -> StageConfig:
+    def stage(self, name: Literal["autoencoder", "denoiser", "predictor"]) -> StageConfig:
         """The settings of one stage."""
         return StageConfig(**{f.name: getattr(self, f"{name}_{f.name}") for f in fields(StageConfig)})
 

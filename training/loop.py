@@ -1,4 +1,4 @@
-"""The optimisation loop of both stages: averaged weights, schedules, logs, validation, checkpoints, resumption."""
+"""The optimisation loop of all stages: averaged weights, schedules, logs, validation, checkpoints, resumption."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def run_stage(
     Args:
         accelerator: From :func:`~mechdiffusers.training.accelerators.stage_accelerator`.
         config: Settings of the run.
-        name: ``"autoencoder"`` or ``"denoiser"``.
+        name: ``"autoencoder"``, ``"denoiser"`` or ``"predictor"``.
         module: What is trained; used up.
         train: Training samples, tuples of tensors.
         compute_loss: From module, batch and randomness to the loss and what to log.

@@ -1,4 +1,4 @@
-"""``metrics.json`` of a run: the newest figures of both stages, for its card and for whoever compares runs."""
+"""``metrics.json`` of a run: the newest figures of all stages, for its card and for whoever compares runs."""
 
 from __future__ import annotations
 

@@ -115,8 +115,9 @@ def _checked_start(checkpoint: Path, config: TrainingConfig) -> list[Path]:
     if (damage := damage_of(checkpoint)) is not None:
         raise ValueError(f"resume_from_checkpoint must be a whole checkpoint, got {checkpoint}, torn ({damage})")
     others = checkpoint.parent
-    of_the_denoiser = {field.name for field in fields(config) if field.name.startswith("denoiser_")} | _OF_THE_DENOISER
-    anew = _OF_THE_WAY_ON if stage == "denoiser" else of_the_denoiser
+    later = ("predictor_",) if stage == "denoiser" else ("denoiser_", "predictor_")
+    anew = {field.name for field in fields(config) if field.name.startswith(later)}
+    anew |= _OF_THE_WAY_ON if stage == "denoiser" else _OF_THE_DENOISER
     _check_same_run(config, others.parent / "config.yaml", _MAY_CHANGE | anew)
     start = [checkpoint]
     if stage == "denoiser":

@@ -28,7 +28,7 @@ _TASK = "unconditional-image-generation"
 _NOT_ON_THE_CARD = ("output_dir", "resume_from_checkpoint", "dry_run", "push_to_hub", "hub_model_id", "hub_private")
 #: Metrics that say how the run went, not how good the model is.
 _OF_THE_RUN = ("step", "seconds_per_step", "peak_memory_gib")
-#: What the metrics of the two stages are; others go by their names.
+#: What the metrics of the stages are; others go by their names.
 _DESCRIPTIONS = {
     "autoencoder/elbo_nats": "evidence lower bound of a design, nats",
     "autoencoder/reconstruction_nats": "its reconstruction term, nats",
@@ -50,6 +50,11 @@ _DESCRIPTIONS = {
     "denoiser/loss_without_response": "the same without a response",
     "denoiser/elbo_nats": "evidence lower bound of the whole model in continuous time, nats",
     "denoiser/elbo_bits_per_dim": "its negative, bits per pixel",
+    "predictor/step": "steps of the predictor",
+    "predictor/seconds_per_step": "time of a step of the predictor, seconds",
+    "predictor/peak_memory_gib": "memory up to the end of the predictor's stage, GiB",
+    "predictor/loss": "mean square error of the predicted normalised response",
+    "predictor/response_error": "error of the predicted response, as designs for a response are judged",
 }
 
 
@@ -219,8 +224,10 @@ def _parts(pipeline: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
         "vae": f"`AutoencoderKL`, {settings['decoder_likelihood']} decoder, KL weight {settings['kl_weight']}",
         "unet": f"`UNet2DConditionModel`, predicts {settings['prediction_type']}, {curve}",
         "response_encoder": "`ResponseEncoder`, which gives the tokens that the denoiser attends to",
+        "response_predictor": "`ResponsePredictor`, which draws samples towards a wanted response",
     }
-    return [{"name": name, "what": what[name], "num_parameters": _num_parameters(pipeline / name)} for name in what]
+    there = [name for name in what if (pipeline / name).is_dir()]
+    return [{"name": name, "what": what[name], "num_parameters": _num_parameters(pipeline / name)} for name in there]
 
 
 def _num_parameters(folder: Path) -> int:

@@ -21,7 +21,7 @@ _STEPS = 8
 
 
 def rehearse(config: TrainingConfig) -> str:
-    """Runs both stages small in a temporary folder.
+    """Runs all stages small in a temporary folder.
 
     Args:
         config: Settings of the run; ``output_dir`` is not touched.
@@ -34,7 +34,9 @@ def rehearse(config: TrainingConfig) -> str:
         OSError: If the folder in which ``output_dir`` would be made cannot be written.
     """
     designs = load_designs(config)
-    num = min(designs.num_train, max(config.autoencoder_batch_size, config.denoiser_batch_size))
+    num = min(
+        designs.num_train, max(config.autoencoder_batch_size, config.denoiser_batch_size, config.predictor_batch_size)
+    )
     few = designs.train if isinstance(designs.train, IterableDataset) else Subset(designs.train, range(num))
     process = process_state()
     cost: dict[str, dict[str, float]] = {}
@@ -46,19 +48,21 @@ def rehearse(config: TrainingConfig) -> str:
             output_dir=folder,
             autoencoder_steps=_STEPS,
             denoiser_steps=_STEPS,
+            predictor_steps=min(_STEPS, config.predictor_steps),
             logging_steps=_STEPS // 2,
             checkpointing_steps=_STEPS,
             report_to="tensorboard",
         )
         pipe = run_stages(short, replace(designs, train=few, num_train=num))
         if process.is_main_process:
-            cost = {name: read_metrics(Path(folder), name) for name in ("autoencoder", "denoiser")}
+            cost = {name: read_metrics(Path(folder), name) for name in ("autoencoder", "denoiser", "predictor")}
         process.wait_for_everyone()
     if not process.is_main_process:
         return ""
     height, width = designs.size
     lines = [f"{designs.num_train} training designs of {height} x {width} pixels, {len(designs.heldout)} held out"]
-    for name, module in (("autoencoder", pipe.vae), ("denoiser", pipe.unet)):
+    modules = {"autoencoder": pipe.vae, "denoiser": pipe.unet, "predictor": pipe.response_predictor}
+    for name, module in ((name, module) for name, module in modules.items() if module is not None):
         stage, seconds = config.stage(name), cost[name]["seconds_per_step"]  # type: ignore[arg-type]
         lines.append(
             f"{name}: {module.num_parameters() / 1e6:.2f} million parameters, {stage.steps} steps of "

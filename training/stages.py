@@ -1,4 +1,4 @@
-"""Both stages one after the other, with the cached latents between them."""
+"""The stages one after the other, with the cached latents between the first two."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mechdiffusers.training.autoencoder import encode_all, measure_latents, trai
 from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.data import Designs
 from mechdiffusers.training.denoiser import train_denoiser
+from mechdiffusers.training.predictor import train_predictor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import TensorDataset
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_stages(config: TrainingConfig, designs: Designs) -> LatentDDPMPipeline:
-    """Trains the autoencoder, caches the latents, trains the denoiser and saves ``output_dir/pipeline``.
+    """Trains the autoencoder, caches the latents, trains the denoiser and the predictor, saves ``output_dir/pipeline``.
 
     Args:
         config: Settings of the run, whose folder is there.
@@ -34,7 +35,7 @@ def run_stages(config: TrainingConfig, designs: Designs) -> LatentDDPMPipeline:
         The trained pipeline, on the CPU, in the main process.
 
     Raises:
-        ValueError: If there are fewer designs than a batch of either stage, or the processes cannot share one evenly.
+        ValueError: If there are fewer designs than a batch of a stage, or the processes cannot share one evenly.
     """
     _check_batches(config, designs)
     output_dir = Path(config.output_dir)
@@ -54,6 +55,10 @@ def run_stages(config: TrainingConfig, designs: Designs) -> LatentDDPMPipeline:
         TensorDataset(latents["train"], latents["response"]),
         latents["heldout"],
     )
+    if _has_predictor(config, designs):
+        accelerator = stage_accelerator(config, "predictor")
+        predictor = train_predictor(accelerator, config, designs, latents["response"])
+        pipe.register_modules(response_predictor=predictor)
     if accelerator.is_main_process:
         pipe.save_pretrained(output_dir / "pipeline")
         logger.info("the pipeline is in %s", output_dir / "pipeline")
@@ -62,9 +67,10 @@ def run_stages(config: TrainingConfig, designs: Designs) -> LatentDDPMPipeline:
 
 
 def _check_batches(config: TrainingConfig, designs: Designs) -> None:
-    """Checks both stages before the first begins."""
+    """Checks all stages before the first begins."""
     num_processes = process_state().num_processes
-    for stage in ("autoencoder_batch_size", "denoiser_batch_size"):
+    stages = ["autoencoder", "denoiser", *(["predictor"] if _has_predictor(config, designs) else [])]
+    for stage in (f"{name}_batch_size" for name in stages):
         size = getattr(config, stage)
         if size % num_processes:
             raise ValueError(f"{stage} must be a multiple of the number of processes, got {size} for {num_processes}")
@@ -72,6 +78,10 @@ def _check_batches(config: TrainingConfig, designs: Designs) -> None:
             raise ValueError(
                 f"{stage} must be at most the number of training designs, got {size} for {designs.num_train} designs"
             )
+
+
+def _has_predictor(config: TrainingConfig, designs: Designs) -> bool:
+    return designs.meaning is not None and config.predictor_steps > 0
 
 
 def _cached_latents(
