@@ -11,13 +11,13 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["LOAD_CASES", "LoadCase", "load_case"]
+__all__ = ["LOAD_CASES", "LoadCase", "load_case", "mirrored_cases", "transposed_cases"]
 
 
 @dataclass(frozen=True)
@@ -70,3 +70,44 @@ def load_case(name: str) -> tuple[LoadCase, bool]:
         known = ", ".join(LOAD_CASES)
         raise ValueError(f"load_cases must be among {known}, each also with the suffix _x, got {name!r}")
     return LOAD_CASES[base], base != name
+
+
+def mirrored_cases(names: Sequence[str]) -> list[int | None]:
+    """Which load case of a design is each load case of its mirror image.
+
+    Args:
+        names: Load cases.
+
+    Returns:
+        For each the index of the one under which the design itself responds alike: its own where the load mirrors into
+        itself, ``None`` where it does not, as shear, which turns round.
+
+    Example:
+        >>> mirrored_cases(["uniaxial_extension", "shear"])
+        [0, None]
+    """
+    gradients = [load_case(name)[0].gradient for name in names]
+    return [i if (xy, yx) == (0, 0) else None for i, ((_, xy), (yx, _)) in enumerate(gradients)]
+
+
+def transposed_cases(names: Sequence[str]) -> list[int | None]:
+    """Which load case of a design is each load case of the transposed design, whose rows are its columns.
+
+    Args:
+        names: Load cases.
+
+    Returns:
+        For each the index of the one under which the design itself responds alike: of ``NAME_x`` for ``NAME`` and the
+        other way round, its own where all directions are alike, ``None`` where that is not among them.
+
+    Example:
+        >>> transposed_cases(["uniaxial_extension", "uniaxial_extension_x", "shear"])
+        [1, 0, None]
+    """
+    twins = []
+    for name in names:
+        case, along_x = load_case(name)
+        (xx, _), (_, yy) = case.gradient
+        twin = name if xx == yy != 0 else name.removesuffix("_x") if along_x else f"{name}_x"
+        twins.append(names.index(twin) if twin in names else None)
+    return twins

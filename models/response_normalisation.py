@@ -24,8 +24,8 @@ def response_normalisation(response: Tensor) -> dict[str, list[list[float]]]:
         response: Shape ``(B, L, S)``, NaN where unknown.
 
     Returns:
-        ``scale``, ``mean`` and ``std``, the arguments of the networks that see or predict responses. An entry that is the same for all
-        designs has ``std`` 1.
+        ``scale``, ``mean`` and ``std``, the arguments of the networks that see or predict responses. An
+        entry that is the same for all designs has ``std`` 1.
 
     Raises:
         ValueError: If an entry is unknown of all designs.

@@ -11,7 +11,7 @@ This file travels inside checkpoints: it imports torch, numpy, diffusers and its
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -70,12 +70,12 @@ class LatentDDPMPipeline(
             A variance-preserving scheduler with the betas and prediction type that the denoiser was trained with.
         response_encoder ([`ResponseEncoder`]):
             Makes tokens of responses, and the null tokens of a sample without one.
-        response_predictor ([`ResponsePredictor`], *optional*):
-            Predicts the response of a design, to draw samples towards a wanted one.
         decoder_likelihood (`str`, defaults to `"bernoulli"`):
             What the decoder's output means: ``"bernoulli"`` or ``"discretized_logistic"``.
         decoder_scale (`float`, *optional*):
             Scale of a ``discretized_logistic`` decoder, on [0, 1].
+        response_predictor ([`ResponsePredictor`], *optional*):
+            Predicts the response of a design, to draw samples towards a wanted one.
 
     Raises:
         ValueError: If the parts do not fit together or the scheduler does not suit a latent model.
@@ -90,7 +90,7 @@ class LatentDDPMPipeline(
     """
 
     model_cpu_offload_seq = "response_encoder->unet->vae->response_predictor"
-    _optional_components = ["response_predictor"]
+    _optional_components: ClassVar = ["response_predictor"]
 
     def __init__(
         self,
@@ -98,9 +98,9 @@ class LatentDDPMPipeline(
         unet: UNet2DConditionModel,
         scheduler: Any,
         response_encoder: Any,
-        response_predictor: Any = None,
         decoder_likelihood: str = "bernoulli",
         decoder_scale: float | None = None,
+        response_predictor: Any = None,
     ):
         super().__init__()
         check_decoder_likelihood(decoder_likelihood, decoder_scale)

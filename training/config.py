@@ -44,7 +44,8 @@ class StageConfig:
 @dataclass
 class TrainingConfig:
     """Settings of ``training/train.py``; stages: the autoencoder, the denoiser of its latents and a
-    predictor of responses, where the designs have them."""
+    predictor of responses, where the designs have them.
+    """
 
     output_dir: str = field(metadata={"help": "Folder of the run: its checkpoints, logs and the trained pipeline."})
     seed: int = field(default=0, metadata={"help": "Seed of everything random."})
@@ -83,6 +84,12 @@ class TrainingConfig:
     random_half_turn: bool = field(
         default=False,
         metadata={"help": "Turn half of the designs by 180 degrees at random, which no response notices."},
+    )
+    random_reflections: bool = field(
+        default=False,
+        metadata={
+            "help": "Mirror and transpose designs at random for the predictor, where a response follows from it."
+        },
     )
 
     decoder_likelihood: Literal["bernoulli", "discretized_logistic"] = field(

@@ -1,15 +1,20 @@
 r"""The third stage: a predictor of responses, for designs that have them.
 
 The loss is the mean square of the error of the normalised response over the entries that are known. It sees the designs
-themselves, nothing of the autoencoder or the denoiser.
+themselves, nothing of the autoencoder or the denoiser. A mirror image or a transposed design responds as the design
+itself under some load cases; the others are left open.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from mechdiffusers.evaluation import response_error
+from mechdiffusers.mechanics.load_cases import mirrored_cases, transposed_cases
 from mechdiffusers.models import ResponsePredictor, response_normalisation
 from mechdiffusers.training.autoencoder import half_turn
 from mechdiffusers.training.config import TrainingConfig
@@ -18,7 +23,10 @@ from mechdiffusers.training.loop import run_stage
 from mechdiffusers.training.randomness import StepRandomness
 from torch import Tensor, nn
 
-__all__ = ["train_predictor"]
+__all__ = ["reflected", "train_predictor"]
+
+#: Share of the designs that are mirrored, and share that are transposed; the others keep all of their response.
+_REFLECTED = 0.25
 
 
 def train_predictor(
@@ -42,6 +50,8 @@ def train_predictor(
         **response_normalisation(responses),
     )
 
+    load_cases = predictor.config.meaning["load_cases"]
+
     def compute_loss(
         module: nn.Module, batch: tuple[Tensor, ...], randomness: StepRandomness
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -49,6 +59,8 @@ def train_predictor(
         if config.random_half_turn:
             turned = randomness.integers(2, len(images)).bool().to(images.device)
             images = torch.where(turned[:, None, None, None], half_turn(images), images)
+        if config.random_reflections:
+            images, response = reflected(images, response, load_cases, randomness)
         loss = _square_error(module(images), predictor.normalise(response)).mean()
         return loss, {"loss": loss}
 
@@ -65,6 +77,32 @@ def train_predictor(
     trained = run_stage(accelerator, config, "predictor", predictor, designs.train, compute_loss, validate)
     assert isinstance(trained, ResponsePredictor)
     return trained
+
+
+def reflected(
+    images: Tensor, response: Tensor, load_cases: Sequence[str], randomness: StepRandomness
+) -> tuple[Tensor, Tensor]:
+    """Mirrors and transposes some designs, with the response that follows from theirs.
+
+    Args:
+        images: Shape ``(B, 1, H, W)``; only square ones are transposed.
+        response: Shape ``(B, L, S)``, NaN where unknown.
+        load_cases: L names.
+        randomness: Of the step.
+
+    Returns:
+        Both, NaN where nothing is known of the reflected design.
+    """
+    reflections = [(lambda x: x.flip(-1), mirrored_cases(load_cases))]
+    if images.shape[-1] == images.shape[-2]:
+        reflections.append((lambda x: x.mT, transposed_cases(load_cases)))
+    for reflect, cases in reflections:
+        chosen = (randomness.uniform(len(images)) < _REFLECTED).to(images.device)[:, None, None]
+        images = torch.where(chosen[..., None], reflect(images), images)
+        unknown = torch.tensor([case is None for case in cases], device=response.device)
+        found = response[:, [case or 0 for case in cases]].masked_fill(unknown[:, None], math.nan)
+        response = torch.where(chosen, found, response)
+    return images, response
 
 
 def _square_error(predicted: Tensor, wanted: Tensor) -> Tensor:
