@@ -131,7 +131,8 @@ class LatentDDPMPipeline(
         guidance_rescale: float = 0.0,
         guidance_start: float = 0.0,
         guidance_stop: float = 1.0,
-        predictor_guidance_scale: float = 2.0,
+        predictor_guidance_scale: float = 4.0,
+        num_candidates: int = 1,
     ) -> ImagePipelineOutput | tuple:
         r"""Generates images.
 
@@ -151,7 +152,7 @@ class LatentDDPMPipeline(
                 Source of all random numbers. A list has one for each image. A single one is spread to one for each
                 image first, so that image ``i`` does not depend on how many images follow.
             latents (`torch.Tensor`, *optional*):
-                Gaussian noise to start from, shape ``(images, C, h, w)``.
+                Gaussian noise to start from, shape ``(images, C, h, w)``, the candidates of an image being neighbours.
             output_type (`str`, defaults to `"pil"`):
                 ``"pil"``, ``"np"`` (B, H, W, C) or ``"pt"`` (B, C, H, W).
             return_dict (`bool`, defaults to `True`):
@@ -166,9 +167,12 @@ class LatentDDPMPipeline(
                 Fraction of the steps after which guidance starts.
             guidance_stop (`float`, defaults to 1.0):
                 Fraction of the steps after which guidance stops; outside, the response acts without guidance.
-            predictor_guidance_scale (`float`, defaults to 2.0):
+            predictor_guidance_scale (`float`, defaults to 4.0):
                 Weight of the guidance by the checkpoint's ``response_predictor``; 0 is none. It acts only with a
                 ``response`` and a checkpoint that has a predictor.
+            num_candidates (`int`, defaults to 1):
+                How many to draw for each image that is returned: the one whose predicted response is nearest. More than
+                one needs a ``response`` and a checkpoint that has a predictor.
 
         Returns:
             [`ImagePipelineOutput`], or a tuple of the images.
@@ -182,6 +186,7 @@ class LatentDDPMPipeline(
             ("batch_size", batch_size),
             ("num_images_per_response", num_images_per_response),
             ("num_inference_steps", num_inference_steps),
+            ("num_candidates", num_candidates),
         ):
             if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
@@ -190,7 +195,11 @@ class LatentDDPMPipeline(
             raise ValueError(
                 f"predictor_guidance_scale must be a non-negative number, got {predictor_guidance_scale!r}"
             )
-        by_predictor = response is not None and self.response_predictor is not None and predictor_guidance_scale > 0
+        predicts = response is not None and self.response_predictor is not None
+        if num_candidates > 1 and not predicts:
+            raise ValueError(
+                f"num_candidates must be 1 without a response or a response_predictor to choose by, got {num_candidates}"
+            )
         device, dtype = self._execution_device, self.unet.dtype
 
         responses = prepare_response(response, batch_size, self.response_encoder)
@@ -200,6 +209,11 @@ class LatentDDPMPipeline(
             generator = _spread(generator, num_images)
         if isinstance(generator, list) and len(generator) != num_images:
             raise ValueError(f"generator must be one or a list of {num_images}, one an image, got {len(generator)}")
+        if num_candidates > 1:
+            responses = responses.repeat_interleave(num_candidates, dim=0)
+            num_images *= num_candidates
+            if generator is not None:
+                generator = [each for one in generator for each in _spread(one, num_candidates)]
         shape = (num_images, self.unet.config.in_channels, *latent_size(self.vae))
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
@@ -222,13 +236,16 @@ class LatentDDPMPipeline(
                 prediction = guidance(*prediction.chunk(2))
             else:
                 prediction = self.unet(model_input, t, encoder_hidden_states=tokens).sample
-            if by_predictor:
+            if predicts and predictor_guidance_scale:
                 prediction = self._drawn_towards(prediction, model_input, t, responses, predictor_guidance_scale)
             latents = self.scheduler.step(prediction, t, latents, **step_kwargs).prev_sample.to(dtype)
             if callback_on_step_end is not None:
                 latents = callback_on_step_end(self, i, t, {"latents": latents}).get("latents", latents)
 
-        images = self.decode(latents, output_type=output_type)
+        images = self.decode(latents, output_type="pt")
+        if num_candidates > 1:
+            images = self._nearest(images, responses, num_candidates)
+        images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

@@ -3,17 +3,17 @@ r"""A predictor of responses beside the denoiser: what a design does at a glance
 A denoiser that is given a response has to find out from examples alone what a design does, and uses it loosely. A
 network that predicts the response :math:`f(x)` of a design learns the same from far fewer examples. Given noisy latents
 :math:`z_t`, the clean ones are about Gaussian, with the denoiser's :math:`\hat z_0` as mean and the variance
-:math:`r_t^2 = \sigma_t^2 / (\alpha_t^2 + \sigma_t^2)`; a response that is observed up to an error :math:`\varepsilon`
-moves their mean by
+:math:`\sigma_t^2`; a response that is observed up to an error :math:`\varepsilon` moves their mean by
 
-.. math:: w \, r_t^2 J^T (r_t^2 J J^T + \varepsilon^2 I)^{-1} (y - f(\hat z_0)), \quad J = \partial f / \partial z_0,
+.. math:: w \, \sigma_t^2 J^T (\sigma_t^2 J J^T + \varepsilon^2 I)^{-1} (y - f(\hat z_0)), \quad J = \partial f / \partial z_0,
 
 through the decoder (Song et al. 2023, equation 7, the pseudo-inverse guidance of a nonlinear observation by its
 linearisation; the denoiser's own derivative, by which they multiply, is left out). The curve of a load case is nearly
 one number, so that :math:`y` and :math:`f` are the means of the normalised stresses over the strains that are given,
 one for each load case.
 
-As it changes what the denoiser says and not the step that follows, it serves every scheduler.
+As it changes what the denoiser says and not the step that follows, it serves every scheduler. What it leaves over is
+chance, so that one does well to draw several candidates for an image and to keep the one that is predicted nearest.
 
 This file travels inside checkpoints: it imports torch, numpy, diffusers and its siblings alone.
 
@@ -38,6 +38,8 @@ __all__ = ["PredictorGuidance"]
 
 #: The error up to which a wanted response is observed, in standard deviations of the training data.
 _TOLERANCE = 0.03
+#: The log-SNR before which the decoder makes nothing of :math:`\hat z_0` that a predictor could tell of.
+_LEAST_LOG_SNR = -2.5
 #: Samples whose decoders' activations are kept at once.
 _BATCH = 64
 
@@ -68,6 +70,24 @@ class PredictorGuidance(DiffusionPipeline):
         if self.response_predictor is None:
             raise ValueError("response_predictor must be part of the checkpoint to predict a response, got none")
 
+    def _nearest(self, images: Tensor, wanted: Tensor, num_candidates: int) -> Tensor:
+        """Of each ``num_candidates`` neighbours among images ``(B, 1, H, W)`` the one predicted nearest to its target.
+
+        Args:
+            images: Decoded candidates.
+            wanted: Their responses, shape ``(B, L, S)``, NaN where open.
+            num_candidates: For each image that is kept.
+
+        Returns:
+            Shape ``(B / num_candidates, 1, H, W)``.
+        """
+        predicted = torch.cat(
+            [self.response_predictor(batch.to(self.response_predictor.dtype)) for batch in images.split(_BATCH)]
+        )
+        error = (predicted - self.response_predictor.normalise(wanted)).square().nanmean((1, 2))
+        best = error.unflatten(0, (-1, num_candidates)).argmin(1)
+        return images.unflatten(0, (-1, num_candidates))[torch.arange(len(best)), best]
+
     def _drawn_towards(self, prediction: Tensor, noisy: Tensor, timestep: Any, wanted: Tensor, scale: float) -> Tensor:
         r"""What the denoiser says, its :math:`\hat z_0` moved towards a wanted response.
 
@@ -83,6 +103,8 @@ class PredictorGuidance(DiffusionPipeline):
         """
         table = log_snr_table(self.scheduler)
         log_snr = float(np.interp(float(timestep), np.arange(len(table)), table))
+        if log_snr < _LEAST_LOG_SNR:
+            return prediction
         alpha, sigma = math.sqrt(1 / (1 + math.exp(-log_snr))), math.sqrt(1 / (1 + math.exp(log_snr)))
         kind = self.scheduler.config.prediction_type
         if kind == "v_prediction":
