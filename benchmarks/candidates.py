@@ -14,6 +14,7 @@ from mechdiffusers.evaluation import response_error
 from mechdiffusers.microstructures.build_dataset.columns import designs_of, grey_levels
 from mechdiffusers.microstructures.build_dataset.parts import compute_by_parts
 from mechdiffusers.pipelines import LatentDDPMPipeline
+from mechdiffusers.schedulers import STOCK_SCHEDULERS
 
 
 def common_arguments(
@@ -37,6 +38,21 @@ def common_arguments(
     parser.add_argument("--run_dir", type=Path, default=Path("runs") / name)
     parser.add_argument("--output", type=Path, default=Path(f"benchmarks/{name}.json"))
     return parser
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Adds how the designs are drawn, as :func:`sampling` reads it."""
+    parser.add_argument("--scheduler", choices=STOCK_SCHEDULERS, default="dpmsolver++")
+    parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--guidance_scale", type=float, default=1.0)
+    parser.add_argument("--predictor_guidance_scale", type=float, default=4.0)
+    parser.add_argument("--num_candidates", type=int, default=1, help="for each design; a predictor keeps the best")
+
+
+def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of the pipeline among the arguments."""
+    names = ("num_inference_steps", "guidance_scale", "predictor_guidance_scale", "num_candidates")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def fingerprint(checkpoint: Path) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from candidates import autoencoder, common_arguments, errors_of, fingerprint, kept, summary
+from candidates import add_sampling, autoencoder, common_arguments, errors_of, fingerprint, kept, sampling, summary
 from mechdiffusers.evaluation import (
     diversity,
     nearest_training_designs,
@@ -26,7 +26,7 @@ from mechdiffusers.evaluation.design import designs_for
 from mechdiffusers.evaluation.response import load_split
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.pipelines import LatentDDPMPipeline
-from mechdiffusers.schedulers import STOCK_SCHEDULERS, stock_scheduler
+from mechdiffusers.schedulers import stock_scheduler
 from record import record
 
 
@@ -35,9 +35,7 @@ def main() -> None:
     parser.add_argument("--num_targets_many", type=int, default=32, help="0 leaves the many candidates out")
     parser.add_argument("--num_designs_many", type=int, default=64)
     parser.add_argument("--num_timed", type=int, default=3, help="targets whose designs are timed")
-    parser.add_argument("--scheduler", choices=STOCK_SCHEDULERS, default="dpmsolver++")
-    parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--guidance_scale", type=float, default=1.0)
+    add_sampling(parser)
     arguments = parser.parse_args()
 
     train, heldout = load_split(arguments.dataset, "train"), load_split(arguments.dataset, "heldout")
@@ -50,7 +48,7 @@ def main() -> None:
     pipe = LatentDDPMPipeline.from_pretrained(arguments.checkpoint).to(arguments.device)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = stock_scheduler(arguments.scheduler, pipe.scheduler.config)
-    options = {"num_inference_steps": arguments.num_inference_steps, "guidance_scale": arguments.guidance_scale}
+    options = sampling(arguments)
     recipe = [fingerprint(arguments.checkpoint), arguments.scheduler, options, arguments.seed, rows.tolist()]
 
     def candidates(num_targets: int, num_designs: int) -> tuple[np.ndarray, dict[str, Any]]:

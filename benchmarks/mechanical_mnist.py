@@ -12,7 +12,7 @@ on two cores; they are kept in --run_dir, so that the same command goes on after
 from pathlib import Path
 
 import numpy as np
-from candidates import autoencoder, common_arguments, errors_of, fingerprint, kept, summary
+from candidates import add_sampling, autoencoder, common_arguments, errors_of, fingerprint, kept, sampling, summary
 from mechdiffusers.evaluation import (
     nearest_training_designs,
     novelty,
@@ -24,7 +24,7 @@ from mechdiffusers.evaluation.design import designs_for
 from mechdiffusers.evaluation.response import load_split
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.pipelines import LatentDDPMPipeline
-from mechdiffusers.schedulers import STOCK_SCHEDULERS, stock_scheduler
+from mechdiffusers.schedulers import stock_scheduler
 from record import record
 
 
@@ -32,9 +32,7 @@ def main() -> None:
     parser = common_arguments(__doc__, "mechanical_mnist", num_targets=500, dataset=None)
     # runs/mechanical_mnist is where the checkpoint is trained
     parser.set_defaults(num_designs=10, run_dir=Path("runs/mechanical_mnist_benchmark"))
-    parser.add_argument("--scheduler", choices=STOCK_SCHEDULERS, default="dpmsolver++")
-    parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--guidance_scale", type=float, default=1.0)
+    add_sampling(parser)
     arguments = parser.parse_args()
 
     train, heldout = load_split(arguments.dataset, "train"), load_split(arguments.dataset, "heldout")
@@ -45,7 +43,7 @@ def main() -> None:
     pipe = LatentDDPMPipeline.from_pretrained(arguments.checkpoint).to(arguments.device)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = stock_scheduler(arguments.scheduler, pipe.scheduler.config)
-    options = {"num_inference_steps": arguments.num_inference_steps, "guidance_scale": arguments.guidance_scale}
+    options = sampling(arguments)
     recipe = [fingerprint(arguments.checkpoint), arguments.scheduler, options, arguments.seed, num, targets.tolist()]
     designs = kept(
         arguments.run_dir,

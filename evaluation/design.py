@@ -59,8 +59,9 @@ def designs_for(
     drawn = torch.Generator().manual_seed(seed)
     seeds = torch.randint(2**62, (len(wanted),), generator=drawn).tolist()
     images = []
-    for start in tqdm(range(0, len(wanted), _BATCH), desc="generate", unit="batch", disable=not progress):
-        rows = slice(start, start + _BATCH)
+    at_once = max(1, _BATCH // options.get("num_candidates", 1))
+    for start in tqdm(range(0, len(wanted), at_once), desc="generate", unit="batch", disable=not progress):
+        rows = slice(start, start + at_once)
         generators = [torch.Generator().manual_seed(number) for number in seeds[rows]]
         images.append(pipe(response=wanted[rows], generator=generators, output_type="np", **options).images[..., 0])
     return np.concatenate(images)
@@ -83,8 +84,9 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/design"))
     parser.add_argument("--num_designs", type=int, default=8, help="for each target")
     parser.add_argument("--scheduler", choices=STOCK_SCHEDULERS, default="dpmsolver++")
-    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=1.0)
+    parser.add_argument("--num_candidates", type=int, default=1, help="for each design; a predictor keeps the best")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="such as cuda")
     arguments = parser.parse_args(args)
@@ -123,6 +125,7 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
         progress=True,
         num_inference_steps=arguments.num_inference_steps,
         guidance_scale=arguments.guidance_scale,
+        num_candidates=arguments.num_candidates,
     )
     binary = pipe.config.decoder_likelihood == "bernoulli"
     device = arguments.device

@@ -24,7 +24,7 @@ pipe = LatentDDPMPipeline.from_pretrained(arguments.checkpoint)
 pipe.scheduler = stock_scheduler("dpmsolver++", pipe.scheduler.config)
 meaning = pipe.response_encoder.config.meaning
 names, targets = read_targets(arguments.targets, meaning)
-options = {"num_inference_steps": arguments.steps, "guidance_scale": 2.5, "generator": torch.manual_seed(0)}
+options = {"num_inference_steps": arguments.steps, "num_candidates": 8, "generator": torch.manual_seed(0)}
 designs = pipe(response=targets, num_images_per_response=4, output_type="np", **options).images[..., 0]
 report = verify(designs, targets, meaning, progress=True)
 report.save(arguments.output_dir, names)

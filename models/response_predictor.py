@@ -6,7 +6,9 @@ it draws samples towards a wanted response (:mod:`predictor_guidance`), and is n
 This file travels inside checkpoints: it imports torch, diffusers and its sibling alone.
 """
 
+import copy
 import math
+import os
 from typing import Any
 
 import torch
@@ -95,6 +97,15 @@ class ResponsePredictor(ModelMixin, ConfigMixin, NormalisedResponse):
         columns = torch.linspace(-1, 1, width, device=images.device, dtype=images.dtype)
         place = [coordinate.expand(len(images), 1, height, width) for coordinate in (rows, columns)]
         return self.head(self.body(torch.cat([2 * images - 1, *place], dim=1))).unflatten(1, self.response_shape)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """As in diffusers, but in half precision: half the size, and rounded by far less than the predictor is wrong.
+
+        Args:
+            save_directory: Folder to write to.
+            **kwargs: As in diffusers.
+        """
+        super(ResponsePredictor, copy.deepcopy(self).half()).save_pretrained(save_directory, **kwargs)
 
     def predict(self, images: Tensor) -> Tensor:
         """The response of images ``(B, 1, H, W)`` in physical units, float32, shape ``(B, L, S)``."""

@@ -198,7 +198,8 @@ class LatentDDPMPipeline(
         predicts = response is not None and self.response_predictor is not None
         if num_candidates > 1 and not predicts:
             raise ValueError(
-                f"num_candidates must be 1 without a response or a response_predictor to choose by, got {num_candidates}"
+                "num_candidates must be 1 without a response or without a response_predictor to choose by, got "
+                f"{num_candidates}"
             )
         device, dtype = self._execution_device, self.unet.dtype
 

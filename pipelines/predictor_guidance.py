@@ -5,12 +5,12 @@ network that predicts the response :math:`f(x)` of a design learns the same from
 :math:`z_t`, the clean ones are about Gaussian, with the denoiser's :math:`\hat z_0` as mean and the variance
 :math:`\sigma_t^2`; a response that is observed up to an error :math:`\varepsilon` moves their mean by
 
-.. math:: w \, \sigma_t^2 J^T (\sigma_t^2 J J^T + \varepsilon^2 I)^{-1} (y - f(\hat z_0)), \quad J = \partial f / \partial z_0,
+.. math:: w \, \sigma_t^2 J^T (\sigma_t^2 J J^T + \varepsilon^2 I)^{-1} (y - f(\hat z_0)),
 
-through the decoder (Song et al. 2023, equation 7, the pseudo-inverse guidance of a nonlinear observation by its
-linearisation; the denoiser's own derivative, by which they multiply, is left out). The curve of a load case is nearly
-one number, so that :math:`y` and :math:`f` are the means of the normalised stresses over the strains that are given,
-one for each load case.
+with :math:`J = \partial f / \partial z_0` through the decoder: the pseudo-inverse guidance of Song et al. (2023), the
+observation linearised, and without the denoiser's own derivative, by which they multiply. The curve of a load case is
+nearly one number, so that :math:`y` and :math:`f` are the means of the normalised stresses over the strains that are
+given, one for each load case.
 
 As it changes what the denoiser says and not the step that follows, it serves every scheduler. What it leaves over is
 chance, so that one does well to draw several candidates for an image and to keep the one that is predicted nearest.

@@ -29,6 +29,7 @@ __all__ = [
     "check_decoder_likelihood",
     "decoder_log_prob",
     "decoder_output",
+    "expected_images",
     "image_size",
     "latent_size",
     "log_prob_given",
@@ -137,6 +138,11 @@ def log_prob_given(
     codes = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
     decoded = decoder_output(vae, codes.to(vae.dtype)).double()
     return decoder_log_prob(decoded, pixels.to(decoded), likelihood, scale).flatten(1).sum(1)
+
+
+def expected_images(decoded: Tensor, likelihood: DecoderLikelihood) -> Tensor:
+    """The mean image of a decoder's output, differentiable: shape ``(B, C, H, W)``, in [0, 1]."""
+    return torch.sigmoid(decoded) if likelihood == "bernoulli" else ((decoded + 1) / 2).clamp(0, 1)
 
 
 def most_likely_images(decoded: Tensor, likelihood: DecoderLikelihood, scale: Tensor | float | None = None) -> Tensor:

@@ -11,7 +11,7 @@ This file travels inside checkpoints: it imports torch, numpy, diffusers and its
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from .latent_likelihood import (
 )
 from .latent_prior import LatentPrior
 from .portable_checkpoint import PortableCheckpoint
+from .predictor_guidance import PredictorGuidance
 from .probability_flow import ProbabilityFlow
 from .response_conditioning import Guidance, prepare_response
 from .trained_noise_schedule import TrainedNoiseSchedule
@@ -46,6 +47,7 @@ _OUTPUT_TYPES = ("pil", "np", "pt")
 class LatentDDPMPipeline(
     VariationalLikelihood,
     LatentPrior,
+    PredictorGuidance,
     ProbabilityFlow,
     ContinuousTime,
     AutoencoderLikelihood,
@@ -72,6 +74,8 @@ class LatentDDPMPipeline(
             What the decoder's output means: ``"bernoulli"`` or ``"discretized_logistic"``.
         decoder_scale (`float`, *optional*):
             Scale of a ``discretized_logistic`` decoder, on [0, 1].
+        response_predictor ([`ResponsePredictor`], *optional*):
+            Predicts the response of a design, to draw samples towards a wanted one.
 
     Raises:
         ValueError: If the parts do not fit together or the scheduler does not suit a latent model.
@@ -85,7 +89,8 @@ class LatentDDPMPipeline(
         | https://arxiv.org/abs/2112.10752
     """
 
-    model_cpu_offload_seq = "response_encoder->unet->vae"
+    model_cpu_offload_seq = "response_encoder->unet->vae->response_predictor"
+    _optional_components: ClassVar = ["response_predictor"]
 
     def __init__(
         self,
@@ -95,10 +100,17 @@ class LatentDDPMPipeline(
         response_encoder: Any,
         decoder_likelihood: str = "bernoulli",
         decoder_scale: float | None = None,
+        response_predictor: Any = None,
     ):
         super().__init__()
         check_decoder_likelihood(decoder_likelihood, decoder_scale)
-        self.register_modules(vae=vae, unet=unet, scheduler=scheduler, response_encoder=response_encoder)
+        self.register_modules(
+            vae=vae,
+            unet=unet,
+            scheduler=scheduler,
+            response_encoder=response_encoder,
+            response_predictor=response_predictor,
+        )
         self.register_to_config(decoder_likelihood=decoder_likelihood, decoder_scale=decoder_scale)
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_grayscale=True)
         self._take_as_trained_with(scheduler)
@@ -119,6 +131,8 @@ class LatentDDPMPipeline(
         guidance_rescale: float = 0.0,
         guidance_start: float = 0.0,
         guidance_stop: float = 1.0,
+        predictor_guidance_scale: float = 4.0,
+        num_candidates: int = 1,
     ) -> ImagePipelineOutput | tuple:
         r"""Generates images.
 
@@ -138,7 +152,7 @@ class LatentDDPMPipeline(
                 Source of all random numbers. A list has one for each image. A single one is spread to one for each
                 image first, so that image ``i`` does not depend on how many images follow.
             latents (`torch.Tensor`, *optional*):
-                Gaussian noise to start from, shape ``(images, C, h, w)``.
+                Gaussian noise to start from, shape ``(images, C, h, w)``, the candidates of an image being neighbours.
             output_type (`str`, defaults to `"pil"`):
                 ``"pil"``, ``"np"`` (B, H, W, C) or ``"pt"`` (B, C, H, W).
             return_dict (`bool`, defaults to `True`):
@@ -153,6 +167,12 @@ class LatentDDPMPipeline(
                 Fraction of the steps after which guidance starts.
             guidance_stop (`float`, defaults to 1.0):
                 Fraction of the steps after which guidance stops; outside, the response acts without guidance.
+            predictor_guidance_scale (`float`, defaults to 4.0):
+                Weight of the guidance by the checkpoint's ``response_predictor``; 0 is none. It acts only with a
+                ``response`` and a checkpoint that has a predictor.
+            num_candidates (`int`, defaults to 1):
+                How many to draw for each image that is returned: the one whose predicted response is nearest. More than
+                one needs a ``response`` and a checkpoint that has a predictor.
 
         Returns:
             [`ImagePipelineOutput`], or a tuple of the images.
@@ -166,10 +186,21 @@ class LatentDDPMPipeline(
             ("batch_size", batch_size),
             ("num_images_per_response", num_images_per_response),
             ("num_inference_steps", num_inference_steps),
+            ("num_candidates", num_candidates),
         ):
             if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_stop)
+        if not 0 <= predictor_guidance_scale < math.inf:
+            raise ValueError(
+                f"predictor_guidance_scale must be a non-negative number, got {predictor_guidance_scale!r}"
+            )
+        predicts = response is not None and self.response_predictor is not None
+        if num_candidates > 1 and not predicts:
+            raise ValueError(
+                "num_candidates must be 1 without a response or without a response_predictor to choose by, got "
+                f"{num_candidates}"
+            )
         device, dtype = self._execution_device, self.unet.dtype
 
         responses = prepare_response(response, batch_size, self.response_encoder)
@@ -179,14 +210,20 @@ class LatentDDPMPipeline(
             generator = _spread(generator, num_images)
         if isinstance(generator, list) and len(generator) != num_images:
             raise ValueError(f"generator must be one or a list of {num_images}, one an image, got {len(generator)}")
+        if num_candidates > 1:
+            responses = responses.repeat_interleave(num_candidates, dim=0)
+            num_images *= num_candidates
+            if generator is not None:
+                generator = [each for one in generator for each in _spread(one, num_candidates)]
         shape = (num_images, self.unet.config.in_channels, *latent_size(self.vae))
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         elif latents.shape != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
 
-        tokens = self.response_encoder(responses.to(device))
-        open_tokens = self.response_encoder(torch.full_like(responses, math.nan).to(device))
+        responses = responses.to(device)
+        tokens = self.response_encoder(responses)
+        open_tokens = self.response_encoder(torch.full_like(responses, math.nan))
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
@@ -200,11 +237,16 @@ class LatentDDPMPipeline(
                 prediction = guidance(*prediction.chunk(2))
             else:
                 prediction = self.unet(model_input, t, encoder_hidden_states=tokens).sample
+            if predicts and predictor_guidance_scale:
+                prediction = self._drawn_towards(prediction, model_input, t, responses, predictor_guidance_scale)
             latents = self.scheduler.step(prediction, t, latents, **step_kwargs).prev_sample.to(dtype)
             if callback_on_step_end is not None:
                 latents = callback_on_step_end(self, i, t, {"latents": latents}).get("latents", latents)
 
-        images = self.decode(latents, output_type=output_type)
+        images = self.decode(latents, output_type="pt")
+        if num_candidates > 1:
+            images = self._nearest(images, responses, num_candidates)
+        images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

@@ -1,0 +1,139 @@
+r"""A predictor of responses beside the denoiser: what a design does at a glance, and samples drawn towards a target.
+
+A denoiser that is given a response has to find out from examples alone what a design does, and uses it loosely. A
+network that predicts the response :math:`f(x)` of a design learns the same from far fewer examples. Given noisy latents
+:math:`z_t`, the clean ones are about Gaussian, with the denoiser's :math:`\hat z_0` as mean and the variance
+:math:`\sigma_t^2`; a response that is observed up to an error :math:`\varepsilon` moves their mean by
+
+.. math:: w \, \sigma_t^2 J^T (\sigma_t^2 J J^T + \varepsilon^2 I)^{-1} (y - f(\hat z_0)),
+
+with :math:`J = \partial f / \partial z_0` through the decoder: the pseudo-inverse guidance of Song et al. (2023), the
+observation linearised, and without the denoiser's own derivative, by which they multiply. The curve of a load case is
+nearly one number, so that :math:`y` and :math:`f` are the means of the normalised stresses over the strains that are
+given, one for each load case.
+
+As it changes what the denoiser says and not the step that follows, it serves every scheduler. What it leaves over is
+chance, so that one does well to draw several candidates for an image and to keep the one that is predicted nearest.
+
+This file travels inside checkpoints: it imports torch, numpy, diffusers and its siblings alone.
+
+References:
+    | Pseudoinverse-Guided Diffusion Models for Inverse Problems (Song et al., 2023)
+    | https://openreview.net/forum?id=9_gsMA8MRKQ
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import PipelineImageInput
+from torch import Tensor
+
+from .continuous_diffusion import log_snr_table
+from .latent_likelihood import decoder_output, expected_images
+
+__all__ = ["PredictorGuidance"]
+
+#: The error up to which a wanted response is observed, in standard deviations of the training data.
+_TOLERANCE = 0.03
+#: The log-SNR before which the decoder makes nothing of :math:`\hat z_0` that a predictor could tell of.
+_LEAST_LOG_SNR = -2.5
+#: Samples whose decoders' activations are kept at once.
+_BATCH = 64
+
+
+class PredictorGuidance(DiffusionPipeline):
+    """The part of a latent diffusion pipeline that predicts responses, if its checkpoint has a predictor."""
+
+    @torch.no_grad()
+    def predict_response(self, images: PipelineImageInput) -> Tensor:
+        """Predicts the response of images without a simulation.
+
+        Args:
+            images: Images of the checkpoint's size, see the class.
+
+        Returns:
+            Shape ``(B, L, S)``, float32, in the units of the checkpoint.
+
+        Raises:
+            ValueError: If the checkpoint has no predictor, or the images have another size or lie outside [0, 1].
+
+        Example:
+            >>> pipe.predict_response(images)  # doctest: +SKIP
+        """
+        self._check_predictor()
+        return self.response_predictor.predict(self._prepare_images(images).to(self._execution_device))
+
+    def _check_predictor(self) -> None:
+        if self.response_predictor is None:
+            raise ValueError("response_predictor must be part of the checkpoint to predict a response, got none")
+
+    def _nearest(self, images: Tensor, wanted: Tensor, num_candidates: int) -> Tensor:
+        """Of each ``num_candidates`` neighbours among images ``(B, 1, H, W)`` the one predicted nearest to its target.
+
+        Args:
+            images: Decoded candidates.
+            wanted: Their responses, shape ``(B, L, S)``, NaN where open.
+            num_candidates: For each image that is kept.
+
+        Returns:
+            Shape ``(B / num_candidates, 1, H, W)``.
+        """
+        predicted = torch.cat(
+            [self.response_predictor(batch.to(self.response_predictor.dtype)) for batch in images.split(_BATCH)]
+        )
+        error = (predicted - self.response_predictor.normalise(wanted)).square().nanmean((1, 2))
+        best = error.unflatten(0, (-1, num_candidates)).argmin(1)
+        return images.unflatten(0, (-1, num_candidates))[torch.arange(len(best)), best]
+
+    def _drawn_towards(self, prediction: Tensor, noisy: Tensor, timestep: Any, wanted: Tensor, scale: float) -> Tensor:
+        r"""What the denoiser says, its :math:`\hat z_0` moved towards a wanted response.
+
+        Args:
+            prediction: Output of the denoiser, shape ``(B, C, h, w)``.
+            noisy: What it saw, same shape.
+            timestep: One for all.
+            wanted: Responses, shape ``(B, L, S)``, NaN where open.
+            scale: :math:`w`.
+
+        Returns:
+            Shape ``(B, C, h, w)``, of the dtype of ``prediction``.
+        """
+        table = log_snr_table(self.scheduler)
+        log_snr = float(np.interp(float(timestep), np.arange(len(table)), table))
+        if log_snr < _LEAST_LOG_SNR:
+            return prediction
+        alpha, sigma = math.sqrt(1 / (1 + math.exp(-log_snr))), math.sqrt(1 / (1 + math.exp(log_snr)))
+        kind = self.scheduler.config.prediction_type
+        if kind == "v_prediction":
+            clean, weight = alpha * noisy - sigma * prediction, -1 / sigma
+        elif kind == "epsilon":
+            clean, weight = (noisy - sigma * prediction) / alpha, -alpha / sigma
+        else:
+            clean, weight = prediction, 1.0
+        pairs = zip(clean.split(_BATCH), wanted.split(_BATCH), strict=True)
+        moves = torch.cat([self._move(latents, response, sigma**2) for latents, response in pairs])
+        return prediction + (scale * weight * moves).to(prediction)
+
+    def _move(self, latents: Tensor, wanted: Tensor, variance: float) -> Tensor:
+        """By how much clean latents of this variance have to move for a wanted response."""
+        given = ~wanted.isnan()
+        target = _levels(self.response_predictor.normalise(wanted), given)
+        with torch.enable_grad():
+            variable = latents.detach().to(self.vae.dtype).requires_grad_()
+            codes = variable / self.vae.config.scaling_factor + self._shift
+            images = expected_images(decoder_output(self.vae, codes), self.config.decoder_likelihood)
+            found = _levels(self.response_predictor(images.to(self.response_predictor.dtype)), given)
+            rows = [torch.autograd.grad(level.sum(), variable, retain_graph=True)[0] for level in found.unbind(1)]
+        jacobian = torch.stack(rows, 1).flatten(2).double()
+        noise = _TOLERANCE**2 * torch.eye(found.shape[1], dtype=torch.float64, device=found.device)
+        gram = variance * jacobian @ jacobian.mT + noise
+        change = torch.linalg.solve(gram, (target - found.detach()).double()[..., None])
+        return (variance * jacobian.mT @ change).reshape(latents.shape)
+
+
+def _levels(values: Tensor, given: Tensor) -> Tensor:
+    """Means over the given strains of each load case, 0 where none is: shape ``(B, L)`` from ``(B, L, S)``."""
+    return torch.where(given, values, 0.0).sum(-1) / given.sum(-1).clamp(min=1)
