@@ -2,8 +2,7 @@
 
 from mechdiffusers.models.monotone_noise_schedule import MonotoneNoiseSchedule
 from mechdiffusers.models.noisy_latent_predictor import NoisyLatentPredictor
-from mechdiffusers.models.response_encoder import ResponseEncoder
-from mechdiffusers.models.response_normalisation import response_normalisation
+from mechdiffusers.models.response_encoder import ResponseEncoder, response_normalisation
 from mechdiffusers.models.response_predictor import ResponsePredictor
 
 __all__ = [

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "schedulers": set(),
     "pipelines": set(),
     "evaluation": {"atomic_file", "pipelines", "schedulers", "microstructures", "mechanics"},
-    "training": {"atomic_file", "evaluation", "microstructures", "models", "pipelines", "schedulers"},
+    "training": {"atomic_file", "evaluation", "mechanics", "microstructures", "models", "pipelines", "schedulers"},
 }
 TRAVELS = [
     *(path for room in ("pipelines", "models") for path in (ROOT / room).glob("*.py") if path.stem != "__init__"),

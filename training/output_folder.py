@@ -40,6 +40,8 @@ _MAY_CHANGE = {
 }
 #: What besides a new run may change which starts from a denoiser's checkpoint, whose optimiser goes on with its rates.
 _OF_THE_WAY_ON = {"denoiser_steps", "denoiser_warmup_steps", "lr_scheduler", "max_grad_norm", "ema_decay"}
+#: What only the predictor depends on, besides all that is called after it.
+_OF_THE_PREDICTOR = {"random_reflections"}
 #: What only the denoiser depends on, besides all that is called after it.
 _OF_THE_DENOISER = {
     "prediction_type",
@@ -117,7 +119,7 @@ def _checked_start(checkpoint: Path, config: TrainingConfig) -> list[Path]:
     others = checkpoint.parent
     later = ("predictor_",) if stage == "denoiser" else ("denoiser_", "predictor_")
     anew = {field.name for field in fields(config) if field.name.startswith(later)}
-    anew |= _OF_THE_WAY_ON if stage == "denoiser" else _OF_THE_DENOISER
+    anew |= _OF_THE_PREDICTOR | (_OF_THE_WAY_ON if stage == "denoiser" else _OF_THE_DENOISER)
     _check_same_run(config, others.parent / "config.yaml", _MAY_CHANGE | anew)
     start = [checkpoint]
     if stage == "denoiser":

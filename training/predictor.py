@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from mechdiffusers.evaluation import response_error
@@ -70,9 +69,12 @@ def train_predictor(
         images, response = designs.heldout.to(module.device).float() / 255, designs.heldout_response.to(module.device)
         predicted = torch.cat([module(batch) for batch in images.split(256)])
         loss = _square_error(predicted, module.normalise(response)).double().mean()
+        metrics = {"loss": loss.item()}
         known = ~response.isnan().flatten(1).all(1)
-        error = response_error(module.denormalise(predicted)[known], response[known])
-        return {"loss": loss.item(), "response_error": np.nanmean(error.cpu().numpy()).item()}
+        if known.any():
+            error = response_error(module.denormalise(predicted)[known], response[known])
+            metrics["response_error"] = error.mean().item()
+        return metrics
 
     trained = run_stage(accelerator, config, "predictor", predictor, designs.train, compute_loss, validate)
     assert isinstance(trained, ResponsePredictor)

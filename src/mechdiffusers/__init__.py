@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         random_composites,
         response_meaning,
     )
-    from mechdiffusers.models import ResponseEncoder
+    from mechdiffusers.models import ResponseEncoder, ResponsePredictor
     from mechdiffusers.pipelines import ClassifierGuidance, LatentDDPMPipeline
     from mechdiffusers.schedulers import PredictorCorrectorScheduler, ProbabilityFlowScheduler, VDMScheduler
 
@@ -33,6 +33,7 @@ _ROOMS = {
     "PredictorCorrectorScheduler": "mechdiffusers.schedulers",
     "ProbabilityFlowScheduler": "mechdiffusers.schedulers",
     "ResponseEncoder": "mechdiffusers.models",
+    "ResponsePredictor": "mechdiffusers.models",
     "SimulationResult": "mechdiffusers.mechanics",
     "TargetRange": "mechdiffusers.evaluation",
     "VDMScheduler": "mechdiffusers.schedulers",
@@ -53,6 +54,7 @@ __all__ = [
     "PredictorCorrectorScheduler",
     "ProbabilityFlowScheduler",
     "ResponseEncoder",
+    "ResponsePredictor",
     "SimulationResult",
     "TargetRange",
     "VDMScheduler",

@@ -31,6 +31,7 @@ def test_a_checkpoint_holds_code_weights_and_configurations_and_nothing_else(fol
         "model_index.json",
         "pipeline_latent_ddpm.py",
         "portable_checkpoint.py",
+        "predictor_guidance.py",
         "probability_flow.py",
         "response_conditioning.py",
         "response_encoder/config.json",
