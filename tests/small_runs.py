@@ -87,6 +87,7 @@ def conditional(dataset: Path) -> dict[str, object]:
         "response_dropout": 0.2,
         "response_masking": 0.5,
         "random_half_turn": True,
+        "random_reflections": True,
         "learned_noise_schedule": True,
         "num_train_designs": None,
     }

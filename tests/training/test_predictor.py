@@ -1,11 +1,22 @@
 """What the predictor of responses is trained on, and how well it learns."""
 
+import json
+import re
+
+import pytest
 import torch
 from mechdiffusers.mechanics import simulate
 from mechdiffusers.mechanics.load_cases import mirrored_cases, transposed_cases
 from mechdiffusers.microstructures import random_composites
+from mechdiffusers.models import ResponsePredictor
+from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.training.predictor import reflected
+from mechdiffusers.training.publish import model_card
 from mechdiffusers.training.randomness import StepRandomness
+from mechdiffusers.training.rehearsal import rehearse
+from mechdiffusers.training.train import train
+from safetensors.torch import load_file
+from small_runs import MEANING, conditional, small, weights, write_dataset
 
 CASES = ["uniaxial_extension", "uniaxial_extension_x", "equibiaxial_extension", "shear", "shear_x"]
 
@@ -49,3 +60,89 @@ def test_only_square_designs_are_transposed() -> None:
     mirrored = (seen == images.flip(-1)).flatten(1).all(1)
     assert ((seen == images).flatten(1).all(1) | mirrored).all()
     assert mirrored.any()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data") / "composites")
+
+
+@pytest.fixture(scope="module")
+def trained(dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "trained"
+    train(small(folder, predictor_steps=150, predictor_learning_rate=3e-3, ema_decay=0.9, **conditional(dataset)))
+    return folder
+
+
+def test_a_run_with_responses_leaves_a_predictor_that_has_learned_them(trained):
+    pipe = LatentDDPMPipeline.from_pretrained(trained / "pipeline")
+    assert type(pipe.response_predictor) is ResponsePredictor
+    assert pipe.response_predictor.config.meaning == MEANING
+    for name in ("scale", "mean", "std"):  # a denoiser and a predictor of one run normalise alike
+        assert pipe.response_predictor.config[name] == pipe.response_encoder.config[name]
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert metrics["predictor/step"] == 150
+    assert metrics["predictor/loss"] < 0.3  # that of the mean alone is near 1
+    assert 0 < metrics["predictor/response_error"] < 0.5
+
+
+def test_the_predictors_weights_are_averaged(trained):
+    last = load_file(trained / "checkpoints" / "predictor-00000150" / "model.safetensors")
+    averaged = LatentDDPMPipeline.from_pretrained(trained / "pipeline").response_predictor.state_dict()
+    assert last.keys() == averaged.keys()
+    assert not any(torch.equal(last[key], averaged[key]) for key in last)
+
+
+def test_the_card_names_the_predictor_and_its_figures(trained):
+    text = str(model_card(trained, "mechanic/composites"))
+    num = LatentDDPMPipeline.from_pretrained(trained / "pipeline").response_predictor.num_parameters()
+    assert re.search(rf"^\| response_predictor \| `ResponsePredictor`.* \| {num:,} \|$", text, re.M)
+    assert "(`predictor/response_error`)" in text
+
+
+def test_a_run_of_no_steps_for_it_leaves_no_predictor(dataset, tmp_path):
+    pipe = train(small(tmp_path, predictor_steps=0, **conditional(dataset)))
+    assert pipe.response_predictor is None
+    assert not (tmp_path / "pipeline" / "response_predictor").exists()
+    assert not list((tmp_path / "checkpoints").glob("predictor-*"))
+    assert not [name for name in json.loads((tmp_path / "metrics.json").read_text()) if name.startswith("predictor")]
+    assert "response_predictor |" not in str(model_card(tmp_path, "mechanic/composites"))
+    assert LatentDDPMPipeline.from_pretrained(tmp_path / "pipeline").response_predictor is None
+
+
+def test_a_run_without_responses_leaves_no_predictor(dataset, tmp_path):
+    settings = {**conditional(dataset), "response_column": None}
+    assert train(small(tmp_path, **settings)).response_predictor is None
+
+
+def test_a_new_run_from_a_denoisers_checkpoint_may_have_another_predictor(trained, dataset, tmp_path):
+    other = {
+        "predictor_block_out_channels": [4],
+        "predictor_layers_per_block": 1,
+        "predictor_steps": 3,
+        "predictor_learning_rate": 1e-3,
+        "random_reflections": False,
+        "ema_decay": 0.9,
+    }
+    start = str(trained / "checkpoints" / "denoiser-00000004")
+    pipe = train(small(tmp_path, **{**conditional(dataset), **other, "resume_from_checkpoint": start}))
+    assert list(pipe.response_predictor.config.block_out_channels) == [4]
+    ours, theirs = weights(tmp_path), weights(trained)
+    same = [key for key in ours if not key.startswith("response_predictor")]
+    assert all(torch.equal(ours[key], theirs[key]) for key in same)
+    assert json.loads((tmp_path / "metrics.json").read_text())["predictor/step"] == 3
+
+
+def test_a_dry_run_counts_the_predictor_where_there_is_one(dataset, tmp_path):
+    settings = {**conditional(dataset), "predictor_steps": 60_000}
+    lines = rehearse(small(tmp_path / "run", **settings)).splitlines()
+    assert [line.split(":")[0] for line in lines[1:]] == ["autoencoder", "denoiser", "predictor"]
+    assert "60000 steps of 16" in lines[-1]
+    lines = rehearse(small(tmp_path / "run", **{**settings, "predictor_steps": 0})).splitlines()
+    assert [line.split(":")[0] for line in lines[1:]] == ["autoencoder", "denoiser"]
+
+
+def test_a_batch_of_the_predictor_larger_than_the_data_is_refused_before_any_work(dataset, tmp_path):
+    with pytest.raises(ValueError, match="^predictor_batch_size must be at most the number of training designs"):
+        train(small(tmp_path, predictor_batch_size=64, **conditional(dataset)))
+    assert not (tmp_path / "checkpoints").exists()

@@ -45,7 +45,8 @@ class Interruption(Exception):
 def interrupt(monkeypatch, folder, stage: str, steps: int = 5, **settings: object) -> None:
     """Runs until some steps of a stage are done; a checkpoint stands at the fourth."""
     step = torch.optim.AdamW.step
-    allowed = steps if stage == "autoencoder" else SMALL["autoencoder_steps"] + steps
+    stages = ["autoencoder", "denoiser", "predictor"]
+    allowed = steps + sum(SMALL[f"{before}_steps"] for before in stages[: stages.index(stage)])
     done = []
 
     def interrupted(*args, **kwargs):
@@ -81,6 +82,17 @@ def test_an_interrupted_run_on_a_stream_ends_as_if_it_had_not_been(tmp_path, sta
     train(small(tmp_path / "straight", **stream))
     interrupt(monkeypatch, tmp_path / "run", stage, **stream)
     train(small(tmp_path / "run", resume_from_checkpoint="latest", **stream))
+    assert_same_weights(tmp_path / "run", tmp_path / "straight")
+
+
+def test_a_run_interrupted_in_its_predictor_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+    settings = conditional(write_dataset(tmp_path / "composites"))
+    train(small(tmp_path / "straight", **settings))
+    interrupt(monkeypatch, tmp_path / "run", "predictor", **settings)
+    assert not (tmp_path / "run" / "pipeline").exists()
+    assert {name for name in names(tmp_path / "run") if name.startswith("predictor")} == {"predictor-00000004"}
+    train(small(tmp_path / "run", resume_from_checkpoint="latest", **settings))
+    assert any(key.startswith("response_predictor") for key in weights(tmp_path / "run"))
     assert_same_weights(tmp_path / "run", tmp_path / "straight")
 
 

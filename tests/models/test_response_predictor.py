@@ -1,0 +1,133 @@
+"""From designs to responses, by a network."""
+
+import math
+
+import pytest
+import torch
+from mechdiffusers.models import ResponseEncoder, ResponsePredictor, response_normalisation
+from torch import Tensor
+
+MEANING = {"quantity": "stress", "load_cases": ["a", "b"], "strains": [[0.1, 0.2, 0.3]] * 2}
+
+
+def predictor(**options) -> ResponsePredictor:
+    torch.manual_seed(0)
+    return ResponsePredictor(
+        **{
+            "block_out_channels": (4, 8),
+            "hidden_dim": 16,
+            "meaning": MEANING,
+            "scale": [[0.5, 1.0, 2.0]] * 2,
+            "mean": [[1.0, 2.0, 3.0]] * 2,
+            "std": [[2.0, 1.0, 0.5]] * 2,
+            **options,
+        }
+    )
+
+
+@pytest.mark.parametrize("size", [(8, 8), (28, 28), (64, 48), (5, 7)])
+@pytest.mark.parametrize("widths", [(4,), (4, 8), (6, 6, 12, 12)])
+def test_designs_of_any_size_have_responses_of_one_shape(size, widths):
+    found = predictor(block_out_channels=widths)(torch.rand(3, 1, *size))
+    assert found.shape == (3, 2, 3)
+    assert found.isfinite().all()
+
+
+def test_denormalise_is_the_inverse_of_normalise():
+    model = predictor()
+    response = torch.cat([-torch.logspace(-3, 3, 50), torch.zeros(1), torch.logspace(-3, 3, 50)])
+    response = response[:, None, None].expand(-1, 2, 3).clone()
+    response[0, 1, 2] = math.nan
+    again = model.denormalise(model.normalise(response))
+    torch.testing.assert_close(again, response, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_normalised_responses_are_what_the_encoder_sees_of_them():
+    """Two files of the checkpoint have the formula."""
+    options = {name: predictor().config[name] for name in ("meaning", "scale", "mean", "std")}
+    encoder, seen = ResponseEncoder(8, **options), []
+    encoder.proj_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][..., :3]))
+    response = 10 * torch.rand(5, 2, 3)
+    encoder(response)
+    assert torch.equal(predictor().normalise(response), seen[0])
+
+
+def test_predictions_are_in_the_units_of_the_scale():
+    images = torch.rand(4, 1, 8, 8)
+    in_kilo = predictor(scale=[[5e-4, 1e-3, 2e-3]] * 2)
+    torch.testing.assert_close(in_kilo.predict(images), predictor().predict(images) / 1000)
+    by_hand = torch.sinh(predictor()(images) * torch.tensor([2.0, 1.0, 0.5]) + torch.tensor([1.0, 2.0, 3.0]))
+    torch.testing.assert_close(predictor().predict(images), by_hand * torch.tensor([0.5, 1.0, 2.0]))
+
+
+def test_weights_in_half_precision_predict_in_single():
+    images = torch.rand(4, 1, 8, 8)
+    found = predictor().to(torch.bfloat16).predict(images)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, predictor().predict(images), rtol=0.3, atol=0)
+
+
+def test_a_prediction_does_not_depend_on_the_batch():
+    model, images = predictor().eval(), torch.rand(5, 1, 8, 8)
+    torch.testing.assert_close(model(images)[2:3], model(images[2:3]))
+
+
+def test_it_comes_back_from_disk_with_its_meaning(tmp_path):
+    model = predictor()
+    model.save_pretrained(tmp_path)
+    loaded = ResponsePredictor.from_pretrained(tmp_path)
+    images = torch.rand(2, 1, 8, 8)
+    assert torch.equal(loaded.predict(images), model.predict(images))
+    assert loaded.config.meaning == MEANING
+
+
+def test_it_tells_rows_from_columns_and_places_apart():
+    """Of a bar no average over places says where it is."""
+    bar = torch.zeros(1, 1, 8, 8)
+    bar[..., 1:3, :] = 1
+    model = predictor().eval()
+    found = model(torch.cat([bar, bar.mT, bar.roll(4, -2)]))
+    assert (found[1:] - found[0]).abs().amax((1, 2)).min() > 1e-3
+
+
+def analytic_responses(designs: Tensor) -> Tensor:
+    """Bounds of Reuss, along the columns of a design and along its rows, at three strains."""
+    modulus = 1 + 9 * designs
+    series = [(1 / (1 / modulus.mean(axis)).mean(1)) for axis in (-1, -2)]
+    return torch.stack(series, 1)[..., None] * torch.tensor([0.1, 0.2, 0.3])
+
+
+def test_it_learns_an_analytic_response():
+    generator = torch.Generator().manual_seed(0)
+    fraction = torch.rand(320, 1, 1, generator=generator)
+    designs = (torch.rand(320, 8, 8, generator=generator) < fraction).float()
+    responses = analytic_responses(designs)
+    model = predictor(block_out_channels=(8, 8), **response_normalisation(responses[:256]))
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    images, wanted = designs[:, None], model.normalise(responses)
+    for _ in range(150):
+        batch = torch.randint(256, (64,), generator=generator)
+        loss = (model(images[batch]) - wanted[batch]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    found = model.eval().predict(images[256:]).detach()
+    error = ((found - responses[256:]) / responses[256:]).abs().mean()
+    spread = ((responses[:256].mean(0) - responses[256:]) / responses[256:]).abs().mean()
+    assert error < 0.1 < spread / 3
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"meaning": None}, "meaning"),
+        ({"meaning": {"strains": []}}, "meaning"),
+        ({"mean": None}, "scale, mean and std"),
+        ({"std": [[1.0] * 2] * 2}, "scale, mean and std"),
+        ({"scale": [[0.0] * 3] * 2}, "scale"),
+        ({"std": [[0.0] * 3] * 2}, "std"),
+    ],
+)
+def test_a_meaning_without_fitting_statistics_is_refused(options, name):
+    with pytest.raises(ValueError, match=f"^{name}.* must"):
+        predictor(**options)

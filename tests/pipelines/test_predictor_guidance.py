@@ -1,0 +1,338 @@
+"""Samples drawn towards a wanted response by a network that predicts it."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from exact_pipeline import Denoiser, LinearAutoencoder, rotated_gaussian
+from mechdiffusers.models import ResponsePredictor
+from mechdiffusers.pipelines import LatentDDPMPipeline
+from mechdiffusers.pipelines.predictor_guidance import _TOLERANCE
+from mechdiffusers.schedulers import VDMScheduler
+from torch import Tensor
+
+DIMS = 5
+KINDS = ["epsilon", "v_prediction", "sample", "score"]
+REPO = "mechanic/predicted"
+
+
+class LinearPredictor(torch.nn.Module):
+    """Its normalised response (B, 2, 3) is linear in the pixels (B, 1, 1, DIMS), and is the response itself."""
+
+    dtype, device = torch.float64, torch.device("cpu")
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.matrix = torch.randn(2, 3, DIMS, generator=generator, dtype=torch.float64)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.einsum("lsd,bd->bls", self.matrix, images.flatten(1)) + 3
+
+    def normalise(self, response: Tensor) -> Tensor:
+        return response.double()
+
+    def predict(self, images: Tensor) -> Tensor:
+        return self(images.double())
+
+
+class Encoder(torch.nn.Module):
+    response_shape, device = (2, 3), torch.device("cpu")
+    config = SimpleNamespace(meaning={"load_cases": ["a", "b"]})
+
+    def forward(self, response: Tensor) -> Tensor:
+        return response.new_zeros(len(response), 1, 1)
+
+
+def linear_pipeline(prediction_type: str = "v_prediction") -> LatentDDPMPipeline:
+    """Exact Gaussian latents, a linear decoder and a linear predictor."""
+    scheduler = VDMScheduler(log_snr="linear", prediction_type=prediction_type)
+    denoiser = Denoiser(rotated_gaussian([0.1, 0.15, 0.2, 0.25, 0.3]), scheduler)
+    parts = LinearAutoencoder(DIMS, 0.7, 0.5, gain=0.8), denoiser, scheduler, Encoder()
+    pipe = LatentDDPMPipeline(*parts, "discretized_logistic", 0.01, response_predictor=LinearPredictor())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def observation(pipe: LatentDDPMPipeline, given: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrix (L, DIMS) and offset (L,) from latents to the means of the given (L, S) responses."""
+    rows = torch.where(given[..., None], pipe.response_predictor.matrix, 0.0).sum(1) / given.sum(1)[:, None]
+    vae = pipe.vae
+    matrix = rows * vae.gain / vae.config.scaling_factor / 2
+    offset = rows.sum(1) * (vae.gain * vae.config.shift_factor + 1) / 2 + 3
+    return matrix, offset
+
+
+def predictions(pipe: LatentDDPMPipeline, timestep: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Three noisy latents, what the denoiser says that has found the clean ones, and those."""
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(3, 1, 1, DIMS, generator=generator, dtype=torch.float64) for _ in range(2))
+    clean = 0.2 * clean
+    log_snr = torch.tensor(pipe._log_snr(timestep), dtype=torch.float64)
+    alpha, sigma = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
+    said = {
+        "epsilon": noise,
+        "v_prediction": alpha * noise - sigma * clean,
+        "sample": clean,
+        "score": -noise / sigma,
+    }
+    return alpha * clean + sigma * noise, said[pipe.scheduler.config.prediction_type], clean
+
+
+def clean_of(pipe: LatentDDPMPipeline, prediction: Tensor, noisy: Tensor, timestep: float) -> Tensor:
+    log_snr = torch.tensor(pipe._log_snr(timestep), dtype=torch.float64)
+    alpha, sigma = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
+    return {
+        "epsilon": lambda: (noisy - sigma * prediction) / alpha,
+        "v_prediction": lambda: alpha * noisy - sigma * prediction,
+        "sample": lambda: prediction,
+        "score": lambda: (noisy + sigma**2 * prediction) / alpha,
+    }[pipe.scheduler.config.prediction_type]()
+
+
+def responses(num: int = 3) -> Tensor:
+    return 2 + 2 * torch.rand(num, 2, 3, generator=torch.manual_seed(2), dtype=torch.float64)
+
+
+def open_entries() -> Tensor:
+    """Two strains of one load case, one of the other are given."""
+    given = torch.tensor([[True, False, True], [False, True, False]])
+    return responses().masked_fill(~given, math.nan)
+
+
+@pytest.mark.parametrize("timestep", [20.0, 350.5])
+@pytest.mark.parametrize("wanted", [responses(), open_entries()], ids=["given", "open in part"])
+def test_the_move_is_that_of_conditioning_a_gaussian(wanted, timestep):
+    """N(clean, sigma^2), of which a linear observation is known to be N(target, tolerance^2)."""
+    pipe = linear_pipeline()
+    noisy, prediction, clean = predictions(pipe, timestep)
+    matrix, offset = observation(pipe, ~wanted[0].isnan())
+    precision = 1 + math.exp(pipe._log_snr(timestep))  # 1 / sigma^2
+    found = clean_of(pipe, pipe._drawn_towards(prediction, noisy, timestep, wanted, 1.0), noisy, timestep)
+    covariance = torch.linalg.inv(precision * torch.eye(DIMS, dtype=torch.float64) + matrix.T @ matrix / _TOLERANCE**2)
+    target = wanted.nanmean(-1)
+    expected = (precision * clean.flatten(1) + (target - offset) @ matrix / _TOLERANCE**2) @ covariance
+    torch.testing.assert_close(found.flatten(1), expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("timestep", [3.0, 500.0])
+def test_guidance_is_the_same_whatever_the_denoiser_predicts(timestep):
+    found = []
+    for kind in KINDS:
+        pipe = linear_pipeline(kind)
+        noisy, prediction, clean = predictions(pipe, timestep)
+        guided = pipe._drawn_towards(prediction, noisy, timestep, responses(), 2.5)
+        found.append(clean_of(pipe, guided, noisy, timestep))
+    assert (found[0] - clean).abs().max() > 1e-5
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=1e-6)
+
+
+def test_the_weight_multiplies_the_move():
+    pipe = linear_pipeline()
+    noisy, prediction, _ = predictions(pipe, 350.0)
+    once, twice = (pipe._drawn_towards(prediction, noisy, 350.0, responses(), w) - prediction for w in (1.0, 2.0))
+    torch.testing.assert_close(twice, 2 * once)
+
+
+def test_a_load_case_that_is_left_open_does_not_pull():
+    pipe = linear_pipeline()
+    noisy, prediction, _ = predictions(pipe, 350.0)
+    wanted = responses()
+    wanted[:, 1] = math.nan
+    moved = pipe._drawn_towards(prediction, noisy, 350.0, wanted, 1.0)
+    with torch.no_grad():
+        pipe.response_predictor.matrix[1].mul_(100)
+    assert torch.equal(pipe._drawn_towards(prediction, noisy, 350.0, wanted, 1.0), moved)
+    with torch.no_grad():
+        pipe.response_predictor.matrix[0].mul_(2)
+    assert not torch.equal(pipe._drawn_towards(prediction, noisy, 350.0, wanted, 1.0), moved)
+
+
+def test_all_responses_pull_alike_however_many_are_moved_at_once(monkeypatch):
+    pipe = linear_pipeline()
+    noisy, prediction, _ = predictions(pipe, 350.0)
+    together = pipe._drawn_towards(prediction, noisy, 350.0, responses(), 1.0)
+    monkeypatch.setattr("mechdiffusers.pipelines.predictor_guidance._BATCH", 2)
+    torch.testing.assert_close(pipe._drawn_towards(prediction, noisy, 350.0, responses(), 1.0), together)
+
+
+def test_guided_samples_land_nearer_to_the_predicted_target():
+    pipe = linear_pipeline()
+    source = torch.rand(8, 1, 1, DIMS, generator=torch.manual_seed(3), dtype=torch.float64) * 0.2 + 0.5
+    wanted = pipe.response_predictor.predict(source)
+    levels, error = wanted.mean(-1), {}
+    for scale in (0.0, 1.0, 4.0):
+        images = pipe(
+            response=wanted,
+            num_images_per_response=4,
+            num_inference_steps=30,
+            generator=torch.manual_seed(0),
+            predictor_guidance_scale=scale,
+            output_type="pt",
+        ).images
+        found = pipe.predict_response(images).mean(-1).unflatten(0, (8, 4))
+        error[scale] = (found - levels[:, None]).square().mean().sqrt().item()
+    assert error[1.0] < error[0.0] / 3
+    assert error[4.0] < error[0.0] / 3
+
+
+@pytest.fixture
+def pipe(make_pipeline) -> LatentDDPMPipeline:
+    """The real parts, small, with random weights, and a predictor."""
+    pipe = make_pipeline(conditional=True)
+    torch.manual_seed(1)
+    config = pipe.response_encoder.config
+    options = {name: config[name] for name in ("meaning", "scale", "mean", "std")}
+    predictor = ResponsePredictor(block_out_channels=(4, 8), hidden_dim=16, **options)
+    pipe.register_modules(response_predictor=predictor.eval())
+    return pipe
+
+
+WANTED = torch.tensor([[[0.2, 4.0, 30.0]] * 2, [[3.0, 20.0, 90.0]] * 2, [[1.0, math.nan, 9.0], [math.nan] * 3]])
+
+
+def latents_of(pipe: LatentDDPMPipeline, **options: object) -> Tensor:
+    """The last latents of a call, which tell more than binary images."""
+    kept = []
+
+    def keep(pipe, step, timestep, tensors):
+        kept.append(tensors["latents"])
+        return tensors
+
+    pipe(num_inference_steps=4, callback_on_step_end=keep, output_type="pt", **options)
+    return kept[-1]
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_without_a_weight_or_a_response_nothing_changes_to_the_bit(pipe):
+    alone = LatentDDPMPipeline(pipe.vae, pipe.unet, pipe.scheduler, pipe.response_encoder)
+    alone.set_progress_bar_config(disable=True)
+    without = latents_of(alone, response=WANTED, generator=seeded())
+    assert torch.equal(
+        latents_of(pipe, response=WANTED, generator=seeded(), predictor_guidance_scale=0.0),
+        without,
+    )
+    assert not torch.allclose(latents_of(pipe, response=WANTED, generator=seeded()), without, atol=1e-3)
+    assert torch.equal(
+        latents_of(pipe, batch_size=3, generator=seeded()), latents_of(alone, batch_size=3, generator=seeded())
+    )
+
+
+@pytest.mark.parametrize("num_candidates", [1, 3])
+def test_a_design_depends_neither_on_the_batch_nor_on_how_many_follow(pipe, num_candidates):
+    options = {"num_candidates": num_candidates}
+    together = latents_of(pipe, response=WANTED, generator=seeded(), **options)
+    first = latents_of(pipe, response=WANTED[:1], generator=seeded(), **options)
+    torch.testing.assert_close(first, together[:num_candidates], rtol=0, atol=1e-4)
+    own = latents_of(pipe, response=WANTED, generator=[seeded().manual_seed(i) for i in range(3)], **options)
+    last = latents_of(pipe, response=WANTED[2:], generator=[seeded().manual_seed(2)], **options)
+    torch.testing.assert_close(last, own[-num_candidates:], rtol=0, atol=1e-4)
+
+
+def test_of_an_images_own_candidates_the_nearest_is_kept(pipe):
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    latents = torch.randn(12, *pipe._latent_shape, generator=seeded())
+    options = {"response": WANTED, "latents": latents, "num_inference_steps": 4, "output_type": "pt"}
+    every = pipe(num_images_per_response=4, **options).images
+    kept = pipe(num_candidates=4, **options).images
+    predictor = pipe.response_predictor
+    error = predictor(every).unflatten(0, (3, 4)) - predictor.normalise(WANTED)[:, None]
+    error = error.square().nanmean((-1, -2))
+    assert (error.amax(1) > error.amin(1)).all()
+    for own, image, distance in zip(every.unflatten(0, (3, 4)), kept, error, strict=True):
+        assert torch.equal(image, own[distance.argmin()])
+
+
+def test_predicted_responses_are_those_of_the_predictor(pipe):
+    designs = (torch.rand(5, 8, 8, generator=seeded()) < 0.5).float()
+    found = pipe.predict_response(designs)
+    assert found.shape == (5, 2, 3)
+    assert torch.equal(found, pipe.response_predictor.predict(designs[:, None]))
+    assert torch.equal(pipe.predict_response(designs.numpy()[..., None]), found)
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, True])
+def test_a_number_of_candidates_that_is_none_is_named(pipe, count):
+    with pytest.raises(ValueError, match="^num_candidates must be an integer of at least 1, got"):
+        pipe(response=WANTED, num_candidates=count)
+
+
+@pytest.mark.parametrize("scale", [-1.0, math.inf, math.nan])
+def test_a_weight_that_is_none_is_named(pipe, scale):
+    with pytest.raises(ValueError, match="^predictor_guidance_scale must be a non-negative number, got"):
+        pipe(response=WANTED, predictor_guidance_scale=scale)
+
+
+def test_what_needs_a_predictor_or_a_response_says_so(pipe, make_pipeline):
+    with pytest.raises(ValueError, match="^num_candidates must be 1 without a response or a response_predictor .* 2$"):
+        pipe(num_candidates=2)
+    without = make_pipeline(conditional=True)
+    with pytest.raises(ValueError, match="^num_candidates must be 1 without a response or a response_predictor .* 2$"):
+        without(response=WANTED, num_candidates=2)
+    with pytest.raises(ValueError, match="^response_predictor must be part of the checkpoint to predict"):
+        without.predict_response(torch.zeros(1, 8, 8))
+
+
+@pytest.mark.parametrize("designs", [torch.zeros(1, 8, 9), torch.full((1, 8, 8), 1.5), torch.full((1, 8, 8), math.nan)])
+def test_responses_of_what_is_no_design_are_not_predicted(pipe, designs):
+    with pytest.raises(ValueError, match="^images must"):
+        pipe.predict_response(designs)
+
+
+def test_a_checkpoint_comes_back_with_its_predictor(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    loaded = LatentDDPMPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded.response_predictor) is ResponsePredictor
+    files = {path.name for path in (tmp_path / "response_predictor").iterdir()}
+    assert files == {"config.json", "diffusion_pytorch_model.safetensors", "response_predictor.py"}
+    expected = latents_of(pipe, response=WANTED, generator=seeded())
+    assert torch.equal(latents_of(loaded, response=WANTED, generator=seeded()), expected)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_checkpoint_without_a_predictor_works_as_before(make_pipeline, tmp_path, older):
+    pipe = make_pipeline(conditional=True)
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["response_predictor"] == [None, None]
+    if older:  # than the predictor: its index does not know of one
+        del index["response_predictor"]
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+    loaded = LatentDDPMPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.response_predictor is None
+    expected = latents_of(pipe, response=WANTED, generator=seeded())
+    assert torch.equal(latents_of(loaded, response=WANTED, generator=seeded()), expected)
+
+
+@pytest.mark.slow
+def test_plain_diffusers_loads_a_predictor_from_a_folder_and_the_hub_and_guides_by_it(
+    hub, pipe, tmp_path, plain_diffusers
+):
+    pipe.save_pretrained(tmp_path / "checkpoint")
+    pipe.push_to_hub(REPO)
+    options = {"response": WANTED, "num_inference_steps": 3, "num_candidates": 2, "output_type": "pt"}
+    images = pipe(generator=seeded(), **options).images
+    torch.save((options, images, pipe.predict_response(images)), tmp_path / "expected.pt")
+    script = """
+        import torch
+        from diffusers import DiffusionPipeline
+
+        options, expected, responses = torch.load("expected.pt")
+        for name in ("checkpoint", "mechanic/predicted", "again"):
+            pipe = DiffusionPipeline.from_pretrained(name, trust_remote_code=True, use_safetensors=True)
+            images = pipe(generator=torch.Generator().manual_seed(0), **options).images
+            assert torch.equal(images, expected), name
+            assert torch.equal(pipe.predict_response(images), responses), name
+            pipe.save_pretrained("again")
+    """
+    plain_diffusers(script)
