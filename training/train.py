@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: TrainingConfig) -> LatentDDPMPipeline:
-    """Trains both stages and saves the pipeline in ``output_dir/pipeline``.
+    """Trains all stages and saves the pipeline in ``output_dir/pipeline``.
 
     Args:
         config: Settings of the run.

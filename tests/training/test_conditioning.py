@@ -197,7 +197,7 @@ def test_heldout_designs_may_have_no_response(dataset, tmp_path):
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["denoiser/loss"] == metrics["denoiser/loss_without_response"]
     assert "predictor/response_error" not in metrics
-    model_card(tmp_path, "mechanic/composites")  # all figures of which are numbers
+    assert all(map(math.isfinite, metrics.values()))  # a card refuses others
 
 
 def test_the_encoder_is_trained_and_averaged_with_the_denoiser(trained):
