@@ -121,6 +121,11 @@ class ContinuousTime(DiffusionPipeline):
         alpha, sigma = _alpha_sigma(log_snr, latents.ndim)
         return -latents.double() - alpha / sigma * diffusion.velocity(latents, log_snr)
 
+    def _log_snr(self, timestep: Any) -> float:
+        """Log-SNR of the scheduler at one timestep, fractional allowed."""
+        table = log_snr_table(self.scheduler)
+        return float(np.interp(float(timestep), np.arange(len(table)), table))
+
     def _continuous_diffusion(self, tokens: Tensor) -> ContinuousDiffusion:
         """The denoiser under these tokens, one a sample."""
 

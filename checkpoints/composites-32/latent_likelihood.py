@@ -29,7 +29,6 @@ __all__ = [
     "check_decoder_likelihood",
     "decoder_log_prob",
     "decoder_output",
-    "expected_images",
     "image_size",
     "latent_size",
     "log_prob_given",
@@ -140,11 +139,6 @@ def log_prob_given(
     return decoder_log_prob(decoded, pixels.to(decoded), likelihood, scale).flatten(1).sum(1)
 
 
-def expected_images(decoded: Tensor, likelihood: DecoderLikelihood) -> Tensor:
-    """The mean image of a decoder's output, differentiable: shape ``(B, C, H, W)``, in [0, 1]."""
-    return torch.sigmoid(decoded) if likelihood == "bernoulli" else ((decoded + 1) / 2).clamp(0, 1)
-
-
 def most_likely_images(decoded: Tensor, likelihood: DecoderLikelihood, scale: Tensor | float | None = None) -> Tensor:
     """The most likely image of a decoder's output: binary for ``bernoulli``, multiples of 1/255 otherwise.
 
@@ -203,6 +197,13 @@ class AutoencoderLikelihood:
             )
         scale = self.vae.config.scaling_factor
         return (posterior.mean.double() - self._shift) * scale, posterior.std.double() * abs(scale)
+
+    def _expected_images(self, latents: Tensor) -> Tensor:
+        """The decoder's mean image of each of the latents, differentiable: shape ``(B, C, H, W)``, in [0, 1]."""
+        decoded = decoder_output(self.vae, latents / self.vae.config.scaling_factor + self._shift)
+        if self.config.decoder_likelihood == "bernoulli":
+            return torch.sigmoid(decoded)
+        return ((decoded + 1) / 2).clamp(0, 1)
 
     def _log_prob_given(self, latents: Tensor, pixels: Tensor) -> Tensor:
         return log_prob_given(self.vae, latents, pixels, self.config.decoder_likelihood, self.config.decoder_scale)

@@ -15,7 +15,7 @@ given, one for each load case.
 As it changes what the denoiser says and not the step that follows, it serves every scheduler. What it leaves over is
 chance, so that one does well to draw several candidates for an image and to keep the one that is predicted nearest.
 
-This file travels inside checkpoints: it imports torch, numpy, diffusers and its siblings alone.
+This file travels inside checkpoints: it imports torch and diffusers alone.
 
 References:
     | Pseudoinverse-Guided Diffusion Models for Inverse Problems (Song et al., 2023)
@@ -25,14 +25,10 @@ References:
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import PipelineImageInput
 from torch import Tensor
-
-from .continuous_diffusion import log_snr_table
-from .latent_likelihood import decoder_output, expected_images
 
 __all__ = ["PredictorGuidance"]
 
@@ -101,8 +97,7 @@ class PredictorGuidance(DiffusionPipeline):
         Returns:
             Shape ``(B, C, h, w)``, of the dtype of ``prediction``.
         """
-        table = log_snr_table(self.scheduler)
-        log_snr = float(np.interp(float(timestep), np.arange(len(table)), table))
+        log_snr = self._log_snr(timestep)
         if log_snr < _LEAST_LOG_SNR:
             return prediction
         alpha, sigma = math.sqrt(1 / (1 + math.exp(-log_snr))), math.sqrt(1 / (1 + math.exp(log_snr)))
@@ -111,6 +106,8 @@ class PredictorGuidance(DiffusionPipeline):
             clean, weight = alpha * noisy - sigma * prediction, -1 / sigma
         elif kind == "epsilon":
             clean, weight = (noisy - sigma * prediction) / alpha, -alpha / sigma
+        elif kind == "score":
+            clean, weight = (noisy + sigma**2 * prediction) / alpha, alpha / sigma**2
         else:
             clean, weight = prediction, 1.0
         pairs = zip(clean.split(_BATCH), wanted.split(_BATCH), strict=True)
@@ -123,8 +120,7 @@ class PredictorGuidance(DiffusionPipeline):
         target = _levels(self.response_predictor.normalise(wanted), given)
         with torch.enable_grad():
             variable = latents.detach().to(self.vae.dtype).requires_grad_()
-            codes = variable / self.vae.config.scaling_factor + self._shift
-            images = expected_images(decoder_output(self.vae, codes), self.config.decoder_likelihood)
+            images = self._expected_images(variable)
             found = _levels(self.response_predictor(images.to(self.response_predictor.dtype)), given)
             rows = [torch.autograd.grad(level.sum(), variable, retain_graph=True)[0] for level in found.unbind(1)]
         jacobian = torch.stack(rows, 1).flatten(2).double()

@@ -3,7 +3,11 @@ r"""From a design to its response, without a simulation: a network that learned 
 It is wrong by some per cent where finite elements are not, but takes a thousandth of their time and has a gradient:
 it draws samples towards a wanted response (:mod:`predictor_guidance`), and is no judge of them.
 
-This file travels inside checkpoints: it imports torch, diffusers and its sibling alone.
+It predicts normalised responses, :math:`(\operatorname{asinh}(y / s) - m) / d` of an entry :math:`y`, as
+:mod:`response_encoder` sees them and explains. The two cannot share the lines that do so: diffusers downloads a single
+file of code for a part with weights.
+
+This file travels inside checkpoints: it imports torch, numpy and diffusers alone.
 """
 
 import copy
@@ -11,12 +15,11 @@ import math
 import os
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
-
-from .response_normalisation import NormalisedResponse
 
 __all__ = ["ResponsePredictor"]
 
@@ -24,7 +27,7 @@ __all__ = ["ResponsePredictor"]
 _COARSEST = 4
 
 
-class ResponsePredictor(ModelMixin, ConfigMixin, NormalisedResponse):
+class ResponsePredictor(ModelMixin, ConfigMixin):
     r"""Predicts the response of designs: a residual network, twice coarser in each block.
 
     Args:
@@ -61,9 +64,20 @@ class ResponsePredictor(ModelMixin, ConfigMixin, NormalisedResponse):
         std: list[list[float]] | None = None,
     ):
         super().__init__()
-        if meaning is None:
-            raise ValueError("meaning must say what a response is, got None")
-        self._check_normalisation()
+        if meaning is None or not {"load_cases", "strains"} <= meaning.keys():
+            raise ValueError(f"meaning must have 'load_cases' and 'strains', got {meaning and sorted(meaning)}")
+        strains = meaning["strains"]
+        #: (L, S), the shape of a response.
+        self.response_shape = (len(strains), len(strains[0]) if strains else 0)
+        shapes = {np.array(entries, dtype=float).shape for entries in (strains, scale, mean, std)}
+        if shapes != {self.response_shape} or len(meaning["load_cases"]) != len(strains):
+            raise ValueError(
+                f"scale, mean and std must be {self.response_shape[0]} lists of {self.response_shape[1]} numbers, as "
+                f"the strains of the load cases {meaning['load_cases']} are, got {scale!r}, {mean!r} and {std!r}"
+            )
+        for name, entries in (("scale", scale), ("std", std)):
+            if not (np.array(entries) > 0).all():
+                raise ValueError(f"{name} must be positive everywhere, got {entries!r}")
         widths = tuple(block_out_channels)
         groups = math.gcd(8, *widths)
         layers: list[nn.Module] = []
@@ -110,6 +124,19 @@ class ResponsePredictor(ModelMixin, ConfigMixin, NormalisedResponse):
     def predict(self, images: Tensor) -> Tensor:
         """The response of images ``(B, 1, H, W)`` in physical units, float32, shape ``(B, L, S)``."""
         return self.denormalise(self(images.to(self.dtype)))
+
+    def normalise(self, response: Tensor) -> Tensor:
+        """Normalises responses ``(B, L, S)``, NaN where open; float32, as units may need more digits than weights."""
+        scale, mean, std = self._normalisation(response.device)
+        return (torch.asinh(response.float() / scale) - mean) / std
+
+    def denormalise(self, values: Tensor) -> Tensor:
+        """The inverse of :meth:`normalise`."""
+        scale, mean, std = self._normalisation(values.device)
+        return torch.sinh(values.float() * std + mean) * scale
+
+    def _normalisation(self, device: torch.device) -> list[Tensor]:
+        return [torch.tensor(self.config[name], device=device) for name in ("scale", "mean", "std")]
 
 
 class _ResidualLayer(nn.Module):
