@@ -72,12 +72,14 @@ def test_a_prediction_does_not_depend_on_the_batch():
     torch.testing.assert_close(model(images)[2:3], model(images[2:3]))
 
 
-def test_it_comes_back_from_disk_with_its_meaning(tmp_path):
-    model = predictor()
+def test_it_comes_back_from_disk_with_its_meaning_and_weights_rounded_to_half_precision(tmp_path):
+    model, images = predictor(), torch.rand(2, 1, 8, 8)
+    before = model.predict(images)
     model.save_pretrained(tmp_path)
+    assert torch.equal(model.predict(images), before)
     loaded = ResponsePredictor.from_pretrained(tmp_path)
-    images = torch.rand(2, 1, 8, 8)
-    assert torch.equal(loaded.predict(images), model.predict(images))
+    assert loaded.dtype == torch.float32
+    assert torch.equal(loaded.predict(images), model.half().float().predict(images))
     assert loaded.config.meaning == MEANING
 
 
