@@ -16,7 +16,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--checkpoint", default=Path(__file__).parents[1] / "checkpoints" / "composites-32")
 parser.add_argument("--targets", type=Path, default=Path(__file__).parent / "targets.csv")
 parser.add_argument("--output_dir", type=Path, default=Path("runs/designed"))
-parser.add_argument("--steps", type=int, default=50)
+parser.add_argument("--steps", type=int, default=25)
 arguments = parser.parse_args()
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 
