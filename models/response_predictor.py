@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 __all__ = ["ResponsePredictor"]
@@ -83,9 +84,9 @@ class ResponsePredictor(ModelMixin, ConfigMixin):
         layers: list[nn.Module] = []
         for before, width in zip((3, *widths), widths, strict=False):
             layers.append(nn.Conv2d(before, width, 3 if layers else 4, stride=2, padding=1))
-            layers += [_ResidualLayer(width, groups) for _ in range(layers_per_block)]
-        layers.append(_ResidualLayer(widths[-1], groups))
-        self.body = nn.Sequential(*layers)
+            layers += [_residual_layer(width, groups) for _ in range(layers_per_block)]
+        layers.append(_residual_layer(widths[-1], groups))
+        self.body = nn.ModuleList(layers)
         self.head = nn.Sequential(
             nn.GroupNorm(groups, widths[-1]),
             nn.SiLU(),
@@ -110,7 +111,10 @@ class ResponsePredictor(ModelMixin, ConfigMixin):
         rows = torch.linspace(-1, 1, height, device=images.device, dtype=images.dtype)[:, None]
         columns = torch.linspace(-1, 1, width, device=images.device, dtype=images.dtype)
         place = [coordinate.expand(len(images), 1, height, width) for coordinate in (rows, columns)]
-        return self.head(self.body(torch.cat([2 * images - 1, *place], dim=1))).unflatten(1, self.response_shape)
+        hidden = torch.cat([2 * images - 1, *place], dim=1)
+        for layer in self.body:
+            hidden = layer(hidden, None) if isinstance(layer, ResnetBlock2D) else layer(hidden)
+        return self.head(hidden).unflatten(1, self.response_shape)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """As in diffusers, but in half precision: half the size, and rounded by far less than the predictor is wrong.
@@ -139,17 +143,5 @@ class ResponsePredictor(ModelMixin, ConfigMixin):
         return [torch.tensor(self.config[name], device=device) for name in ("scale", "mean", "std")]
 
 
-class _ResidualLayer(nn.Module):
-    def __init__(self, width: int, groups: int):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.GroupNorm(groups, width),
-            nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.GroupNorm(groups, width),
-            nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-        )
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + self.layers(hidden)
+def _residual_layer(width: int, groups: int) -> ResnetBlock2D:
+    return ResnetBlock2D(in_channels=width, out_channels=width, temb_channels=None, groups=groups, eps=1e-5)
