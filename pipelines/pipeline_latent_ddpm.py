@@ -104,6 +104,11 @@ class LatentDDPMPipeline(
     ):
         super().__init__()
         check_decoder_likelihood(decoder_likelihood, decoder_scale)
+        if response_predictor is not None and response_predictor.config.meaning != response_encoder.config.meaning:
+            raise ValueError(
+                "response_predictor must predict the responses that response_encoder was trained for, "
+                f"{response_encoder.config.meaning}, got one of {response_predictor.config.meaning}"
+            )
         self.register_modules(
             vae=vae,
             unet=unet,

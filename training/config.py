@@ -43,8 +43,8 @@ class StageConfig:
 
 @dataclass
 class TrainingConfig:
-    """Settings of ``training/train.py``; stages: the autoencoder, the denoiser of its latents and a
-    predictor of responses, where the designs have them.
+    """Settings of ``training/train.py``: of the autoencoder, the denoiser of its latents and, where the
+    designs have responses, the predictor of these.
     """
 
     output_dir: str = field(metadata={"help": "Folder of the run: its checkpoints, logs and the trained pipeline."})

@@ -23,6 +23,7 @@ class LinearPredictor(torch.nn.Module):
     """Its normalised response (B, 2, 3) is linear in the pixels (B, 1, 1, DIMS), and is the response itself."""
 
     dtype, device = torch.float64, torch.device("cpu")
+    config = SimpleNamespace(meaning={"load_cases": ["a", "b"]})
 
     def __init__(self) -> None:
         super().__init__()
@@ -341,3 +342,11 @@ def test_plain_diffusers_loads_a_predictor_from_a_folder_and_the_hub_and_guides_
             pipe.save_pretrained("again")
     """
     plain_diffusers(script)
+
+
+def test_a_predictor_of_other_responses_is_refused(pipe):
+    parts = {**pipe.components, "decoder_likelihood": "bernoulli"}
+    meaning = {**pipe.response_predictor.config.meaning, "units": "another modulus"}
+    parts["response_predictor"] = ResponsePredictor.from_config({**pipe.response_predictor.config, "meaning": meaning})
+    with pytest.raises(ValueError, match="^response_predictor must predict the responses that response_encoder was"):
+        LatentDDPMPipeline(**parts)
