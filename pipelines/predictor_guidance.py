@@ -77,10 +77,9 @@ class PredictorGuidance(DiffusionPipeline):
         Returns:
             Shape ``(B / num_candidates, 1, H, W)``.
         """
-        predicted = torch.cat(
-            [self.response_predictor(batch.to(self.response_predictor.dtype)) for batch in images.split(_BATCH)]
-        )
-        error = (predicted - self.response_predictor.normalise(wanted)).square().nanmean((1, 2))
+        predictor = self.response_predictor
+        predicted = torch.cat([predictor.predict(batch) for batch in images.split(_BATCH)])
+        error = (predictor.normalise(predicted) - predictor.normalise(wanted)).square().nanmean((1, 2))
         best = error.unflatten(0, (-1, num_candidates)).argmin(1)
         return images.unflatten(0, (-1, num_candidates))[torch.arange(len(best)), best]
 

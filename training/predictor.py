@@ -1,31 +1,31 @@
 r"""The third stage: a predictor of responses, for designs that have them.
 
 The loss is the mean square of the error of the normalised response over the entries that are known. It sees the designs
-themselves, nothing of the autoencoder or the denoiser. A mirror image or a transposed design responds as the design
+themselves, nothing of the autoencoder or the denoiser. A turned, mirrored or transposed design responds as the design
 itself under some load cases; the others are left open.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
 from mechdiffusers.evaluation import response_error
 from mechdiffusers.mechanics.load_cases import mirrored_cases, transposed_cases
 from mechdiffusers.models import ResponsePredictor, response_normalisation
-from mechdiffusers.training.autoencoder import half_turn
+from mechdiffusers.models.response_predictor import SYMMETRIES
 from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.data import Designs
 from mechdiffusers.training.loop import run_stage
 from mechdiffusers.training.randomness import StepRandomness
 from torch import Tensor, nn
 
-__all__ = ["reflected", "train_predictor"]
+__all__ = ["symmetries", "train_predictor", "turned"]
 
-#: Share of the designs that are mirrored, and share that are transposed; the others keep all of their response.
-_REFLECTED = 0.25
+#: Share of the designs that each symmetry turns; half a turn leaves all of a response known, the others do not.
+_SHARES = {"half_turn": 0.5, "mirror": 0.25, "transpose": 0.25}
 
 
 def train_predictor(
@@ -42,24 +42,19 @@ def train_predictor(
     Returns:
         The predictor with averaged weights, on the CPU, in the main process.
     """
+    height, width = designs.heldout.shape[-2:]
     predictor = ResponsePredictor(
         block_out_channels=tuple(config.predictor_block_out_channels),
         layers_per_block=config.predictor_layers_per_block,
         meaning=designs.meaning,
+        symmetries=symmetries(config, designs.meaning["load_cases"], square=height == width),
         **response_normalisation(responses),
     )
-
-    load_cases = predictor.config.meaning["load_cases"]
 
     def compute_loss(
         module: nn.Module, batch: tuple[Tensor, ...], randomness: StepRandomness
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        images, response = batch[0].float() / 255, batch[1]
-        if config.random_half_turn:
-            turned = randomness.integers(2, len(images)).bool().to(images.device)
-            images = torch.where(turned[:, None, None, None], half_turn(images), images)
-        if config.random_reflections:
-            images, response = reflected(images, response, load_cases, randomness)
+        images, response = turned(batch[0].float() / 255, batch[1], predictor.config.symmetries, randomness)
         loss = _square_error(module(images), predictor.normalise(response)).mean()
         return loss, {"loss": loss}
 
@@ -67,12 +62,12 @@ def train_predictor(
     def validate(module: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(module, ResponsePredictor)
         images, response = designs.heldout.to(module.device).float() / 255, designs.heldout_response.to(module.device)
-        predicted = torch.cat([module(batch) for batch in images.split(256)])
-        loss = _square_error(predicted, module.normalise(response)).double().mean()
+        predicted = torch.cat([module.predict(batch) for batch in images.split(256)])
+        loss = _square_error(module.normalise(predicted), module.normalise(response)).double().mean()
         metrics = {"loss": loss.item()}
         known = ~response.isnan().flatten(1).all(1)
         if known.any():
-            error = response_error(module.denormalise(predicted)[known], response[known])
+            error = response_error(predicted[known], response[known])
             metrics["response_error"] = error.mean().item()
         return metrics
 
@@ -81,26 +76,44 @@ def train_predictor(
     return trained
 
 
-def reflected(
-    images: Tensor, response: Tensor, load_cases: Sequence[str], randomness: StepRandomness
-) -> tuple[Tensor, Tensor]:
-    """Mirrors and transposes some designs, with the response that follows from theirs.
+def symmetries(config: TrainingConfig, load_cases: Sequence[str], square: bool) -> dict[str, list[int | None]]:
+    """What the predictor takes from turned designs.
 
     Args:
-        images: Shape ``(B, 1, H, W)``; only square ones are transposed.
-        response: Shape ``(B, L, S)``, NaN where unknown.
+        config: Settings of the run.
         load_cases: L names.
+        square: Whether designs are square, as only those stay of one shape when they are transposed.
+
+    Returns:
+        As :class:`~mechdiffusers.models.ResponsePredictor` takes them.
+    """
+    found: dict[str, list[int | None]] = {}
+    if config.random_half_turn:
+        found["half_turn"] = list(range(len(load_cases)))
+    if config.random_reflections:
+        found["mirror"] = mirrored_cases(load_cases)
+        if square:
+            found["transpose"] = transposed_cases(load_cases)
+    return found
+
+
+def turned(
+    images: Tensor, response: Tensor, symmetries: Mapping[str, Sequence[int | None]], randomness: StepRandomness
+) -> tuple[Tensor, Tensor]:
+    """Turns some designs, with the response that follows from theirs.
+
+    Args:
+        images: Shape ``(B, 1, H, W)``.
+        response: Shape ``(B, L, S)``, NaN where unknown.
+        symmetries: As :func:`symmetries` returns them.
         randomness: Of the step.
 
     Returns:
-        Both, NaN where nothing is known of the reflected design.
+        Both, NaN where nothing is known of the turned design.
     """
-    reflections = [(lambda x: x.flip(-1), mirrored_cases(load_cases))]
-    if images.shape[-1] == images.shape[-2]:
-        reflections.append((lambda x: x.mT, transposed_cases(load_cases)))
-    for reflect, cases in reflections:
-        chosen = (randomness.uniform(len(images)) < _REFLECTED).to(images.device)[:, None, None]
-        images = torch.where(chosen[..., None], reflect(images), images)
+    for name, cases in symmetries.items():
+        chosen = (randomness.uniform(len(images)) < _SHARES[name]).to(images.device)[:, None, None]
+        images = torch.where(chosen[..., None], SYMMETRIES[name](images), images)
         unknown = torch.tensor([case is None for case in cases], device=response.device)
         found = response[:, [case or 0 for case in cases]].masked_fill(unknown[:, None], math.nan)
         response = torch.where(chosen, found, response)

@@ -15,7 +15,7 @@ def predictor(**options) -> ResponsePredictor:
     return ResponsePredictor(
         **{
             "block_out_channels": (4, 8),
-            "hidden_dim": 16,
+            "layers_per_block": 1,
             "meaning": MEANING,
             "scale": [[0.5, 1.0, 2.0]] * 2,
             "mean": [[1.0, 2.0, 3.0]] * 2,
@@ -65,6 +65,36 @@ def test_weights_in_half_precision_predict_in_single():
     found = predictor().to(torch.bfloat16).predict(images)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, predictor().predict(images), rtol=0.3, atol=0)
+
+
+SYMMETRIES = {"half_turn": [0, 1], "mirror": [0, None], "transpose": [1, 0]}
+
+
+def test_a_turned_design_is_predicted_to_respond_as_the_symmetries_say():
+    model, images = predictor(symmetries=SYMMETRIES).double().eval(), torch.rand(4, 1, 8, 8, dtype=torch.float64)
+    found = model(images)
+    assert not torch.allclose(model(images.flip(-1, -2)), found, rtol=1e-3)  # not of itself
+    itself = predictor(symmetries={"half_turn": [0, 1]}).double().eval()
+    torch.testing.assert_close(itself.predict(images.flip(-1, -2)), itself.predict(images))
+    mirrored = predictor(symmetries={"mirror": [0, None]}).double().eval()
+    both = mirrored.predict(images), mirrored.predict(images.flip(-1))
+    torch.testing.assert_close(both[0][:, 0], both[1][:, 0])
+    assert not torch.allclose(both[0][:, 1], both[1][:, 1], rtol=1e-3)
+    transposed = predictor(symmetries={"transpose": [1, 0]}).double().eval()
+    torch.testing.assert_close(transposed.predict(images.mT).flip(1), transposed.predict(images))
+
+
+def test_a_prediction_is_the_mean_over_all_that_the_symmetries_tell():
+    """By hand over the eight symmetries of the square: load case 1 of a mirrored design is unknown."""
+    model, x = predictor(symmetries=SYMMETRIES).eval(), torch.rand(4, 1, 8, 8)
+    straight = [x, x.flip(-1, -2)], [x.flip(-1), x.flip(-2)]
+    first = [model(view)[:, 0] for pair in straight for view in pair]
+    second = [model(view)[:, 1] for view in straight[0]]
+    # of a transposed design, load case 1 is the first of the design and load case 0 its second
+    first += [model(view.mT)[:, 1] for pair in straight for view in pair]
+    second += [model(view.mT)[:, 0] for view in straight[0]]
+    mean = torch.stack([torch.stack(first).mean(0), torch.stack(second).mean(0)], 1)
+    torch.testing.assert_close(model.predict(x), model.denormalise(mean))
 
 
 def test_a_prediction_does_not_depend_on_the_batch():
@@ -128,6 +158,9 @@ def test_it_learns_an_analytic_response():
         ({"std": [[1.0] * 2] * 2}, "scale, mean and std"),
         ({"scale": [[0.0] * 3] * 2}, "scale"),
         ({"std": [[0.0] * 3] * 2}, "std"),
+        ({"symmetries": {"quarter_turn": [0, 1]}}, "symmetries"),
+        ({"symmetries": {"mirror": [0]}}, "symmetries"),
+        ({"symmetries": {"mirror": [0, 2]}}, "symmetries"),
     ],
 )
 def test_a_meaning_without_fitting_statistics_is_refused(options, name):

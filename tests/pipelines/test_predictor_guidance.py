@@ -188,7 +188,8 @@ def pipe(make_pipeline) -> LatentDDPMPipeline:
     torch.manual_seed(1)
     config = pipe.response_encoder.config
     options = {name: config[name] for name in ("meaning", "scale", "mean", "std")}
-    predictor = ResponsePredictor(block_out_channels=(4, 8), hidden_dim=16, **options)
+    turned = {"half_turn": [0, 1], "mirror": [0, None]}
+    predictor = ResponsePredictor(block_out_channels=(4, 8), symmetries=turned, **options)
     pipe.register_modules(response_predictor=predictor.half().float().eval())  # digits that a checkpoint keeps
     return pipe
 
@@ -245,7 +246,7 @@ def test_of_an_images_own_candidates_the_nearest_is_kept(pipe):
     every = pipe(num_images_per_response=4, **options).images
     kept = pipe(num_candidates=4, **options).images
     predictor = pipe.response_predictor
-    error = predictor(every).unflatten(0, (3, 4)) - predictor.normalise(WANTED)[:, None]
+    error = predictor.normalise(predictor.predict(every)).unflatten(0, (3, 4)) - predictor.normalise(WANTED)[:, None]
     error = error.square().nanmean((-1, -2))
     assert (error.amax(1) > error.amin(1)).all()
     for own, image, distance in zip(every.unflatten(0, (3, 4)), kept, error, strict=True):

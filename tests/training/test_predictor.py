@@ -10,7 +10,7 @@ from mechdiffusers.mechanics.load_cases import mirrored_cases, transposed_cases
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.models import ResponsePredictor
 from mechdiffusers.pipelines import LatentDDPMPipeline
-from mechdiffusers.training.predictor import reflected
+from mechdiffusers.training.predictor import symmetries, turned
 from mechdiffusers.training.publish import model_card
 from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.rehearsal import rehearse
@@ -41,25 +41,33 @@ def test_a_reflected_design_responds_as_its_load_cases_say() -> None:
             assert not torch.allclose(response[:, i], itself[:, i], rtol=1e-3)
 
 
-def test_reflections_leave_open_what_they_change() -> None:
+def test_the_settings_say_which_symmetries_there_are(tmp_path) -> None:
     cases = ["uniaxial_extension", "uniaxial_extension_x", "shear"]
+    both = {"random_half_turn": True, "random_reflections": True}
+    every = {"half_turn": [0, 1, 2], "mirror": [0, 1, None], "transpose": [1, 0, None]}
+    assert symmetries(small(tmp_path, **both), cases, square=True) == every
+    assert set(symmetries(small(tmp_path, **both), cases, square=False)) == {"half_turn", "mirror"}
+    assert set(symmetries(small(tmp_path, **{**both, "random_reflections": False}), cases, square=True)) == {
+        "half_turn"
+    }
+    assert symmetries(small(tmp_path, **dict.fromkeys(both, False)), cases, square=True) == {}
+
+
+def test_turned_designs_keep_of_their_response_what_follows_from_it() -> None:
     images = torch.rand(400, 1, 4, 4)
     response = torch.arange(3.0)[None, :, None].repeat(400, 1, 2)
-    seen, told = reflected(images, response, cases, StepRandomness((0,)))
+    reflections = {"mirror": [0, 1, None], "transpose": [1, 0, None]}
+    seen, told = turned(images, response, reflections, StepRandomness((0,)))
     as_it_was = (seen == images).flatten(1).all(1)
     assert 0.5 < as_it_was.double().mean() < 0.62  # 9 / 16
     torch.testing.assert_close(told[as_it_was], response[as_it_was])
     assert told[~as_it_was][:, 2].isnan().all()
     transposed = (seen == images.mT).flatten(1).all(1)
     torch.testing.assert_close(told[transposed][:, :2, 0], torch.tensor([1.0, 0.0]).expand(int(transposed.sum()), 2))
-
-
-def test_only_square_designs_are_transposed() -> None:
-    images = torch.rand(100, 1, 4, 6)
-    seen, _ = reflected(images, torch.ones(100, 1, 2), ["uniaxial_extension"], StepRandomness((0,)))
-    mirrored = (seen == images.flip(-1)).flatten(1).all(1)
-    assert ((seen == images).flatten(1).all(1) | mirrored).all()
-    assert mirrored.any()
+    seen, told = turned(images, response, {"half_turn": [0, 1, 2]}, StepRandomness((0,)))
+    half = (seen == images.flip(-1, -2)).flatten(1).all(1)
+    assert 0.4 < half.double().mean() < 0.6
+    assert torch.equal(told, response)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +88,7 @@ def test_a_run_with_responses_leaves_a_predictor_that_has_learned_them(trained):
     assert pipe.response_predictor.config.meaning == MEANING
     for name in ("scale", "mean", "std"):  # a denoiser and a predictor of one run normalise alike
         assert pipe.response_predictor.config[name] == pipe.response_encoder.config[name]
+    assert pipe.response_predictor.config.symmetries.keys() == {"half_turn", "mirror", "transpose"}
     metrics = json.loads((trained / "metrics.json").read_text())
     assert metrics["predictor/step"] == 150
     assert metrics["predictor/loss"] < 0.3  # that of the mean alone is near 1
