@@ -2,8 +2,9 @@
 
     python benchmarks/kill_and_resume.py --output benchmarks/kill_and_resume.json
 
-Each run is the training script in a process of its own, which gets SIGKILL at a random step of a random stage; every
-fourth run while it writes the next checkpoint, another fourth twice. It is started again until it ends.
+Each run is the training script in a process of its own, with designs of known responses, so that it has all three
+stages. It gets SIGKILL at a random step of a random stage; every fourth run while it writes the next checkpoint,
+another fourth a second time at a later step. It is started again until it ends.
 """
 
 import argparse
@@ -17,17 +18,21 @@ from pathlib import Path
 
 import torch
 import yaml
+from mechdiffusers.microstructures import build_dataset, random_composites
 from record import record
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 SCRIPT = Path(__file__).parents[1] / "training" / "train.py"
+STAGES = ("autoencoder", "denoiser", "predictor")
 STEPS = 30
 WRITING = ", writing a checkpoint"
+DESIGNS = "designs.parquet"
 SETTINGS = {
-    "num_train_designs": 48,
     "num_heldout_designs": 16,
-    "resolution": 8,
+    "response_column": "response",
+    "random_half_turn": True,
+    "random_reflections": True,
     "latent_channels": 2,
     "autoencoder_block_out_channels": [4, 8],
     "autoencoder_steps": STEPS,
@@ -36,6 +41,9 @@ SETTINGS = {
     "denoiser_layers_per_block": 1,
     "denoiser_steps": STEPS,
     "denoiser_batch_size": 16,
+    "predictor_block_out_channels": [8, 8],
+    "predictor_steps": STEPS,
+    "predictor_batch_size": 16,
     "token_dim": 8,
     "validation_steps": 10,
     "checkpointing_steps": 4,
@@ -55,16 +63,15 @@ def main() -> None:
     rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        designs, _ = random_composites(64, size=8)
+        build_dataset(designs, ["uniaxial_extension", "shear"], [0.1, 0.2], element_order=1, output=folder / DESIGNS)
         run_until(folder / "straight", None)
         runs = []
         for i in tqdm(range(arguments.runs), desc="runs", unit="run"):
-            killed, unfinished = [], 0
-            for _ in range(1 + (i % 4 == 3)):
-                moment = random_moment(rng, i)
-                while not run_until(folder / str(i), moment):  # it lay behind where the first kill had left the run
-                    (folder / str(i)).rename(folder / f"{i} that ended, {len(list(folder.iterdir()))}")
-                    moment = random_moment(rng, i)
-                killed.append(moment)
+            killed, unfinished = random_moments(rng, i), 0
+            for moment in killed:
+                if not run_until(folder / str(i), moment):
+                    raise RuntimeError(f"run {i} ended before it could be killed at {moment}")
                 unfinished += is_writing(folder / str(i))
             run_until(folder / str(i), None)
             same = identical(folder / str(i), folder / "straight")
@@ -82,16 +89,18 @@ def main() -> None:
     )
 
 
-def random_moment(rng: random.Random, run: int) -> str:
-    """When a process is killed: at a step of a stage, or when it writes the next checkpoint behind that."""
-    stage = rng.choice(["autoencoder", "denoiser"])
-    step = f"{stage}: step {rng.randint(1, STEPS)}/{STEPS}"
-    return f"{step}{WRITING}" if run % 4 == 1 else step
+def random_moments(rng: random.Random, run: int) -> list[str]:
+    """When a run is killed, in order: at a step of a stage, or when it writes the next checkpoint behind that."""
+    steps = sorted(rng.sample(range(len(STAGES) * STEPS), 2 if run % 4 == 3 else 1))
+    moments = [f"{STAGES[step // STEPS]}: step {step % STEPS + 1}/{STEPS}" for step in steps]
+    return [f"{moment}{WRITING}" for moment in moments] if run % 4 == 1 else moments
 
 
 def run_until(folder: Path, moment: str | None) -> bool:
     """Starts the script, kills it at a moment; returns whether that came before the end."""
-    folder.with_suffix(".yaml").write_text(yaml.safe_dump({**SETTINGS, "output_dir": str(folder)}))
+    folder.with_suffix(".yaml").write_text(
+        yaml.safe_dump({**SETTINGS, "dataset": str(folder.parent / DESIGNS), "output_dir": str(folder)})
+    )
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), "--config", str(folder.with_suffix(".yaml"))],
         stderr=subprocess.PIPE,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from pathlib import Path
@@ -148,8 +149,10 @@ class BestWeights:
 
     def offer(self, module: nn.Module, loss: float, step: int) -> None:
         """Keeps a module's weights if their loss is the least."""
-        if self.path.exists() and not loss < float(self._metadata()["loss"]):  # also where it is NaN
-            return
+        if self.path.exists():
+            least = float(self._metadata()["loss"])
+            if not (loss < least or math.isnan(least)):  # also where it is NaN itself
+                return
         weights = {key: value.contiguous() for key, value in module.state_dict().items()}
         with atomic_write(self.path) as unfinished:
             save_file(weights, unfinished, metadata={"loss": repr(loss), "step": str(step)})

@@ -161,9 +161,10 @@ class TrainingConfig:
     )
     allow_tf32: bool = field(default=True, metadata={"help": "Let float32 products on a GPU round to TF32."})
     gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Compute activations again in the backward pass: less memory, more time."}
+        default=False,
+        metadata={"help": "Compute activations of autoencoder and denoiser again in the backward pass: less memory."},
     )
-    torch_compile: bool = field(default=False, metadata={"help": "Compile both networks; takes minutes first."})
+    torch_compile: bool = field(default=False, metadata={"help": "Compile all networks; takes minutes first."})
     use_8bit_adam: bool = field(default=False, metadata={"help": "8-bit Adam of bitsandbytes."})
 
     logging_steps: int = field(default=50, metadata={"help": "Steps between two entries of the log."})
@@ -303,6 +304,8 @@ def _yaml_arguments(path: Path) -> list[str]:
     known = {f.name for f in fields(TrainingConfig)}
     if unknown := sorted(map(str, settings.keys() - known)):
         raise ValueError(f"config has unknown settings {unknown} in {path}; known are {sorted(known)}")
+    if nested := sorted(name for name, value in settings.items() if isinstance(value, dict)):
+        raise ValueError(f"config must have numbers, words and lists for settings, got mappings for {nested} in {path}")
     arguments: list[str] = []
     for name, value in settings.items():
         if value not in ("", "null"):

@@ -157,7 +157,15 @@ class _Stream(TorchIterableDataset):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for epoch in count():
             self._rows.set_epoch(epoch)  # each has its own order
-            yield from checked_samples(self._rows, self._config, self._meaning, self._shape)
+            num = 0
+            for sample in checked_samples(self._rows, self._config, self._meaning, self._shape):
+                yield sample
+                num += 1
+            if num != self._config.num_train_designs:  # only now it is known
+                raise ValueError(
+                    f"num_train_designs must be at most the number of training designs of {self._config.dataset!r}, "
+                    f"{num}, got {self._config.num_train_designs}"
+                )
 
 
 def _rows(config: TrainingConfig) -> tuple[Any, Any]:

@@ -34,6 +34,8 @@ from torch.utils.data import TensorDataset
 __all__ = ["denoising_loss", "draw_latents", "train_denoiser"]
 
 _GRID = 16
+#: Held-out designs that the denoiser sees at once.
+_VALIDATION_BATCH = 256
 #: Held-out latents that the error along the curve is measured on, at 50 times.
 _MEASURED = 128
 
@@ -129,10 +131,15 @@ def train_denoiser(
         latents = draw_latents(moments, shift, scale, randomness)
         noise = randomness.normal(*latents.shape).to(latents)
         times = randomness.stratified(len(latents)).to(latents)
-        errors, nats, _ = module(latents, noise, times, response)
+
+        def seen_with(given: Tensor) -> list[Tensor]:
+            parts = zip(*(tensor.split(_VALIDATION_BATCH) for tensor in (latents, noise, times, given)), strict=True)
+            return [torch.cat(values) for values in zip(*(module(*part)[:2] for part in parts), strict=True)]
+
+        errors, nats = seen_with(response)
         metrics = {"loss": errors.double().mean().item()}
         if designs.meaning is not None:
-            alone, _, _ = module(latents, noise, times, torch.full_like(response, math.nan))
+            alone, _ = seen_with(torch.full_like(response, math.nan))
             metrics["loss_without_response"] = alone.double().mean().item()
         pipe = pipeline(module).to(device)
         if not of_autoencoder:

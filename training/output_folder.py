@@ -17,7 +17,7 @@ from mechdiffusers.training.checkpoints import BestWeights, damage_of, newest_in
 from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.metrics import read_metrics, update_metrics
 
-__all__ = ["claim"]
+__all__ = ["claim", "copy_start"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,14 +58,14 @@ _OF_THE_DENOISER = {
 
 
 @contextmanager
-def claim(config: TrainingConfig) -> Iterator[Path]:
+def claim(config: TrainingConfig) -> Iterator[list[Path]]:
     """Makes the folder of a run, keeps others from it and writes the settings; called by the main process.
 
     Args:
         config: Settings of the run.
 
     Yields:
-        The folder, no other run's until the context or the process ends.
+        What :func:`copy_start` copies of another run. The folder is no other's until the context or the process ends.
 
     Raises:
         ValueError: If the folder holds a run that this one does not continue, another run is at work in it, it cannot
@@ -80,7 +80,8 @@ def claim(config: TrainingConfig) -> Iterator[Path]:
     start: list[Path] = []
     if resume == "latest":
         if (output_dir / "checkpoints").exists():  # until then nothing was trained by the settings
-            _check_same_run(config, output_dir / "config.yaml", _MAY_CHANGE)
+            decides = {"validation_steps"} if config.load_best_model_at_end else set()
+            _check_same_run(config, output_dir / "config.yaml", _MAY_CHANGE - decides)
     elif resume is not None:
         start = _checked_start(Path(resume), config)
     with ExitStack() as held:
@@ -90,11 +91,9 @@ def claim(config: TrainingConfig) -> Iterator[Path]:
             _keep_others_out(lock, output_dir)
             with atomic_write(output_dir / "config.yaml") as unfinished:
                 unfinished.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-            if start:
-                _copy_start(start, output_dir)
         except OSError as error:
             raise ValueError(f"output_dir must be a folder that can be written, got {output_dir}: {error}") from error
-        yield output_dir
+        yield start
 
 
 def _keep_others_out(lock: IO[str], output_dir: Path) -> None:
@@ -136,19 +135,34 @@ def _checked_start(checkpoint: Path, config: TrainingConfig) -> list[Path]:
     return [*start, best.path] if best.were_kept_by(int(step)) else start  # later ones are of the other run
 
 
-def _copy_start(start: list[Path], output_dir: Path) -> None:
-    """Copies what a run starts from, and what the other run's autoencoder has reached."""
+def copy_start(start: list[Path], output_dir: Path) -> None:
+    """Copies what a run starts from, and what the other run's autoencoder has reached.
+
+    Args:
+        start: As :func:`claim` yields it; nothing is copied where there is none.
+        output_dir: Folder of the new run.
+
+    Raises:
+        ValueError: If it cannot be copied; the folder may be claimed again.
+    """
+    if not start:
+        return
     other_dir = start[0].parent.parent
-    (output_dir / "validation").mkdir(exist_ok=True)
-    for picture in (other_dir / "validation").glob("autoencoder-*.png"):
-        shutil.copyfile(picture, output_dir / "validation" / picture.name)
-    update_metrics(output_dir, "autoencoder", read_metrics(other_dir, "autoencoder"))
     unfinished = output_dir / ".unfinished-checkpoints"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    for source in start:
-        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, unfinished / source.name)
-    unfinished.rename(output_dir / "checkpoints")  # the last: with them the folder is taken
+    try:
+        (output_dir / "validation").mkdir(exist_ok=True)
+        for picture in (other_dir / "validation").glob("autoencoder-*.png"):
+            shutil.copyfile(picture, output_dir / "validation" / picture.name)
+        update_metrics(output_dir, "autoencoder", read_metrics(other_dir, "autoencoder"))
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        for source in start:
+            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, unfinished / source.name)
+        unfinished.rename(output_dir / "checkpoints")  # the last: with them the folder is taken
+    except OSError as error:
+        raise ValueError(
+            f"resume_from_checkpoint must be a checkpoint that can be copied to {output_dir}, got {start[0]}: {error}"
+        ) from error
 
 
 def _check_same_run(config: TrainingConfig, path: Path, may_change: set[str]) -> None:

@@ -42,12 +42,11 @@ def train_predictor(
     Returns:
         The predictor with averaged weights, on the CPU, in the main process.
     """
-    height, width = designs.heldout.shape[-2:]
     predictor = ResponsePredictor(
         block_out_channels=tuple(config.predictor_block_out_channels),
         layers_per_block=config.predictor_layers_per_block,
         meaning=designs.meaning,
-        symmetries=symmetries(config, designs.meaning["load_cases"], square=height == width),
+        symmetries=symmetries(config, designs.meaning["load_cases"], designs.size),
         **response_normalisation(responses),
     )
 
@@ -76,24 +75,30 @@ def train_predictor(
     return trained
 
 
-def symmetries(config: TrainingConfig, load_cases: Sequence[str], square: bool) -> dict[str, list[int | None]]:
+def symmetries(config: TrainingConfig, load_cases: Sequence[str], size: tuple[int, int]) -> dict[str, list[int | None]]:
     """What the predictor takes from turned designs.
 
     Args:
         config: Settings of the run.
         load_cases: L names.
-        square: Whether designs are square, as only those stay of one shape when they are transposed.
+        size: Height and width of the designs: only square ones keep their shape when they are transposed.
 
     Returns:
         As :class:`~mechdiffusers.models.ResponsePredictor` takes them.
+
+    Raises:
+        ValueError: If reflections are wanted of load cases that ``simulate`` does not know.
     """
     found: dict[str, list[int | None]] = {}
     if config.random_half_turn:
         found["half_turn"] = list(range(len(load_cases)))
     if config.random_reflections:
-        found["mirror"] = mirrored_cases(load_cases)
-        if square:
-            found["transpose"] = transposed_cases(load_cases)
+        try:
+            found["mirror"] = mirrored_cases(load_cases)
+            if size[0] == size[1]:
+                found["transpose"] = transposed_cases(load_cases)
+        except ValueError as error:
+            raise ValueError(f"random_reflections must be left out where nothing is known of them: {error}") from error
     return found
 
 

@@ -1,7 +1,7 @@
 """Publishing a finished run: one commit with its checkpoint, a grid of samples, and a card made from what it left.
 
-Read from the run's folder: ``pipeline/``, ``config.yaml``, ``metrics.json`` (a mapping from ``"autoencoder/NAME"`` and
-``"denoiser/NAME"`` to the number that each stage's last validation gave) and the newest ``validation/denoiser-*.png``.
+Read from the run's folder: ``pipeline/``, ``config.yaml``, ``metrics.json`` (a mapping from ``"STAGE/NAME"`` to
+the number that each stage's last validation gave) and the newest ``validation/denoiser-*.png``.
 """
 
 from __future__ import annotations

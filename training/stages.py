@@ -14,12 +14,12 @@ from mechdiffusers.training.autoencoder import encode_all, measure_latents, trai
 from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.data import Designs
 from mechdiffusers.training.denoiser import train_denoiser
-from mechdiffusers.training.predictor import train_predictor
+from mechdiffusers.training.predictor import symmetries, train_predictor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-__all__ = ["run_stages"]
+__all__ = ["check_stages", "run_stages"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +33,7 @@ def run_stages(config: TrainingConfig, designs: Designs) -> LatentDDPMPipeline:
 
     Returns:
         The trained pipeline, on the CPU, in the main process.
-
-    Raises:
-        ValueError: If there are fewer designs than a batch of a stage, or the processes cannot share one evenly.
     """
-    _check_batches(config, designs)
     output_dir = Path(config.output_dir)
     accelerator = stage_accelerator(config, "autoencoder")
     autoencoder = train_autoencoder(accelerator, config, designs)
@@ -66,8 +62,17 @@ def run_stages(config: TrainingConfig, designs: Designs) -> LatentDDPMPipeline:
     return pipe
 
 
-def _check_batches(config: TrainingConfig, designs: Designs) -> None:
-    """Checks all stages before the first begins."""
+def check_stages(config: TrainingConfig, designs: Designs) -> None:
+    """Checks what all stages need of the designs before the first begins.
+
+    Args:
+        config: Settings of the run.
+        designs: What to train on.
+
+    Raises:
+        ValueError: If there are fewer designs than a batch of a stage, the processes cannot share one evenly, or
+            nothing is known of the reflections that are wanted.
+    """
     num_processes = process_state().num_processes
     stages = ["autoencoder", "denoiser", *(["predictor"] if _has_predictor(config, designs) else [])]
     for stage in (f"{name}_batch_size" for name in stages):
@@ -78,6 +83,8 @@ def _check_batches(config: TrainingConfig, designs: Designs) -> None:
             raise ValueError(
                 f"{stage} must be at most the number of training designs, got {size} for {designs.num_train} designs"
             )
+    if designs.meaning is not None:
+        symmetries(config, designs.meaning["load_cases"], designs.size)
 
 
 def _has_predictor(config: TrainingConfig, designs: Designs) -> bool:

@@ -10,10 +10,12 @@ from; ``metrics.json``, the newest figures; ``config.yaml``, every setting.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -25,10 +27,10 @@ from mechdiffusers.training.accelerators import process_state
 from mechdiffusers.training.config import TrainingConfig, parse_config
 from mechdiffusers.training.data import load_designs
 from mechdiffusers.training.loop import StopRequested
-from mechdiffusers.training.output_folder import claim
+from mechdiffusers.training.output_folder import claim, copy_start
 from mechdiffusers.training.publish import publish
 from mechdiffusers.training.rehearsal import rehearse
-from mechdiffusers.training.stages import run_stages
+from mechdiffusers.training.stages import check_stages, run_stages
 from safetensors import SafetensorError
 
 __all__ = ["train"]
@@ -55,13 +57,20 @@ def train(config: TrainingConfig) -> LatentDDPMPipeline:
     if config.dry_run:
         raise ValueError("dry_run must be left out of what train is given, which trains: rehearse is the dry run")
     process, repo_id = process_state(), None
-    with claim(config) if process.is_main_process else nullcontext():
+    # what accelerate launch was told is a setting too, which a run must not change as it goes on
+    config = replace(
+        config, mixed_precision=config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    )
+    with claim(config) if process.is_main_process else nullcontext([]) as start:
         process.wait_for_everyone()
         designs = load_designs(config)
+        check_stages(config, designs)
         if config.push_to_hub and process.is_main_process:  # before any work is done for it
             name = config.hub_model_id or Path(config.output_dir).absolute().name
             with _failures_explained("nothing was trained"):
                 repo_id = claim_repository(name, private=config.hub_private)
+        copy_start(start, Path(config.output_dir))  # with what it starts from, the folder is this run's for good
+        process.wait_for_everyone()
         pipe = run_stages(config, designs)
         if repo_id is not None:
             again = "the run itself is complete, --resume_from_checkpoint latest --push_to_hub true publishes it again"

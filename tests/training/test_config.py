@@ -54,6 +54,7 @@ def test_a_stage_has_the_settings_of_its_prefix():
     [
         (GOOD + "learning_rte: 1\n", r"config has unknown settings \['learning_rte'\]"),
         ("- a\n- b\n", "config must hold a mapping of settings, got list"),
+        (GOOD + "weight_decay: {a: 1}\n", r"config must have numbers, .* got mappings for \['weight_decay'\]"),
         ("a: [", "config must be a YAML file that can be read"),
     ],
 )

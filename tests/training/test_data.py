@@ -145,6 +145,14 @@ def test_a_stream_that_is_too_short_is_refused(tmp_path):
         load_designs(config(path, streaming=True, num_train_designs=5))
 
 
+def test_a_stream_that_ends_before_its_number_says_so_instead_of_repeating_what_there_is(tmp_path):
+    designs = load_designs(config(write_parquet(tmp_path, BINARY[:9]), streaming=True, num_train_designs=6))
+    rows = iter(designs.train)
+    assert len([next(rows) for _ in range(5)]) == 5
+    with pytest.raises(ValueError, match="^num_train_designs must be at most .*, 5, got 6$"):
+        next(rows)
+
+
 def test_grey_levels_under_a_bernoulli_decoder_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"^images must be binary .* got image 0 of .* 'discretized_logistic' is for those"

@@ -23,7 +23,7 @@ from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.rehearsal import rehearse
 from mechdiffusers.training.train import train
 from safetensors.torch import load_file
-from small_runs import command_line, loss_curve, small
+from small_runs import command_line, finish, loss_curve, small, start
 from torch import nn
 
 
@@ -220,6 +220,47 @@ def test_one_thread_is_the_choice_of_the_user_unless_a_launcher_made_it(tmp_path
         assert torch.get_num_threads() == (cores + 1 if launcher is None else cores)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+def test_bfloat16_rounds_and_little_more(tmp_path):
+    curves = {}
+    for precision in ("no", "bf16"):  # a process takes one alone
+        finish(start(command_line(tmp_path / precision, mixed_precision=precision, logging_steps=1)))
+        curves[precision] = [loss_curve(tmp_path / precision, stage)[6] for stage in ("autoencoder", "denoiser")]
+    assert curves["bf16"] == pytest.approx(curves["no"], rel=0.02)
+    assert curves["bf16"] != pytest.approx(curves["no"], rel=1e-5)
+
+
+def test_eight_bit_adam_takes_the_steps_where_it_is_wanted(tmp_path, monkeypatch):
+    """The package's class is stood in for: it needs a GPU."""
+    made = []
+
+    class AdamW8bit(torch.optim.AdamW):
+        def __init__(self, parameters, learning_rate, weight_decay):
+            made.append((learning_rate, weight_decay))
+            super().__init__(parameters, learning_rate, weight_decay=weight_decay)
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=SimpleNamespace(AdamW8bit=AdamW8bit)))
+    monkeypatch.setattr("mechdiffusers.training.config.find_spec", lambda name: name)
+    config = small(tmp_path, use_8bit_adam=True, weight_decay=0.01)
+    train(config)
+    assert made == [(config.autoencoder_learning_rate, 0.01), (config.denoiser_learning_rate, 0.01)]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    config = small(tmp_path)
+    network = nn.Linear(1, 1)
+
+    def compute_loss(module, batch, randomness):
+        loss = module(batch[0]).mean() / 0
+        return loss, {"loss": loss}
+
+    data = torch.utils.data.TensorDataset(torch.ones(48, 1))
+    with pytest.raises(
+        FloatingPointError, match="^denoiser: the loss is not finite at step 3: .*lower the learning rate"
+    ):
+        run_stage(stage_accelerator(config, "denoiser"), config, "denoiser", network, data, compute_loss, lambda *_: {})
 
 
 def test_rounding_to_tf32_is_off_when_it_is_not_wanted(tmp_path, monkeypatch):

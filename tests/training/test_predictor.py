@@ -8,6 +8,7 @@ import torch
 from mechdiffusers.mechanics import simulate
 from mechdiffusers.mechanics.load_cases import mirrored_cases, transposed_cases
 from mechdiffusers.microstructures import random_composites
+from mechdiffusers.microstructures.build_dataset.columns import dataset_of, grey_levels
 from mechdiffusers.models import ResponsePredictor
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.training.predictor import symmetries, turned
@@ -16,7 +17,7 @@ from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.rehearsal import rehearse
 from mechdiffusers.training.train import train
 from safetensors.torch import load_file
-from small_runs import MEANING, conditional, small, weights, write_dataset
+from small_runs import MEANING, conditional, responses_of, small, weights, write_dataset
 
 CASES = ["uniaxial_extension", "uniaxial_extension_x", "equibiaxial_extension", "shear", "shear_x"]
 
@@ -45,12 +46,10 @@ def test_the_settings_say_which_symmetries_there_are(tmp_path) -> None:
     cases = ["uniaxial_extension", "uniaxial_extension_x", "shear"]
     both = {"random_half_turn": True, "random_reflections": True}
     every = {"half_turn": [0, 1, 2], "mirror": [0, 1, None], "transpose": [1, 0, None]}
-    assert symmetries(small(tmp_path, **both), cases, square=True) == every
-    assert set(symmetries(small(tmp_path, **both), cases, square=False)) == {"half_turn", "mirror"}
-    assert set(symmetries(small(tmp_path, **{**both, "random_reflections": False}), cases, square=True)) == {
-        "half_turn"
-    }
-    assert symmetries(small(tmp_path, **dict.fromkeys(both, False)), cases, square=True) == {}
+    assert symmetries(small(tmp_path, **both), cases, (8, 8)) == every
+    assert set(symmetries(small(tmp_path, **both), cases, (8, 9))) == {"half_turn", "mirror"}
+    assert set(symmetries(small(tmp_path, **{**both, "random_reflections": False}), cases, (8, 8))) == {"half_turn"}
+    assert symmetries(small(tmp_path, **dict.fromkeys(both, False)), cases, (8, 8)) == {}
 
 
 def test_turned_designs_keep_of_their_response_what_follows_from_it() -> None:
@@ -149,6 +148,17 @@ def test_a_dry_run_counts_the_predictor_where_there_is_one(dataset, tmp_path):
     assert "60000 steps of 16" in lines[-1]
     lines = rehearse(small(tmp_path / "run", **{**settings, "predictor_steps": 0})).splitlines()
     assert [line.split(":")[0] for line in lines[1:]] == ["autoencoder", "denoiser"]
+
+
+def test_reflections_of_load_cases_that_nobody_knows_are_refused_before_any_work(tmp_path):
+    designs, _ = random_composites(64, size=8)
+    dataset = dataset_of(grey_levels(designs), responses_of(designs), {}, {**MEANING, "load_cases": ["pull", "shear"]})
+    dataset.to_parquet(tmp_path / "designs.parquet")
+    with pytest.raises(
+        ValueError, match="^random_reflections must be left out where nothing is known of them: .*'pull'"
+    ):
+        train(small(tmp_path / "run", **conditional(tmp_path / "designs.parquet")))
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_batch_of_the_predictor_larger_than_the_data_is_refused_before_any_work(dataset, tmp_path):

@@ -226,6 +226,41 @@ def test_a_run_that_was_refused_before_its_first_step_may_be_corrected(trained, 
     assert_same_weights(tmp_path / "run", trained)
 
 
+def test_a_new_run_that_was_refused_before_its_first_step_may_be_corrected(trained, tmp_path):
+    start = {"resume_from_checkpoint": str(trained / "checkpoints" / "autoencoder-00000006")}
+    with pytest.raises(ValueError, match="^denoiser_batch_size must be at most the number of training designs"):
+        train(small(tmp_path / "run", denoiser_batch_size=64, **start))
+    train(small(tmp_path / "run", **start))
+    assert_same_weights(tmp_path / "run", trained)
+
+
+def test_what_decides_which_weights_are_best_does_not_change_on_the_way(tmp_path):
+    settings = {"load_best_model_at_end": True, "denoiser_steps": 2, "autoencoder_steps": 2}
+    train(small(tmp_path, **settings))
+    with pytest.raises(ValueError, match="^resume_from_checkpoint must .* validation_steps was 6, is 2"):
+        train(small(tmp_path, resume_from_checkpoint="latest", validation_steps=2, **settings))
+
+
+def test_what_the_launcher_was_told_is_a_setting_of_the_run(tmp_path, monkeypatch):
+    settings = {"denoiser_steps": 2, "autoencoder_steps": 2}
+    train(small(tmp_path, **settings))
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["mixed_precision"] == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="^resume_from_checkpoint must .* mixed_precision was 'no', is 'bf16'"):
+        train(small(tmp_path, resume_from_checkpoint="latest", **settings))
+
+
+def test_a_checkpoint_of_other_shards_is_refused(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    newest = run / "checkpoints" / "denoiser-00000006"
+    shutil.copyfile(newest / "average-0.safetensors", newest / "average-1.safetensors")
+    with pytest.raises(
+        ValueError, match="^resume_from_checkpoint must .* as many shards as before, got 1 for .* with 2$"
+    ):
+        train(small(run, resume_from_checkpoint="latest"))
+
+
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_earlier_checkpoints(trained, tmp_path, monkeypatch):
     """The limit on the size of a file stands in for the disk: the system refuses the write in the same way."""
@@ -253,6 +288,7 @@ def test_runs_killed_at_random_moments_end_with_the_weights_of_an_undisturbed_on
     finish(start([str(benchmark), "--runs", "2", "--seed", seed, "--output", str(tmp_path / "killed.json")]))
     figures = json.loads((tmp_path / "killed.json").read_text())["figures"]
     assert (figures["runs"], figures["killed"], figures["identical"]) == (2, 2, 2), (seed, figures)
+    assert figures["half_written_checkpoints"] == 1, (seed, figures)
 
 
 @pytest.mark.slow
@@ -281,6 +317,13 @@ def test_the_best_weights_are_those_of_least_loss(tmp_path):
         best.offer(module, loss, step)
     best.load_into(module)
     assert module.weight.item() == 1.0
+
+
+def test_weights_of_a_loss_that_is_none_give_way_to_any(tmp_path):
+    best = BestWeights(tmp_path, "denoiser")
+    for step, loss in enumerate([float("nan"), 2.0, float("nan")], 1):
+        best.offer(nn.Linear(1, 1), loss, step)
+    assert best.load_into(nn.Linear(1, 1)) == 2
 
 
 def test_best_weights_of_later_steps_are_told_from_earlier_ones(tmp_path):

@@ -58,7 +58,15 @@ def alone(fifty, tmp_path_factory) -> Path:
 def sharded(fifty, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "sharded"
     finish(launch("fsdp", folder, **fifty))
+    assert_two_processes_worked(folder, "average-{}.safetensors")
     return folder
+
+
+def assert_two_processes_worked(folder: Path, own: str = "random_states_{}.pkl") -> None:
+    """Each process leaves a file of its own in every checkpoint."""
+    newest = newest_intact(folder / "checkpoints", "denoiser")
+    assert newest is not None
+    assert [(newest / own.format(process)).exists() for process in range(3)] == [True, True, False]
 
 
 def assert_same_curves(one: Path, other: Path, tolerance: dict[str, float], num_steps: int = 50) -> None:
@@ -73,6 +81,7 @@ def assert_same_curves(one: Path, other: Path, tolerance: dict[str, float], num_
 def test_two_processes_train_as_one(tmp_path):
     finish(start(command_line(tmp_path / "alone", **FIFTY)))
     finish(launch("one_machine", tmp_path / "run", **FIFTY))
+    assert_two_processes_worked(tmp_path / "run")
     assert_same_curves(tmp_path / "alone", tmp_path / "run", {"autoencoder": 1e-4, "denoiser": 1e-4})
 
 
@@ -83,6 +92,7 @@ def test_two_processes_share_a_stream(tmp_path):
     stream = {"dataset": str(tmp_path / "designs.parquet"), "streaming": True, "logging_steps": 1}
     train(small(tmp_path / "alone", **stream))
     finish(launch("one_machine", tmp_path / "run", **stream))
+    assert_two_processes_worked(tmp_path / "run")
     for stage in ("autoencoder", "denoiser"):
         expected, curve = (loss_curve(tmp_path / name, stage) for name in ("alone", "run"))
         assert set(curve) == set(range(1, 7))
