@@ -77,10 +77,8 @@ class PredictorGuidance(DiffusionPipeline):
         Returns:
             Shape ``(B / num_candidates, 1, H, W)``.
         """
-        predictor = self.response_predictor
-        predicted = torch.cat([predictor.predict(batch) for batch in images.split(_BATCH)])
-        error = (predictor.normalise(predicted) - predictor.normalise(wanted)).square().nanmean((1, 2))
-        best = error.unflatten(0, (-1, num_candidates)).argmin(1)
+        predicted = torch.cat([self.response_predictor.predict(batch) for batch in images.split(_BATCH)])
+        best = _error(predicted, wanted).unflatten(0, (-1, num_candidates)).argmin(1)
         return images.unflatten(0, (-1, num_candidates))[torch.arange(len(best)), best]
 
     def _drawn_towards(self, prediction: Tensor, noisy: Tensor, timestep: Any, wanted: Tensor, scale: float) -> Tensor:
@@ -127,6 +125,22 @@ class PredictorGuidance(DiffusionPipeline):
         gram = variance * jacobian @ jacobian.mT + noise
         change = torch.linalg.solve(gram, (target - found.detach()).double()[..., None])
         return (variance * jacobian.mT @ change).reshape(latents.shape)
+
+
+def _error(found: Tensor, wanted: Tensor) -> Tensor:
+    r"""What designs are judged by: mean of :math:`\|y - y^*\| / \|y^*\|` over the load cases, those of zeros left out.
+
+    Args:
+        found: Responses in physical units, shape ``(B, L, S)``.
+        wanted: Their targets, same shape, NaN where open.
+
+    Returns:
+        Shape ``(B,)``, infinite for a response that is not finite.
+    """
+    given = ~wanted.isnan()
+    distance, size = (torch.where(given, values, 0.0).norm(dim=-1) for values in (found - wanted, wanted))
+    error = torch.where(size > 0, distance / size, 0.0).sum(-1) / (size > 0).sum(-1).clamp(min=1)
+    return torch.where(found.isfinite().flatten(1).all(1), error, math.inf)
 
 
 def _levels(values: Tensor, given: Tensor) -> Tensor:

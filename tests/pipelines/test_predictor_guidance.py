@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from exact_pipeline import Denoiser, LinearAutoencoder, rotated_gaussian
+from mechdiffusers.evaluation import response_error
 from mechdiffusers.models import ResponsePredictor
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.pipelines.predictor_guidance import _TOLERANCE
@@ -245,12 +246,37 @@ def test_of_an_images_own_candidates_the_nearest_is_kept(pipe):
     options = {"response": WANTED, "latents": latents, "num_inference_steps": 4, "output_type": "pt"}
     every = pipe(num_images_per_response=4, **options).images
     kept = pipe(num_candidates=4, **options).images
-    predictor = pipe.response_predictor
-    error = predictor.normalise(predictor.predict(every)).unflatten(0, (3, 4)) - predictor.normalise(WANTED)[:, None]
-    error = error.square().nanmean((-1, -2))
+    error = response_error(pipe.predict_response(every), WANTED.repeat_interleave(4, dim=0)).unflatten(0, (3, 4))
     assert (error.amax(1) > error.amin(1)).all()
     for own, image, distance in zip(every.unflatten(0, (3, 4)), kept, error, strict=True):
         assert torch.equal(image, own[distance.argmin()])
+
+
+def nearest_of(pipe: LatentDDPMPipeline, predicted: Tensor, wanted: Tensor, monkeypatch) -> list[int]:
+    """Which of the images with these predicted responses (B, N, L, S) is kept for each of the targets."""
+    num = predicted.shape[1]
+    monkeypatch.setattr(
+        pipe.response_predictor, "predict", lambda images: predicted.flatten(0, 1)[images.long().ravel()]
+    )
+    images = torch.arange(predicted.flatten(0, 1).shape[0], dtype=torch.float32).reshape(-1, 1, 1, 1)
+    kept = pipe._nearest(images, wanted.repeat_interleave(num, dim=0), num)
+    return (kept.flatten() - num * torch.arange(len(wanted))).long().tolist()
+
+
+def test_candidates_are_chosen_by_the_error_that_designs_are_judged_by(pipe, monkeypatch):
+    wanted = WANTED.repeat(20, 1, 1)
+    predicted = wanted.nan_to_num(5.0)[:, None] * torch.exp(torch.randn(60, 16, 2, 3, generator=seeded()))
+    error = torch.stack([response_error(found, target) for found, target in zip(predicted, wanted, strict=True)])
+    assert nearest_of(pipe, predicted, wanted, monkeypatch) == error.argmin(1).tolist()
+
+
+def test_neither_a_load_case_of_zeros_nor_a_prediction_that_is_not_finite_decides(pipe, monkeypatch):
+    wanted = torch.tensor([[[0.0, math.nan, 0.0], [1.0, 2.0, 3.0]]])
+    predicted = torch.tensor([[math.nan, 1.0], [0.1, 1.2], [math.inf, 1.0], [9.0, 1.1]])[
+        None, :, :, None
+    ] * torch.tensor([1.0, 2.0, 3.0])
+    assert nearest_of(pipe, predicted, wanted, monkeypatch) == [3]
+    assert nearest_of(pipe, predicted[:, :2], 0 * wanted, monkeypatch) == [1]
 
 
 def test_predicted_responses_are_those_of_the_predictor(pipe):
