@@ -89,7 +89,8 @@ class LatentDDPMPipeline(
         | https://arxiv.org/abs/2112.10752
     """
 
-    model_cpu_offload_seq = "response_encoder->unet->vae->response_predictor"
+    # the predictor stands outside the chain, in which it would send the decoder away that its gradient goes through
+    model_cpu_offload_seq = "response_encoder->unet->vae"
     _optional_components: ClassVar = ["response_predictor"]
 
     def __init__(

@@ -228,6 +228,16 @@ def test_without_a_weight_or_a_response_nothing_changes_to_the_bit(pipe):
     )
 
 
+def test_offloading_never_sends_the_decoder_away_that_the_gradient_goes_through(pipe):
+    expected = latents_of(pipe, response=WANTED, generator=seeded())
+    pipe.enable_model_cpu_offload(device="cpu")
+    hooks = {name: pipe.components[name]._hf_hook for name in ("response_encoder", "unet", "vae", "response_predictor")}
+    sent_away = {name: hook.prev_module_hook and hook.prev_module_hook.model for name, hook in hooks.items()}
+    assert sent_away["vae"] is pipe.unet
+    assert pipe.vae not in sent_away.values()
+    assert torch.equal(latents_of(pipe, response=WANTED, generator=seeded()), expected)
+
+
 @pytest.mark.parametrize("num_candidates", [1, 3])
 def test_a_design_depends_neither_on_the_batch_nor_on_how_many_follow(pipe, num_candidates):
     pipe.to(torch.float64)  # in which a batch rounds to less than it could hide
