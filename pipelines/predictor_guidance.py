@@ -113,10 +113,11 @@ class PredictorGuidance(DiffusionPipeline):
 
     def _move(self, latents: Tensor, wanted: Tensor, variance: float) -> Tensor:
         """By how much clean latents of this variance have to move for a wanted response."""
-        given = ~wanted.isnan()
-        target = _levels(self.response_predictor.normalise(wanted), given)
-        with torch.enable_grad():
-            variable = latents.detach().to(self.vae.dtype).requires_grad_()
+        # enable_grad does not undo an inference_mode around the call, whose tensors have no gradient: hence a copy
+        with torch.inference_mode(False), torch.enable_grad():
+            given = ~wanted.isnan()
+            target = _levels(self.response_predictor.normalise(wanted), given)
+            variable = latents.detach().to(self.vae.dtype, copy=True).requires_grad_()
             images = self._expected_images(variable)
             found = _levels(self.response_predictor(images.to(self.response_predictor.dtype)), given)
             rows = [torch.autograd.grad(level.sum(), variable, retain_graph=True)[0] for level in found.unbind(1)]

@@ -238,6 +238,13 @@ def test_offloading_never_sends_the_decoder_away_that_the_gradient_goes_through(
     assert torch.equal(latents_of(pipe, response=WANTED, generator=seeded()), expected)
 
 
+def test_inference_mode_around_a_call_changes_nothing(pipe):
+    expected = latents_of(pipe, response=WANTED, generator=seeded())
+    with torch.inference_mode():
+        found = latents_of(pipe, response=WANTED.clone(), generator=seeded())
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("num_candidates", [1, 3])
 def test_a_design_depends_neither_on_the_batch_nor_on_how_many_follow(pipe, num_candidates):
     pipe.to(torch.float64)  # in which a batch rounds to less than it could hide
