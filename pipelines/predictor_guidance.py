@@ -36,7 +36,7 @@ __all__ = ["PredictorGuidance"]
 _TOLERANCE = 0.03
 #: The log-SNR before which the decoder makes nothing of :math:`\hat z_0` that a predictor could tell of.
 _LEAST_LOG_SNR = -2.5
-#: Samples whose decoders' activations are kept at once.
+#: Samples whose activations are kept at once.
 _BATCH = 64
 
 
@@ -59,12 +59,9 @@ class PredictorGuidance(DiffusionPipeline):
         Example:
             >>> pipe.predict_response(images)  # doctest: +SKIP
         """
-        self._check_predictor()
-        return self.response_predictor.predict(self._prepare_images(images).to(self._execution_device))
-
-    def _check_predictor(self) -> None:
         if self.response_predictor is None:
             raise ValueError("response_predictor must be part of the checkpoint to predict a response, got none")
+        return self._predicted(self._prepare_images(images))
 
     def _nearest(self, images: Tensor, wanted: Tensor, num_candidates: int) -> Tensor:
         """Of each ``num_candidates`` neighbours among images ``(B, 1, H, W)`` the one predicted nearest to its target.
@@ -77,9 +74,13 @@ class PredictorGuidance(DiffusionPipeline):
         Returns:
             Shape ``(B / num_candidates, 1, H, W)``.
         """
-        predicted = torch.cat([self.response_predictor.predict(batch) for batch in images.split(_BATCH)])
-        best = _error(predicted, wanted).unflatten(0, (-1, num_candidates)).argmin(1)
+        best = _error(self._predicted(images), wanted).unflatten(0, (-1, num_candidates)).argmin(1)
         return images.unflatten(0, (-1, num_candidates))[torch.arange(len(best)), best]
+
+    def _predicted(self, images: Tensor) -> Tensor:
+        """Responses of images ``(B, 1, H, W)``, however many, in physical units."""
+        batches = (batch.to(self._execution_device) for batch in images.split(_BATCH))
+        return torch.cat([self.response_predictor.predict(batch) for batch in batches])
 
     def _drawn_towards(self, prediction: Tensor, noisy: Tensor, timestep: Any, wanted: Tensor, scale: float) -> Tensor:
         r"""What the denoiser says, its :math:`\hat z_0` moved towards a wanted response.

@@ -305,6 +305,15 @@ def test_predicted_responses_are_those_of_the_predictor(pipe):
     assert not found.requires_grad
 
 
+def test_however_many_designs_are_predicted_few_are_seen_at_once(pipe, monkeypatch):
+    designs = (torch.rand(5, 8, 8, generator=seeded()) < 0.5).float()
+    together, sizes = pipe.predict_response(designs), []
+    pipe.response_predictor.register_forward_pre_hook(lambda module, images: sizes.append(len(images[0])))
+    monkeypatch.setattr("mechdiffusers.pipelines.predictor_guidance._BATCH", 2)
+    torch.testing.assert_close(pipe.predict_response(designs), together)
+    assert max(sizes) == 2
+
+
 @pytest.mark.parametrize("count", [0, -1, 1.5, True])
 def test_a_number_of_candidates_that_is_none_is_named(pipe, count):
     with pytest.raises(ValueError, match="^num_candidates must be an integer of at least 1, got"):
