@@ -79,7 +79,7 @@ def log_snr_table(scheduler: Any) -> np.ndarray:
     """Log-SNR of a variance-preserving scheduler at its integer timesteps, shape ``(T,)``, float64."""
     if hasattr(scheduler, "curve"):  # ours know it to more digits than single-precision alphas_cumprod near 1 hold
         return scheduler.curve.at(np.arange(len(scheduler.alphas_cumprod)))
-    table = scheduler.alphas_cumprod.double().cpu().numpy().copy()
+    table = scheduler.alphas_cumprod.cpu().double().numpy().copy()
     if table[-1] == 0:  # no signal at all, whose logarithm a curve cannot hold
         table[-1] = min(2**-24, table[-2] / 2)
     return np.log(table) - np.log1p(-table)

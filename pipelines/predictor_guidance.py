@@ -117,16 +117,17 @@ class PredictorGuidance(DiffusionPipeline):
         # enable_grad does not undo an inference_mode around the call, whose tensors have no gradient: hence a copy
         with torch.inference_mode(False), torch.enable_grad():
             given = ~wanted.isnan()
-            target = _levels(self.response_predictor.normalise(wanted), given)
             variable = latents.detach().to(self.vae.dtype, copy=True).requires_grad_()
-            images = self._expected_images(variable)
-            found = _levels(self.response_predictor(images.to(self.response_predictor.dtype)), given)
-            rows = [torch.autograd.grad(level.sum(), variable, retain_graph=True)[0] for level in found.unbind(1)]
-        jacobian = torch.stack(rows, 1).flatten(2).double()
-        noise = _TOLERANCE**2 * torch.eye(found.shape[1], dtype=torch.float64, device=found.device)
-        gram = variance * jacobian @ jacobian.mT + noise
-        change = torch.linalg.solve(gram, (target - found.detach()).double()[..., None])
-        return (variance * jacobian.mT @ change).reshape(latents.shape)
+            found = self.response_predictor(self._expected_images(variable).to(self.response_predictor.dtype))
+            # normalise gives single precision, whatever the networks run in, and the difference has it
+            excess = _levels(found - self.response_predictor.normalise(wanted), given)
+            rows = [torch.autograd.grad(level.sum(), variable, retain_graph=True)[0] for level in excess.unbind(1)]
+        jacobian = torch.stack(rows, 1).flatten(2).to(excess.dtype)
+        # a number a load case: double precision costs nothing on the CPU, and some devices have none
+        gram = (variance * jacobian @ jacobian.mT).cpu().double()
+        noise = _TOLERANCE**2 * torch.eye(gram.shape[1], dtype=gram.dtype)
+        change = torch.linalg.solve(gram + noise, -excess.detach().cpu().double()[..., None])
+        return (variance * jacobian.mT @ change.to(jacobian)).reshape(latents.shape)
 
 
 def _error(found: Tensor, wanted: Tensor) -> Tensor:
