@@ -255,6 +255,15 @@ def test_a_response_of_another_kind_is_refused(make_pipeline, arguments, message
         make_pipeline(conditional=True)(**arguments)
 
 
+def test_a_view_of_an_array_is_a_response(make_pipeline):
+    pipe = make_pipeline(conditional=True)
+    view = np.arange(12.0).reshape(2, 2, 3)[:, ::-1, ::-1]
+    found, expected = (
+        latents_of(pipe, response=response, generator=generators(2)) for response in (view, torch.tensor(view.copy()))
+    )
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [
