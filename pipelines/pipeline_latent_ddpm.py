@@ -9,6 +9,7 @@ This file travels inside checkpoints: it imports torch, numpy, diffusers and its
 """
 
 import inspect
+import json
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -105,7 +106,9 @@ class LatentDDPMPipeline(
     ):
         super().__init__()
         check_decoder_likelihood(decoder_likelihood, decoder_scale)
-        if response_predictor is not None and response_predictor.config.meaning != response_encoder.config.meaning:
+        if response_predictor is not None and not _same(
+            response_predictor.config.meaning, response_encoder.config.meaning
+        ):
             raise ValueError(
                 "response_predictor must predict the responses that response_encoder was trained for, "
                 f"{response_encoder.config.meaning}, got one of {response_predictor.config.meaning}"
@@ -146,7 +149,9 @@ class LatentDDPMPipeline(
             batch_size (`int`, defaults to 1):
                 Number of images without a ``response``.
             response (`torch.Tensor` or `np.ndarray`, *optional*):
-                Wanted responses, shape ``(B, L, S)``, in the units of the checkpoint, NaN where open.
+                Wanted responses, shape ``(B, L, S)``, NaN where open. What the entries are, their load cases, strains,
+                quantity and units, is what ``response_encoder.config.meaning`` says: a response of the same shape that
+                means something else is not told from one.
             num_images_per_response (`int`, defaults to 1):
                 Images for each response; the images of one response are neighbours.
             num_inference_steps (`int`, defaults to 50):
@@ -361,6 +366,11 @@ class LatentDDPMPipeline(
         if response is not None and len(response) != num:
             raise ValueError(f"response must be one for each of {num} samples, got {len(response)}")
         return self.response_encoder(prepare_response(response, num, self.response_encoder).to(self._execution_device))
+
+
+def _same(meaning: Any, other: Any) -> bool:
+    """Whether two meanings of a response are the same when they are saved, as lists and tuples are."""
+    return json.loads(json.dumps(meaning)) == json.loads(json.dumps(other))
 
 
 def _check_output_type(output_type: str) -> None:

@@ -449,3 +449,11 @@ def test_a_predictor_of_other_responses_is_refused(pipe):
     parts["response_predictor"] = ResponsePredictor.from_config({**pipe.response_predictor.config, "meaning": meaning})
     with pytest.raises(ValueError, match="^response_predictor must predict the responses that response_encoder was"):
         LatentDDPMPipeline(**parts)
+
+
+def test_a_meaning_in_tuples_is_that_in_lists(pipe):
+    meaning = pipe.response_encoder.config.meaning
+    meaning = {name: tuple(entry) if isinstance(entry, list) else entry for name, entry in meaning.items()}
+    predictor = ResponsePredictor.from_config({**pipe.response_predictor.config, "meaning": meaning})
+    assert predictor.config.meaning != pipe.response_encoder.config.meaning
+    LatentDDPMPipeline(**{**pipe.components, "response_predictor": predictor})
