@@ -99,18 +99,11 @@ class PredictorGuidance(DiffusionPipeline):
         if log_snr < _LEAST_LOG_SNR:
             return prediction
         alpha, sigma = math.sqrt(1 / (1 + math.exp(-log_snr))), math.sqrt(1 / (1 + math.exp(log_snr)))
-        kind = self.scheduler.config.prediction_type
-        if kind == "v_prediction":
-            clean, weight = alpha * noisy - sigma * prediction, -1 / sigma
-        elif kind == "epsilon":
-            clean, weight = (noisy - sigma * prediction) / alpha, -alpha / sigma
-        elif kind == "score":
-            clean, weight = (noisy + sigma**2 * prediction) / alpha, alpha / sigma**2
-        else:
-            clean, weight = prediction, 1.0
+        slope, offset = self._of_velocity(alpha, sigma)
+        clean = alpha * noisy - sigma * (prediction - offset * noisy) / slope
         pairs = zip(clean.split(_BATCH), wanted.split(_BATCH), strict=True)
         moves = torch.cat([self._move(latents, response, sigma**2) for latents, response in pairs])
-        return prediction + (scale * weight * moves).to(prediction)
+        return prediction - (scale * slope / sigma * moves).to(prediction)
 
     def _move(self, latents: Tensor, wanted: Tensor, variance: float) -> Tensor:
         """By how much clean latents of this variance have to move for a wanted response."""
