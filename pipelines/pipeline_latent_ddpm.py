@@ -9,7 +9,6 @@ This file travels inside checkpoints: it imports torch, numpy, diffusers and its
 """
 
 import inspect
-import json
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -26,15 +25,13 @@ from .hub_checkpoint import HubCheckpoint
 from .latent_likelihood import (
     AutoencoderLikelihood,
     check_decoder_likelihood,
-    decoder_output,
     image_size,
     latent_size,
-    most_likely_images,
     posterior_of,
 )
 from .latent_prior import LatentPrior
 from .portable_checkpoint import PortableCheckpoint
-from .predictor_guidance import PredictorGuidance
+from .predictor_guidance import PredictorGuidance, check_predictor
 from .probability_flow import ProbabilityFlow
 from .response_conditioning import Guidance, prepare_response
 from .trained_noise_schedule import TrainedNoiseSchedule
@@ -106,13 +103,8 @@ class LatentDDPMPipeline(
     ):
         super().__init__()
         check_decoder_likelihood(decoder_likelihood, decoder_scale)
-        if response_predictor is not None and not _same(
-            response_predictor.config.meaning, response_encoder.config.meaning
-        ):
-            raise ValueError(
-                "response_predictor must predict the responses that response_encoder was trained for, "
-                f"{response_encoder.config.meaning}, got one of {response_predictor.config.meaning}"
-            )
+        if response_predictor is not None:
+            check_predictor(response_predictor, response_encoder)
         self.register_modules(
             vae=vae,
             unet=unet,
@@ -255,7 +247,7 @@ class LatentDDPMPipeline(
             if callback_on_step_end is not None:
                 latents = callback_on_step_end(self, i, t, {"latents": latents}).get("latents", latents)
 
-        images = self.decode(latents, output_type="pt")
+        images = self._most_likely_images(latents)
         if num_candidates > 1:
             images = self._nearest(images, responses, num_candidates)
         images = self.image_processor.postprocess(images, output_type=output_type)
@@ -308,14 +300,10 @@ class LatentDDPMPipeline(
             ValueError: If the latents have another shape, or ``output_type`` is unknown.
         """
         _check_output_type(output_type)
-        shape = (self.vae.config.latent_channels, *latent_size(self.vae))
+        shape = self._latent_shape
         if latents.ndim != 4 or latents.shape[1:] != shape:
             raise ValueError(f"latents must have shape (B, {', '.join(map(str, shape))}), got {tuple(latents.shape)}")
-        codes = latents.to(self._execution_device, self.vae.dtype) / self.vae.config.scaling_factor + self._shift
-        # a logistic tail needs more digits than a half-precision decoder has
-        decoded = decoder_output(self.vae, codes).float()
-        images = most_likely_images(decoded, self.config.decoder_likelihood, self.config.decoder_scale)
-        return self.image_processor.postprocess(images, output_type=output_type)
+        return self.image_processor.postprocess(self._most_likely_images(latents), output_type=output_type)
 
     def interpolate(self, a: PipelineImageInput, b: PipelineImageInput, num: int = 8, output_type: str = "pil") -> Any:
         """Images along the straight line between the latents of two images.
@@ -367,11 +355,6 @@ class LatentDDPMPipeline(
         if response is not None and len(response) != num:
             raise ValueError(f"response must be one for each of {num} samples, got {len(response)}")
         return self.response_encoder(prepare_response(response, num, self.response_encoder).to(self._execution_device))
-
-
-def _same(meaning: Any, other: Any) -> bool:
-    """Whether two meanings of a response are the same when they are saved, as lists and tuples are."""
-    return json.loads(json.dumps(meaning)) == json.loads(json.dumps(other))
 
 
 def _check_output_type(output_type: str) -> None:
