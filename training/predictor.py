@@ -42,6 +42,7 @@ def train_predictor(
     Returns:
         The predictor with averaged weights, on the CPU, in the main process.
     """
+    assert designs.meaning is not None  # where there is none there are no responses to predict
     predictor = ResponsePredictor(
         block_out_channels=tuple(config.predictor_block_out_channels),
         layers_per_block=config.predictor_layers_per_block,
