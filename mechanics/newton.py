@@ -5,7 +5,7 @@ as its initial Hessian, so that one factorisation and a few cheap solutions make
 tangent is factorised anew.
 Every direction is one of descent of the strain energy, along which a line search keeps :math:`\det F > 0` at the points
 of quadrature. A tangent that is not positive definite is shifted towards that of the unloaded state, so the iteration
-follows the energy down to a stable state, and the state it arrives at is checked.
+follows the energy down to a stable state. The state it arrives at is checked, and a start that is balanced already.
 
 All of that is decided for each design by itself; those that are done leave the batch once half of it is done.
 
@@ -138,6 +138,8 @@ def equilibrate(cell: Cell, modulus: Tensor, start: Tensor, tolerance: float = T
     energy, forces = now.energy[index], now.forces[index]
     gradient = forces * cell.free
     balanced = _balanced(cell, forces, gradient, tolerance)
+    at = balanced.nonzero()[:, 0]
+    balanced[at] = _stable(cell, start[at], modulus[at])
     _store(result, index[balanced], start[balanced], energy[balanced], forces[balanced])
     left = (~balanced).nonzero()[:, 0]
     if not len(left):
@@ -179,9 +181,7 @@ def equilibrate(cell: Cell, modulus: Tensor, start: Tensor, tolerance: float = T
         balanced = accepted & _balanced(cell, work.forces, work.gradient, tolerance)
         stable = torch.ones_like(balanced)
         check = (balanced & work.shifted).nonzero()[:, 0]
-        if len(check):
-            state = cell.elements.state(work.displacement[check])
-            stable[check] = cell.solver.factorise(cell.elements.stiffness(state, work.modulus[check])).definite
+        stable[check] = _stable(cell, work.displacement[check], work.modulus[check])
         done = (balanced & stable).nonzero()[:, 0]
         _store(result, work.index[done], work.displacement[done], work.energy[done], work.forces[done])
         work.left |= balanced | (work.step < 0.5**MAX_HALVINGS) | work.direction.isnan().flatten(1).any(1)
@@ -233,6 +233,14 @@ def _factorise(cell: Cell, displacement: Tensor, modulus: Tensor) -> tuple[Facto
         factor[bad] = cell.solver.factorise(stiffness[bad] + shift * unloaded[bad])
         bad = (~factor.definite).nonzero()[:, 0]
     return factor, shifted
+
+
+def _stable(cell: Cell, displacement: Tensor, modulus: Tensor) -> Tensor:
+    """Whether the tangent is positive definite, shape ``(B,)``; B may be 0."""
+    if not len(displacement):
+        return torch.ones(0, dtype=torch.bool, device=displacement.device)
+    stiffness = cell.elements.stiffness(cell.elements.state(displacement), modulus)
+    return cell.solver.factorise(stiffness).definite
 
 
 def _store(result: Equilibrium, index: Tensor, displacement: Tensor, energy: Tensor, forces: Tensor) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from mechdiffusers.mechanics import simulate
-from mechdiffusers.mechanics.load_cases import LOAD_CASES
+from mechdiffusers.mechanics.load_cases import LOAD_CASES, LoadCase
 from mechdiffusers.mechanics.materials import CompressibleNeoHookean
 from mechdiffusers.mechanics.newton import Cell, equilibrate
 from mechdiffusers.mechanics.path_following import RESPONSE_TOLERANCE, follow
@@ -67,6 +67,23 @@ def test_a_perfect_column_buckles_or_is_flagged_but_never_stays_straight():
     assert stress[:2].isfinite().all()
     beyond = stress[2:] / (stress[0] / strains[0] * strains[2:])
     assert (beyond.isnan() | (beyond < 0.8)).all()
+
+
+def test_a_start_that_is_balanced_is_an_answer_where_it_is_stable_alone():
+    """The straight column that its half says, which is held on the plane of symmetry and cannot buckle."""
+    load = LOAD_CASES["uniaxial_compression"]
+    half = Cell(24, 1, 2, LoadCase(load.gradient, {**load.prescribed, "left": "x"}), LAW, CPU)
+    column = Cell(24, 2, 2, load, LAW, CPU)
+    strains = torch.tensor([0.01, 0.05], dtype=torch.float64)  # Euler's is 0.02
+    ones = torch.ones(2, 24, 2, dtype=torch.float64)
+    right = equilibrate(half, ones[..., :1], strains.view(-1, 1, 1, 1) * half.affine, tolerance=1e-12)
+    assert right.solved.all()
+    left = right.displacement.flip(2)[:, :, :-1] * torch.tensor([-1.0, 1.0])
+    straight = torch.cat([left, right.displacement], 2)
+    found = equilibrate(column, ones, straight)
+    assert found.solved[0]
+    assert torch.equal(found.displacement[0], straight[0])
+    assert not found.solved[1] or (found.displacement[1] - straight[1]).abs().max() > 0.1
 
 
 def test_the_tangent_of_a_path_is_the_derivative_of_its_states_where_it_is_stable_and_nan_elsewhere(column):
