@@ -66,7 +66,7 @@ def load_case(name: str) -> tuple[LoadCase, bool]:
         ValueError: If there is no such load case.
     """
     base = name.removesuffix("_x") if isinstance(name, str) else name
-    if base not in LOAD_CASES:
+    if not isinstance(base, str) or base not in LOAD_CASES:
         known = ", ".join(LOAD_CASES)
         raise ValueError(f"load_cases must be among {known}, each also with the suffix _x, got {name!r}")
     return LOAD_CASES[base], base != name

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import current_process
 from typing import Any
@@ -121,16 +121,16 @@ def simulate(
         raise ValueError(f"designs must be a tensor or array of numbers, shape (B, H, W), none of them 0, got {what}")
     if not bool(((given >= 0) & (given <= 1)).all()):  # also false for NaN
         raise ValueError("designs must lie in [0, 1] everywhere, got values outside or NaN")
-    if not isinstance(element_order, (int, np.integer)) or element_order not in (1, 2):
+    if not _is_integer(element_order) or element_order not in (1, 2):
         raise ValueError(f"element_order must be the integer 1 or 2, got {element_order!r}")
     for name, value in (("young_soft", young_soft), ("young_stiff", young_stiff), ("pixel_size", pixel_size)):
         if not (_is_number(value) and 0 < value < math.inf):
             raise ValueError(f"{name} must be positive and finite, got {value!r}")
     if not (_is_number(poisson) and 0 < poisson < 0.5):
         raise ValueError(f"poisson must lie inside (0, 0.5), got {poisson!r}")
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+    if batch_size is not None and not (_is_integer(batch_size) and batch_size > 0):
         raise ValueError(f"batch_size must be a positive integer or None, got {batch_size!r}")
-    if isinstance(load_cases, str) or not len(load_cases):
+    if isinstance(load_cases, str) or not isinstance(load_cases, Collection) or not len(load_cases):
         raise ValueError(f"load_cases must be a sequence of at least one name, got {load_cases!r}")
     cases = [load_case(name) for name in load_cases]
     strain = _checked_strains(strains, [case.reach for case, _ in cases])
@@ -292,6 +292,10 @@ def _like(mask: Tensor, value: Tensor) -> Tensor:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _checked_strains(strains: Any, reaches: Sequence[float]) -> Tensor:

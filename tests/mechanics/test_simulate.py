@@ -194,7 +194,7 @@ def test_a_design_does_not_see_its_neighbours():
     designs[3] = 1.0
     for cases in (["uniaxial_extension", "shear"], ["uniaxial_compression"]):
         together = simulate(designs, cases, element_order=1, batch_size=6)
-        alone = simulate(designs, cases, element_order=1, batch_size=1)
+        alone = simulate(designs, cases, element_order=1, batch_size=np.int64(1))
         assert torch.allclose(together.stress, alone.stress, rtol=1e-9, atol=0)
         assert torch.allclose(together.energy, alone.energy, rtol=1e-9, atol=0)
 
@@ -285,6 +285,7 @@ def test_a_path_in_finer_steps_comes_to_the_same_place():
     ("change", "name"),
     [
         ({"designs": torch.full((1, 4, 4), 1.1)}, "designs"),
+        ({"designs": torch.full((1, 4, 4), -0.1)}, "designs"),
         ({"designs": torch.full((1, 4, 4), float("nan"))}, "designs"),
         ({"designs": torch.zeros(4, 4)}, "designs"),
         ({"designs": torch.zeros(0, 4, 4)}, "designs"),
@@ -293,6 +294,7 @@ def test_a_path_in_finer_steps_comes_to_the_same_place():
         ({"designs": np.zeros((1, 4, 4), complex)}, "designs"),
         ({"strains": [0.2, 0.1]}, "strains"),
         ({"strains": [0.0, 0.1]}, "strains"),
+        ({"strains": [-0.2, -0.1]}, "strains"),
         ({"strains": [0.1, float("nan")]}, "strains"),
         ({"strains": []}, "strains"),
         ({"strains": 0.1}, "strains"),
@@ -302,6 +304,9 @@ def test_a_path_in_finer_steps_comes_to_the_same_place():
         ({"load_cases": [3]}, "load_cases"),
         ({"load_cases": "shear"}, "load_cases"),
         ({"load_cases": []}, "load_cases"),
+        ({"load_cases": None}, "load_cases"),
+        ({"load_cases": (name for name in ["shear"])}, "load_cases"),
+        ({"load_cases": [["shear"]]}, "load_cases"),
         ({"young_soft": 0.0}, "young_soft"),
         ({"young_stiff": -1.0}, "young_stiff"),
         ({"young_stiff": float("inf")}, "young_stiff"),
@@ -311,7 +316,10 @@ def test_a_path_in_finer_steps_comes_to_the_same_place():
         ({"poisson": "0.3"}, "poisson"),
         ({"element_order": 3}, "element_order"),
         ({"element_order": 2.0}, "element_order"),
+        ({"element_order": True}, "element_order"),
         ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": True}, "batch_size"),
+        ({"batch_size": 2.0}, "batch_size"),
     ],
 )
 def test_bad_input_is_named(change, name):
