@@ -48,13 +48,15 @@ def read_targets(path: str | os.PathLike[str], meaning: Mapping[str, Any]) -> tu
     columns = ["target", "load_case", "strain", meaning["quantity"]]
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            header, *rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row] or [[]]
+            reader = csv.reader(file)
+            lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"targets must be a CSV file that can be read, got {path}: {error}") from error
+    (_, header), *rows = lines or [(1, [])]
     if header != columns or not rows:
         raise ValueError(f"targets must have the columns {','.join(columns)} and at least one point, got {header}")
     curves: dict[str, dict[str, dict[float, float]]] = {}
-    for number, row in enumerate(rows, start=2):
+    for number, row in rows:
         where = f"row {number} of {Path(path).name}"
         if len(row) != len(columns) or row[1] not in meaning["load_cases"]:
             raise ValueError(f"targets must have load cases out of {list(meaning['load_cases'])}, got {row} in {where}")

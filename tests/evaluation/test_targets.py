@@ -60,6 +60,8 @@ def test_rows_may_come_in_any_order_with_spaces_and_blank_lines(tmp_path):
             HEADER + "a,shear,0.1,1\na,shear,0.1,2\n",
             "targets must have each strain of a curve once, got '0.1' again in row 3",
         ),
+        (HEADER + "\na,shear,0.1,1\n\na,shear,-1,2\n", "targets must have strains .* got '-1' in row 5"),
+        ("\n", "targets must have the columns"),
         (HEADER + "a,shear,0.5,1\n", "targets must be given at one at least of the strains .* got none of 'a'"),
     ],
 )
