@@ -24,6 +24,7 @@ from torch import Tensor
 
 __all__ = [
     "NearestDesigns",
+    "as_array",
     "load_split",
     "nearest_training_designs",
     "response_error",
@@ -101,7 +102,7 @@ def nearest_training_designs(targets: np.ndarray | Tensor, dataset: Any, k: int 
         >>> nearest_training_designs(targets, dataset, k=8).error.mean(0)  # doctest: +SKIP
     """
     stored = stored_responses(dataset)
-    wanted = np.asarray(targets, dtype=np.float64)
+    wanted = as_array(targets)
     if wanted.ndim != 3 or wanted.shape[1:] != stored.shape[1:]:
         raise ValueError(f"targets must have shape (T, {stored.shape[1]}, {stored.shape[2]}), got {wanted.shape}")
     errors = np.array([response_error(stored, target) for target in wanted]).reshape(len(wanted), len(stored))
@@ -112,6 +113,11 @@ def nearest_training_designs(targets: np.ndarray | Tensor, dataset: Any, k: int 
     rows, inverse = np.unique(index, return_inverse=True)
     designs = stored_designs(dataset.select(rows))[inverse.reshape(index.shape)]
     return NearestDesigns(designs, stored[index], np.take_along_axis(errors, index, 1), index)
+
+
+def as_array(values: np.ndarray | Tensor) -> np.ndarray:
+    """Numbers on the CPU, float64, without what a tensor knows of its gradient."""
+    return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
 
 
 def load_split(folder: Path, split: str) -> Dataset:

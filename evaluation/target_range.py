@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from mechdiffusers.evaluation.response import response_error
+from mechdiffusers.evaluation.response import as_array, response_error
 from torch import Tensor
 
 __all__ = ["OutOfRangeWarning", "RangeCheck", "TargetRange"]
@@ -103,7 +103,7 @@ class TargetRange:
         Warns:
             OutOfRangeWarning: If a p-value is below ``level``.
         """
-        wanted = np.asarray(targets, dtype=np.float64)
+        wanted = as_array(targets)
         if wanted.ndim != 3 or wanted.shape[1:] != self._training.shape[1:]:
             raise ValueError(
                 f"targets must have shape (T, {', '.join(map(str, self._training.shape[1:]))}), got {wanted.shape}"
@@ -143,7 +143,7 @@ class TargetRange:
 
 def _solved(name: str, responses: np.ndarray | Tensor) -> np.ndarray:
     """Those of the responses that are solved to their end, float64."""
-    values = np.asarray(responses, dtype=np.float64)
+    values = as_array(responses)
     if values.ndim != 3:
         raise ValueError(f"{name} must have shape (N, L, S), got {values.shape}")
     values = values[np.isfinite(values).all((1, 2))]

@@ -81,7 +81,7 @@ def test_retrieval_finds_each_stored_design_by_its_own_response(composites):
 
 def test_retrieval_minds_only_what_the_target_gives(composites):
     stored = stored_responses(composites)
-    target = np.where(np.arange(2)[:, None] == 1, stored[7], math.nan)
+    target = torch.from_numpy(np.where(np.arange(2)[:, None] == 1, stored[7], math.nan)).requires_grad_()
     errors = np.linalg.norm(stored[:, 1] - stored[7, 1], axis=1) / np.linalg.norm(stored[7, 1])
     np.testing.assert_array_equal(
         nearest_training_designs(target[None], composites, k=5).index[0], np.argsort(errors)[:5]

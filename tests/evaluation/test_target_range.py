@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from mechdiffusers.evaluation import OutOfRangeWarning, TargetRange, response_error
 
 STRAINS = np.linspace(0.1, 0.6, 6)
@@ -82,10 +83,10 @@ def test_what_is_left_open_is_not_held_against_a_target(reach):
     assert (reach.check(contradictory(curves(50, 3)), level=0).p_value < 0.05).all()
 
 
-def test_the_nearest_error_is_that_of_retrieval(reach):
-    targets, training = curves(5, 3), curves(1500, seed=0)
-    nearest = [response_error(training, target).min() for target in targets]
-    np.testing.assert_allclose(reach.check(targets, level=0).nearest_error, nearest)
+def test_the_nearest_error_is_that_of_retrieval_also_for_tensors_with_gradients(reach):
+    targets, training = torch.from_numpy(curves(5, 3)), curves(1500, seed=0)
+    nearest = [response_error(training, target.numpy()).min() for target in targets]
+    np.testing.assert_allclose(reach.check(targets.requires_grad_(), level=0).nearest_error, nearest)
 
 
 def test_a_target_out_of_range_is_warned_of_by_its_name_and_one_within_is_not(reach):
