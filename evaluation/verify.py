@@ -22,6 +22,7 @@ from mechdiffusers.evaluation.novelty import diversity, novelty, stiff_connectiv
 from mechdiffusers.evaluation.plots import save_verification_figure
 from mechdiffusers.evaluation.response import (
     NearestDesigns,
+    as_array,
     nearest_training_designs,
     response_error,
     stored_designs,
@@ -41,14 +42,14 @@ _MATERIAL = {"law", "young_soft", "young_stiff", "poisson"}
 
 @dataclass
 class VerificationReport:
-    """B designs for T targets, those of a target neighbours; numpy arrays, or tensors where the designs were one."""
+    """B designs for T targets, those of a target neighbours; numpy arrays, or tensors on the CPU for a tensor."""
 
     meaning: dict[str, Any]  #: of target and response
     designs: Any  #: shape (B, H, W)
     target: Any  #: shape (T, L, S), NaN where open
     response: Any  #: by finite elements, shape (B, L, S), NaN where not solved
-    error: Any  #: see :func:`~mechdiffusers.evaluation.response_error`, shape (B,), NaN where not solved
-    rank: Any  #: 1 the least error of the target, shape (B,); what is not solved comes last
+    error: Any  #: of :func:`.response_error`, shape (B,), NaN where not solved at a strain that the target gives
+    rank: Any  #: 1 the least error of the target, shape (B,); what has no error comes last
     solved: Any  #: whether the solver followed all load cases to their end, bool, shape (B,)
     stiff_connectivity: Any  #: share of the stiff phase in its largest piece, shape (B,)
     diversity: Any  #: mean fraction of differing pixels within a target, shape (T,), NaN for single designs
@@ -93,15 +94,15 @@ class VerificationReport:
         """Writes ``verification.csv``, ``verification.json``, ``designs.npy`` and a picture of each target.
 
         Args:
-            folder: Made if need be; files of an earlier report are replaced.
+            folder: Made if need be; files of an earlier report are replaced, but pictures of targets that this one has
+                not are left.
             names: Of the targets, which name the pictures too; by default ``target_0`` and so on.
 
         Raises:
             ValueError: If there is not one name for each target, fit for a file.
         """
-        chosen = [f"target_{index}" for index in range(len(self.target))] if names is None else list(names)
-        if len(set(chosen)) != len(self.target) or any(not name or Path(name).name != name for name in chosen):
-            raise ValueError(f"names must be {len(self.target)} different names of files, got {chosen!r}")
+        default = [f"target_{index}" for index in range(len(self.target))]
+        chosen = default if names is None else checked_names(names, len(self.target))
         path, rows = Path(folder), self.rows(chosen)
         with (
             atomic_write(path / "verification.csv") as table_file,
@@ -125,6 +126,7 @@ def verify(
     *,
     dataset: Any = None,
     heldout: Any = None,
+    names: Sequence[str] | None = None,
     binary: bool = True,
     device: str | torch.device | None = None,
     progress: bool = False,
@@ -140,74 +142,113 @@ def verify(
         dataset: The training data, for novelty and for retrieval, the baseline of as many stored designs.
         heldout: Designs kept from training, likewise: with them an :class:`OutOfRangeWarning` says which targets lie
             outside what the training data can reach.
+        names: Of the targets, for that warning, as :meth:`VerificationReport.save` has them; by default their numbers.
         binary: Whether the family of designs is binary; then so must these be.
         device: Where to simulate; by default on the CPU.
         progress: Whether to show a progress bar.
 
     Returns:
-        The report. A design that the solver cannot follow is kept, flagged and ranked last.
+        The report. A design that the solver cannot follow to the end is kept and flagged; where it fails at a strain
+        that the target gives, it has no error and is ranked last.
 
     Raises:
         ValueError: If the designs are not binary where they should be, or do not divide among the targets; if the
-            target does not fit the meaning, the meaning is not complete, or the dataset's responses mean another thing.
+            target does not fit the meaning, the meaning is not complete, or the dataset's responses mean another thing,
+            its designs are of another size or too few. All of that is found before anything is simulated.
 
     Example:
         >>> report = verify(designs, target, pipe.response_encoder.config.meaning)  # doctest: +SKIP
         >>> report.error.min(), report.save("runs/design")  # doctest: +SKIP
     """
-    meaning = checked_meaning(meaning)
-    wanted = np.asarray(target, dtype=np.float64)
-    wanted = wanted[None] if wanted.ndim == 2 else wanted
-    shape = np.shape(meaning["strains"])
-    if wanted.ndim != 3 or wanted.shape[1:] != shape or not len(wanted):
-        raise ValueError(
-            f"target must have shape (T, {shape[0]}, {shape[1]}): the load cases {meaning['load_cases']} at {shape[1]} "
-            f"strains each; got {np.shape(target)}"
-        )
-    array = np.asarray(designs.detach().cpu() if isinstance(designs, Tensor) else designs, dtype=np.float64)
-    if array.ndim != 3 or not array.size or len(array) % len(wanted):
-        raise ValueError(
-            f"designs must have shape (B, H, W), as many for each of {len(wanted)} targets, got {array.shape}"
-        )
+    array = as_array(designs)
+    meaning, wanted = checked_question(target, meaning, array.shape, dataset=dataset, heldout=heldout)
+    if names is not None:
+        names = checked_names(names, len(wanted))
     if binary and not ((array == 0) | (array == 1)).all():
         raise ValueError(
             "designs must be 0 or 1 everywhere, as their family is, got values in between: np.rint(designs) makes them "
             "so; binary=False is for a family of grey designs"
         )
-    for name, rows in (("dataset", dataset), ("heldout", heldout)):
-        if rows is not None and any(response_meaning(rows)[key] != meaning[key] for key in _MEANING):
-            raise ValueError(f"{name} must have responses of the meaning of the target, got another meaning")
-    if heldout is not None and dataset is None:
-        raise ValueError("heldout must come with the training data, got no dataset")
     per_target = len(array) // len(wanted)
-    each = np.repeat(wanted, per_target, axis=0)
-    response_error(each, each)  # an unfit target is refused before hours of simulation
-
-    reach = None
-    if heldout is not None:
-        reach = TargetRange(stored_responses(dataset), stored_responses(heldout)).check(wanted)
-    response = simulated_response(array, meaning, device=device, progress=progress)
-    error = response_error(response, each)
     groups = array.reshape(len(wanted), per_target, *array.shape[1:])
+    found: dict[str, Any] = {
+        "stiff_connectivity": stiff_connectivity(array),
+        "diversity": np.array([diversity(group) if per_target > 1 else math.nan for group in groups]),
+    }
+    retrieval = reach = None
+    if dataset is not None:
+        found["novelty"] = novelty(array, stored_designs(dataset))
+        retrieval = nearest_training_designs(wanted, dataset, per_target)
+    if heldout is not None:
+        reach = TargetRange(stored_responses(dataset), stored_responses(heldout)).check(wanted, names=names)
+
+    response = simulated_response(array, meaning, device=device, progress=progress)
+    error = response_error(response, np.repeat(wanted, per_target, axis=0))
     order = np.argsort(error.reshape(len(wanted), per_target), axis=1, kind="stable")  # NaN comes last
-    found = {
+    found |= {
         "response": response,
         "error": error,
         "rank": (np.argsort(order, axis=1) + 1).ravel(),
         "solved": np.isfinite(response).all((1, 2)),
-        "stiff_connectivity": stiff_connectivity(array),
-        "diversity": np.array([diversity(group) if per_target > 1 else math.nan for group in groups]),
     }
-    if dataset is not None:
-        found["novelty"] = novelty(array, stored_designs(dataset))
     if isinstance(designs, Tensor):
         found = {name: torch.from_numpy(values) for name, values in found.items()}
-        report = VerificationReport(meaning, designs, torch.from_numpy(wanted), **found)
-    else:
-        report = VerificationReport(meaning, designs, wanted, **found)
+        return VerificationReport(
+            meaning, designs.detach().cpu(), torch.from_numpy(wanted), **found, retrieval=retrieval, reach=reach
+        )
+    return VerificationReport(meaning, designs, wanted, **found, retrieval=retrieval, reach=reach)
+
+
+def checked_question(
+    target: np.ndarray | Tensor,
+    meaning: Mapping[str, Any] | None,
+    shape: Sequence[int],
+    *,
+    dataset: Any = None,
+    heldout: Any = None,
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Meaning and targets (T, L, S), if designs of ``shape`` (B, H, W) can be verified, else a ``ValueError``."""
+    meaning = checked_meaning(meaning)
+    wanted = as_array(target)
+    wanted = wanted[None] if wanted.ndim == 2 else wanted
+    curves = np.shape(meaning["strains"])
+    if wanted.ndim != 3 or wanted.shape[1:] != curves or not len(wanted):
+        raise ValueError(
+            f"target must have shape (T, {curves[0]}, {curves[1]}): the load cases {meaning['load_cases']} at "
+            f"{curves[1]} strains each; got {np.shape(target)}"
+        )
+    if len(shape) != 3 or not math.prod(shape) or shape[0] % len(wanted):
+        raise ValueError(
+            f"designs must have shape (B, H, W), as many for each of {len(wanted)} targets, got {tuple(shape)}"
+        )
+    response_error(wanted, wanted)  # refuses an unfit target
+    for name, rows in (("dataset", dataset), ("heldout", heldout)):
+        if rows is not None and any(response_meaning(rows).get(key) != meaning[key] for key in _MEANING):
+            raise ValueError(f"{name} must have responses of the meaning of the target, got another meaning")
     if dataset is not None:
-        report.retrieval, report.reach = nearest_training_designs(wanted, dataset, per_target), reach
-    return report
+        stored, per_target = stored_responses(dataset), shape[0] // len(wanted)
+        solved = min(int((np.isfinite(stored) | np.isnan(each)).all((1, 2)).sum()) for each in wanted)
+        if solved < per_target:
+            raise ValueError(
+                f"dataset must have as many solved designs as there are for a target, {per_target}, got {solved}"
+            )
+        size = stored_designs(dataset.select([0])).shape[1:]
+        if size != tuple(shape[1:]):
+            raise ValueError(f"dataset must have designs of the size {tuple(shape[1:])} of the designs, got {size}")
+    if heldout is not None:
+        if dataset is None:
+            raise ValueError("heldout must come with the training data, got no dataset")
+        if (wanted <= 0).any():
+            raise ValueError("target must be positive where given, for heldout to tell whether it is within reach")
+    return meaning, wanted
+
+
+def checked_names(names: Sequence[str], num: int) -> list[str]:
+    """As many different names as there are targets, fit for files, else a ``ValueError``."""
+    chosen = list(names)
+    if not len(set(chosen)) == len(chosen) == num or any(not name or Path(name).name != name for name in chosen):
+        raise ValueError(f"names must be {num} different names of files, one for each target, got {chosen!r}")
+    return chosen
 
 
 def checked_meaning(meaning: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -215,14 +256,22 @@ def checked_meaning(meaning: Mapping[str, Any] | None) -> dict[str, Any]:
     if not isinstance(meaning, Mapping) or _MEANING - meaning.keys():
         have = sorted(meaning) if isinstance(meaning, Mapping) else meaning
         raise ValueError(f"meaning must have {sorted(_MEANING)}, as response_meaning(dataset) gives it, got {have!r}")
-    if _MATERIAL - meaning["material"].keys() or meaning["material"]["law"] != CompressibleNeoHookean.__name__:
-        raise ValueError(
-            f"meaning must have a material with {sorted(_MATERIAL)}, its law {CompressibleNeoHookean.__name__}, got "
-            f"{meaning['material']!r}"
-        )
+    material, law = meaning["material"], CompressibleNeoHookean.__name__
+    if not isinstance(material, Mapping) or _MATERIAL - material.keys() or material["law"] != law:
+        raise ValueError(f"meaning must have a material with {sorted(_MATERIAL)}, its law {law}, got {material!r}")
     if meaning["quantity"] not in ("stress", "energy"):
         raise ValueError(f"meaning must have the quantity 'stress' or 'energy', got {meaning['quantity']!r}")
-    return dict(meaning)
+    cases = meaning["load_cases"]
+    try:
+        strains = np.asarray(meaning["strains"], dtype=np.float64)
+    except (TypeError, ValueError):
+        strains = np.empty(0)
+    if isinstance(cases, str) or not isinstance(cases, Sequence) or strains.ndim != 2 or len(strains) != len(cases):
+        raise ValueError(
+            f"meaning must have load cases, and strains of shape (L, S), a row for each, got {cases!r} and "
+            f"{meaning['strains']!r}"
+        )
+    return {**meaning, "load_cases": list(cases), "strains": strains.tolist()}
 
 
 def _plain(values: Any) -> Any:

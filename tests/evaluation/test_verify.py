@@ -6,6 +6,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
+from datasets import Array2D, Dataset, DatasetInfo
 from mechdiffusers.evaluation import OutOfRangeWarning, response_error, stored_designs, stored_responses, verify
 from mechdiffusers.microstructures import build_dataset, random_composites, response_meaning
 from PIL import Image
@@ -56,21 +57,39 @@ def test_a_design_that_is_not_solved_is_kept_flagged_and_ranked_last(composites,
     assert report.to_dict()["designs"][0]["error"] is None
 
 
+def test_a_design_that_fails_where_the_target_is_open_is_flagged_and_ranked_by_its_error(composites, monkeypatch):
+    def failing(designs, *args, **kwargs):
+        response = np.ones((len(designs), 2, 3))
+        response[0] = [[2, 2, 2], [2, 2, math.nan]]
+        return response
+
+    monkeypatch.setattr(import_module("mechdiffusers.evaluation.verify"), "simulated_response", failing)
+    target = np.array([[2.0, 2.0, 2.0], [2.0, 2.0, math.nan]])
+    report = verify(stored_designs(composites)[:3], target, response_meaning(composites))
+    np.testing.assert_array_equal(report.solved, [False, True, True])
+    np.testing.assert_allclose(report.error, [0, 0.5, 0.5])
+    assert report.rank[0] == 1
+
+
 def test_a_target_out_of_range_is_warned_of():
     designs, _ = random_composites(250, size=4)
     dataset = build_dataset(designs, ("shear",), [0.1], element_order=1, progress=False)
     training, heldout = dataset.select(range(30)), dataset.select(range(30, 250))
     inside = np.median(stored_responses(training), axis=0)
     targets = np.stack([inside, 100 * inside])
+    stored = {"dataset": training, "heldout": heldout}
+    with pytest.warns(OutOfRangeWarning, match="targets wild "):
+        verify(designs[:2], targets, response_meaning(dataset), **stored, names=["tame", "wild"])
     with pytest.warns(OutOfRangeWarning, match="targets 1 "):
-        report = verify(designs[:2], targets, response_meaning(dataset), dataset=training, heldout=heldout)
+        report = verify(designs[:2], targets, response_meaning(dataset), **stored)
     np.testing.assert_array_equal(report.reach.out_of_range, [False, True])
     assert report.to_dict()["reach"]["out_of_range"] == [False, True]
 
 
 def test_a_report_of_tensors_holds_the_numbers_of_one_of_arrays(report, composites):
-    designs = torch.from_numpy(report.designs)
-    ours = verify(designs, torch.from_numpy(report.target), response_meaning(composites), dataset=composites)
+    designs, target = (torch.from_numpy(values).clone() for values in (report.designs, report.target))
+    designs.requires_grad_(), target.requires_grad_()
+    ours = verify(designs, target, response_meaning(composites), dataset=composites)
     for name in (
         "designs",
         "target",
@@ -124,12 +143,27 @@ def test_a_report_is_saved_under_fit_names_alone(report, tmp_path):
         ({"target": np.full((2, 3), np.nan)}, "target must be finite, given somewhere"),
         ({"meaning": {"load_cases": ["shear"]}}, "meaning must have .* got .'load_cases'."),
         ({"meaning": None}, "meaning must have"),
+        ({"names": ["soft", "stiff"]}, "names must be 1 different names of files"),
+        (
+            {"designs": np.zeros((2, 6, 6)), "dataset": slice(0, 24)},
+            r"dataset must have designs of the size \(6, 6\) of the designs, got \(8, 8\)",
+        ),
+        (
+            {"dataset": slice(0, 1)},
+            "dataset must have as many solved designs as there are for a target, 2, got 1",
+        ),
+        (
+            {"dataset": slice(0, 12), "heldout": slice(12, 24), "target": np.ones((2, 3)) * [0, 1, 2]},
+            "target must be positive where given, for heldout",
+        ),
     ],
 )
-def test_unfit_arguments_are_named(composites, changes, message):
+def test_unfit_arguments_are_named_before_anything_is_simulated(composites, monkeypatch, changes, message):
+    monkeypatch.setattr(import_module("mechdiffusers.evaluation.verify"), "simulated_response", None)
+    rows = {name: composites.select(range(24)[value]) for name, value in changes.items() if isinstance(value, slice)}
     arguments = {"designs": np.zeros((2, 8, 8)), "target": np.ones((2, 3)), "meaning": response_meaning(composites)}
     with pytest.raises(ValueError, match=f"^{message}"):
-        verify(**{**arguments, **changes})
+        verify(**{**arguments, **changes, **rows})
 
 
 def test_a_meaning_that_the_solver_does_not_know_is_refused(composites):
@@ -137,12 +171,31 @@ def test_a_meaning_that_the_solver_does_not_know_is_refused(composites):
     arguments = np.zeros((1, 8, 8)), np.ones((2, 3))
     with pytest.raises(ValueError, match="^meaning must have a material with .* its law CompressibleNeoHookean"):
         verify(*arguments, {**meaning, "material": {**meaning["material"], "law": "Ogden"}})
+    for material in (None, {"law": "CompressibleNeoHookean"}):
+        with pytest.raises(ValueError, match="^meaning must have a material with"):
+            verify(*arguments, {**meaning, "material": material})
+    for strains in ([0.1, 0.2, 0.3], [[0.1, 0.2, 0.3]], [[0.1], [0.1, 0.2]], None):
+        with pytest.raises(ValueError, match=r"^meaning must have load cases, and strains of shape \(L, S\)"):
+            verify(*arguments, {**meaning, "strains": strains})
     with pytest.raises(ValueError, match="^strains must be positive, finite and increasing"):
         verify(*arguments, {**meaning, "strains": [[-0.1, 0.1, 0.2]] * 2})
     with pytest.raises(ValueError, match="^dataset must have responses of the meaning of the target"):
         verify(*arguments, {**meaning, "element_order": 2}, dataset=composites)
     with pytest.raises(ValueError, match="^heldout must come with the training data"):
         verify(*arguments, meaning, heldout=composites)
+    features = composites.features
+    without = {name: value for name, value in meaning.items() if name != "pixel_size"}
+    features["response"] = Array2D((2, 3), "float32", id=json.dumps(without))
+    with pytest.raises(ValueError, match="^dataset must have responses of the meaning of the target"):
+        verify(*arguments, meaning, dataset=Dataset(composites.data, info=DatasetInfo(features=features)))
+
+
+def test_tuples_and_arrays_mean_what_lists_do(composites):
+    meaning = response_meaning(composites)
+    other = {**meaning, "load_cases": tuple(meaning["load_cases"]), "strains": np.array(meaning["strains"])}
+    report = verify(np.zeros((1, 8, 8)), np.ones((2, 3)), other, dataset=composites)
+    assert report.meaning == meaning
+    assert report.solved.all()
 
 
 def test_grey_designs_are_verified_where_their_family_is_grey(composites):
