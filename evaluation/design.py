@@ -16,8 +16,15 @@ import numpy as np
 import torch
 from mechdiffusers.evaluation.response import load_split
 from mechdiffusers.evaluation.targets import read_targets
-from mechdiffusers.evaluation.verify import VerificationReport, checked_meaning, verify
+from mechdiffusers.evaluation.verify import (
+    VerificationReport,
+    checked_meaning,
+    checked_names,
+    checked_question,
+    verify,
+)
 from mechdiffusers.pipelines import LatentDDPMPipeline
+from mechdiffusers.pipelines.latent_likelihood import image_size
 from mechdiffusers.schedulers import STOCK_SCHEDULERS, stock_scheduler
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -39,12 +46,12 @@ def designs_for(
     progress: bool = False,
     **options: Any,
 ) -> np.ndarray:
-    """Generates designs for many targets, in batches; a design does not depend on the others.
+    """Generates designs for many targets, in batches; a design does not depend on those that follow.
 
     Args:
         pipe: A pipeline with a response, such as :class:`mechdiffusers.LatentDDPMPipeline`.
         targets: Shape ``(T, L, S)``, in the units of the checkpoint, NaN where open.
-        num_designs: For each target.
+        num_designs: For each target, at least 1.
         seed: Of all random numbers.
         progress: Whether to show a progress bar.
         **options: Of the pipeline, such as ``num_inference_steps`` and ``guidance_scale``.
@@ -53,13 +60,15 @@ def designs_for(
         Shape ``(T * num_designs, H, W)``; those of a target are neighbours.
 
     Raises:
-        ValueError: If a target or an option does not suit the pipeline.
+        ValueError: If ``num_designs`` is no integer of at least 1, or a target or an option does not suit the pipeline.
     """
-    wanted = torch.as_tensor(targets).float().repeat_interleave(num_designs, dim=0)
+    wanted = torch.as_tensor(targets).float().repeat_interleave(_checked_count(num_designs), dim=0)
     drawn = torch.Generator().manual_seed(seed)
     seeds = torch.randint(2**62, (len(wanted),), generator=drawn).tolist()
     images = []
-    at_once = max(1, _BATCH // options.get("num_candidates", 1))
+    candidates = options.get("num_candidates", 1)
+    # the pipeline refuses a number that is none
+    at_once = max(1, _BATCH // candidates) if isinstance(candidates, (int, np.integer)) and candidates > 0 else 1
     for start in tqdm(range(0, len(wanted), at_once), desc="generate", unit="batch", disable=not progress):
         rows = slice(start, start + at_once)
         generators = [torch.Generator().manual_seed(number) for number in seeds[rows]]
@@ -113,10 +122,13 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
         raise ValueError(f"checkpoint must be trained with responses, got {arguments.checkpoint}, trained without")
     meaning = checked_meaning(pipe.response_encoder.config.meaning)
     names, targets = read_targets(arguments.targets, meaning)
+    checked_names(names, len(targets))
     stored = {}
     if arguments.dataset is not None:
         splits = {"dataset": "train", "heldout": "heldout"}
         stored = {name: load_split(arguments.dataset, split) for name, split in splits.items()}
+    shape = (len(targets) * _checked_count(arguments.num_designs), *image_size(pipe.vae))
+    checked_question(targets, meaning, shape, **stored)  # what cannot be verified is not generated
     designs = designs_for(
         pipe,
         targets,
@@ -129,19 +141,27 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
     )
     binary = pipe.config.decoder_likelihood == "bernoulli"
     device = arguments.device
-    return verify(designs, targets, meaning, **stored, binary=binary, device=device, progress=True), names
+    report = verify(designs, targets, meaning, **stored, names=names, binary=binary, device=device, progress=True)
+    return report, names
+
+
+def _checked_count(num_designs: int) -> int:
+    """``num_designs``, if it is an integer of at least 1, else a ``ValueError``."""
+    if isinstance(num_designs, bool) or not isinstance(num_designs, (int, np.integer)) or num_designs < 1:
+        raise ValueError(f"num_designs must be an integer of at least 1, got {num_designs!r}")
+    return int(num_designs)
 
 
 def _table(report: VerificationReport, names: Sequence[str]) -> str:
     """A line a target: the best and the mean error, beside what retrieval has."""
-    errors = np.asarray(report.error).reshape(len(names), -1)
+    errors, solved = (np.asarray(values).reshape(len(names), -1) for values in (report.error, report.solved))
     lines = [f"{'target':24} {'best':>8} {'mean':>8} {'solved':>8} {'retrieval':>10} {'p in range':>11}"]
     for i, name in enumerate(names):
-        solved = np.isfinite(errors[i])
-        best, mean = (f"{f(errors[i][solved]):8.2%}" if solved.any() else f"{'-':>8}" for f in (np.min, np.mean))
+        known = errors[i][np.isfinite(errors[i])]
+        best, mean = (f"{f(known):8.2%}" if known.size else f"{'-':>8}" for f in (np.min, np.mean))
         nearest = f"{report.retrieval.error[i, 0]:10.2%}" if report.retrieval is not None else f"{'-':>10}"
         within = f"{report.reach.p_value[i]:11.2g}" if report.reach is not None else f"{'-':>11}"
-        lines.append(f"{name[:24]:24} {best} {mean} {solved.sum():4d} of {solved.size:d} {nearest} {within}")
+        lines.append(f"{name[:24]:24} {best} {mean} {solved[i].sum():4d} of {solved[i].size:d} {nearest} {within}")
     return "\n".join(lines)
 
 

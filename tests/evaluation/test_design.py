@@ -1,4 +1,5 @@
 import csv
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,8 @@ import torch
 from mechdiffusers.evaluation import stored_responses
 from mechdiffusers.evaluation.design import designs_for, main
 from mechdiffusers.evaluation.targets import read_targets, write_targets
-from mechdiffusers.microstructures import response_meaning
-from mechdiffusers.models import ResponseEncoder, response_normalisation
+from mechdiffusers.microstructures import build_dataset, random_composites, response_meaning
+from mechdiffusers.models import ResponseEncoder, ResponsePredictor, response_normalisation
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +49,39 @@ def test_designs_of_a_target_do_not_depend_on_the_other_targets(conditional, com
     alone = designs_for(conditional, targets[:1], 2, seed=5, num_inference_steps=2)
     assert together.shape == (6, 8, 8)
     np.testing.assert_array_equal(together[:2], alone)
+    assert not np.array_equal(together[:2], together[2:4])
+
+
+def test_designs_chosen_from_candidates_are_predicted_nearer_and_do_not_depend_on_the_batch(
+    conditional, composites, monkeypatch
+):
+    config = conditional.response_encoder.config
+    options = {name: config[name] for name in ("meaning", "scale", "mean", "std")}
+    turned = {"half_turn": [0, 1], "mirror": [0, None]}
+    torch.manual_seed(1)
+    predictor = ResponsePredictor(block_out_channels=(4, 8), symmetries=turned, **options).eval()
+    conditional.register_modules(response_predictor=predictor)
+    conditional.to(torch.float64)  # in which a batch rounds to less than it could hide
+    targets = stored_responses(composites)[:3]
+    wanted = predictor.normalise(torch.from_numpy(targets).repeat_interleave(2, 0))
+    designs = {num: designs_for(conditional, targets, 2, num_inference_steps=2, num_candidates=num) for num in (1, 4)}
+    errors = {
+        num: (predictor.normalise(conditional.predict_response(found[..., None])) - wanted).square().mean()
+        for num, found in designs.items()
+    }
+    assert errors[4] < errors[1]
+    monkeypatch.setattr(import_module("mechdiffusers.evaluation.design"), "_BATCH", 8)  # two designs at once
+    again = designs_for(conditional, targets, 2, num_inference_steps=2, num_candidates=4)
+    np.testing.assert_array_equal(again, designs[4])
+
+
+@pytest.mark.parametrize("num", [0, -1, True, 2.0])
+def test_a_number_of_designs_or_candidates_that_is_none_is_named(conditional, composites, num):
+    targets = stored_responses(composites)[:1]
+    with pytest.raises(ValueError, match="^num_designs must be an integer of at least 1, got"):
+        designs_for(conditional, targets, num)
+    with pytest.raises(ValueError, match="^num_candidates must be an integer of at least 1, got"):
+        designs_for(conditional, targets, num_candidates=num)
 
 
 def test_a_checkpoint_without_responses_is_refused_in_one_sentence(pipe, tmp_path):
@@ -62,6 +96,43 @@ def test_a_folder_without_data_is_refused_in_one_sentence(conditional, composite
     arguments = [str(tmp_path / "t.csv"), "--checkpoint", str(tmp_path / "checkpoint"), "--dataset", str(tmp_path)]
     with pytest.raises(SystemExit, match="^error: dataset must be a folder of train.parquet and heldout.parquet"):
         main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "a/b"}, "names must be 1 different names of files, one for each target, got .'a/b'."),
+        ({"target": np.ones((2, 3)) * [[0], [1]]}, "target must be finite, given somewhere, and not zero all along"),
+        ({"target": np.ones((2, 3)) * [0, 1, 2]}, "target must be positive where given, for heldout"),
+        ({"rows": 2}, "dataset must have as many solved designs as there are for a target, 3, got 2"),
+        ({"size": 6}, r"dataset must have designs of the size \(8, 8\) of the designs, got \(6, 6\)"),
+        ({"young_stiff": 10.0}, "dataset must have responses of the meaning of the target"),
+        ({"num_designs": "0"}, "num_designs must be an integer of at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_verified_is_not_generated(conditional, composites, tmp_path, monkeypatch, changes, message):
+    conditional.save_pretrained(tmp_path / "checkpoint")
+    monkeypatch.setattr(import_module("mechdiffusers.evaluation.design"), "designs_for", None)
+    data = composites
+    if {"size", "young_stiff"} & changes.keys():
+        designs, _ = random_composites(8, size=changes.get("size", 8))
+        meaning = response_meaning(composites)
+        data = build_dataset(
+            designs,
+            meaning["load_cases"],
+            meaning["strains"],
+            element_order=1,
+            young_stiff=changes.get("young_stiff", 100.0),
+            progress=False,
+        )
+    (tmp_path / "data").mkdir()
+    data.select(range(changes.get("rows", 4))).to_parquet(tmp_path / "data" / "train.parquet")
+    data.select(range(4, 8)).to_parquet(tmp_path / "data" / "heldout.parquet")
+    curve = changes.get("target", stored_responses(composites)[0])
+    write_targets(tmp_path / "t.csv", {changes.get("name", "a"): curve}, response_meaning(composites))
+    folders = ["--checkpoint", str(tmp_path / "checkpoint"), "--dataset", str(tmp_path / "data")]
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
+        main([str(tmp_path / "t.csv"), *folders, "--num_designs", changes.get("num_designs", "3")])
 
 
 def test_the_shipped_targets_are_three_and_given_at_all_strains_of_the_released_dataset():
