@@ -1,5 +1,8 @@
 import pytest
-from mechdiffusers.microstructures import build_dataset, random_composites
+import torch
+from mechdiffusers.evaluation import stored_responses
+from mechdiffusers.microstructures import build_dataset, random_composites, response_meaning
+from mechdiffusers.models import ResponseEncoder, response_normalisation
 
 
 @pytest.fixture(scope="session")
@@ -7,3 +10,13 @@ def composites():
     """A dataset of 24 designs of 8 x 8 pixels, at order 1."""
     designs, _ = random_composites(24, size=8, seed=3)
     return build_dataset(designs, ("uniaxial_extension", "shear"), [0.1, 0.2, 0.3], element_order=1, progress=False)
+
+
+@pytest.fixture
+def conditional(make_pipeline, composites):
+    """A pipeline with random weights for the responses of the dataset."""
+    pipe = make_pipeline(conditional=True)
+    normalisation = response_normalisation(torch.from_numpy(stored_responses(composites)))
+    encoder = ResponseEncoder(6, 8, meaning=response_meaning(composites), **normalisation)
+    pipe.register_modules(response_encoder=encoder.eval())
+    return pipe

@@ -1,0 +1,94 @@
+import csv
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mechdiffusers.evaluation import stored_responses
+from mechdiffusers.evaluation.design_command import main
+from mechdiffusers.evaluation.targets import read_targets, write_targets
+from mechdiffusers.microstructures import build_dataset, random_composites, response_meaning
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_command_line_leaves_a_table_and_a_picture_of_each_target(conditional, composites, tmp_path, caplog):
+    conditional.save_pretrained(tmp_path / "checkpoint")
+    (tmp_path / "data").mkdir()
+    composites.select(range(16)).to_parquet(tmp_path / "data" / "train.parquet")
+    composites.select(range(16, 24)).to_parquet(tmp_path / "data" / "heldout.parquet")
+    curves = dict(zip(("soft", "stiff"), stored_responses(composites)[[20, 21]], strict=True))
+    write_targets(tmp_path / "targets.csv", curves, response_meaning(composites))
+    options = ["--num_designs", "3", "--num_inference_steps", "2", "--guidance_scale", "2"]
+    folders = ["--checkpoint", str(tmp_path / "checkpoint"), "--dataset", str(tmp_path / "data")]
+    with caplog.at_level("INFO"):
+        main([str(tmp_path / "targets.csv"), *folders, *options, "--output_dir", str(tmp_path / "out")])
+    rows = list(csv.DictReader((tmp_path / "out" / "verification.csv").open()))
+    assert [row["target"] for row in rows] == ["soft"] * 3 + ["stiff"] * 3
+    for name in ("soft", "stiff"):
+        Image.open(tmp_path / "out" / f"{name}.png").verify()
+        assert f"{min(float(row['error']) for row in rows if row['target'] == name):.2%}" in caplog.text
+
+
+def test_a_checkpoint_without_responses_is_refused_in_one_sentence(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(SystemExit, match="^error: checkpoint must be trained with responses"):
+        main([str(tmp_path / "targets.csv"), "--checkpoint", str(tmp_path / "checkpoint")])
+
+
+def test_a_folder_without_data_is_refused_in_one_sentence(conditional, composites, tmp_path):
+    conditional.save_pretrained(tmp_path / "checkpoint")
+    write_targets(tmp_path / "t.csv", {"a": stored_responses(composites)[0]}, response_meaning(composites))
+    arguments = [str(tmp_path / "t.csv"), "--checkpoint", str(tmp_path / "checkpoint"), "--dataset", str(tmp_path)]
+    with pytest.raises(SystemExit, match="^error: dataset must be a folder of train.parquet and heldout.parquet"):
+        main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "a/b"}, "names must be 1 different names of files, one for each target, got .'a/b'."),
+        ({"target": np.ones((2, 3)) * [[0], [1]]}, "target must be finite, given somewhere, and not zero all along"),
+        ({"target": np.ones((2, 3)) * [0, 1, 2]}, "target must be positive where given, for heldout"),
+        ({"rows": 2}, "dataset must have as many solved designs as there are for a target, 3, got 2"),
+        ({"size": 6}, r"dataset must have designs of the size \(8, 8\) of the designs, got \(6, 6\)"),
+        ({"young_stiff": 10.0}, "dataset must have responses of the meaning of the target"),
+        ({"num_designs": "0"}, "num_designs must be an integer of at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_verified_is_not_generated(conditional, composites, tmp_path, monkeypatch, changes, message):
+    conditional.save_pretrained(tmp_path / "checkpoint")
+    monkeypatch.setattr(import_module("mechdiffusers.evaluation.design_command"), "designs_for", None)
+    data = composites
+    if {"size", "young_stiff"} & changes.keys():
+        designs, _ = random_composites(8, size=changes.get("size", 8))
+        meaning = response_meaning(composites)
+        data = build_dataset(
+            designs,
+            meaning["load_cases"],
+            meaning["strains"],
+            element_order=1,
+            young_stiff=changes.get("young_stiff", 100.0),
+            progress=False,
+        )
+    (tmp_path / "data").mkdir()
+    data.select(range(changes.get("rows", 4))).to_parquet(tmp_path / "data" / "train.parquet")
+    data.select(range(4, 8)).to_parquet(tmp_path / "data" / "heldout.parquet")
+    curve = changes.get("target", stored_responses(composites)[0])
+    write_targets(tmp_path / "t.csv", {changes.get("name", "a"): curve}, response_meaning(composites))
+    folders = ["--checkpoint", str(tmp_path / "checkpoint"), "--dataset", str(tmp_path / "data")]
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
+        main([str(tmp_path / "t.csv"), *folders, "--num_designs", changes.get("num_designs", "3")])
+
+
+def test_the_shipped_targets_are_three_and_given_at_all_strains_of_the_released_dataset():
+    meaning = {
+        "quantity": "stress",
+        "load_cases": ["uniaxial_extension", "uniaxial_extension_x", "shear"],
+        "strains": [[0.05, 0.1, 0.15, 0.2, 0.25, 0.3]] * 3,
+    }
+    names, targets = read_targets(ROOT / "examples" / "targets.csv", meaning)
+    assert names == ["balanced", "stiff_along_y", "from_no_design"]
+    assert np.isfinite(targets).all()
+    assert (np.diff(targets, axis=2) > 0).all()
