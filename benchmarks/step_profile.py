@@ -69,15 +69,17 @@ def main() -> None:
     for event in profiled.key_averages():
         own[kind(event.key)] += event.self_cpu_time_total
     total = sum(own.values())
-    arithmetic = (own["convolutions"] + own["matrix products"]) / total
+    # microseconds of all profiled steps; what Python takes between operators belongs to none of them
+    arithmetic = (own["convolutions"] + own["matrix products"]) / 1e6 / arguments.steps
     record(
         {
             "seconds_a_step": seconds,
             "share_of_the_time": {name: value / total for name, value in sorted(own.items(), key=lambda x: -x[1])},
-            "step_over_its_convolutions_and_products": 1 / arithmetic,
+            "seconds_of_convolutions_and_products": arithmetic,
+            "step_over_its_convolutions_and_products": seconds / arithmetic,
             "gigaflop_a_step": counted.get_total_flops() / 1e9,
             "gigaflops_reached": counted.get_total_flops() / 1e9 / seconds,
-            "gigaflops_in_convolutions_and_products": counted.get_total_flops() / 1e9 / (seconds * arithmetic),
+            "gigaflops_in_convolutions_and_products": counted.get_total_flops() / 1e9 / arithmetic,
             "gigaflops_of_a_large_product": rate_of_a_product(),
         },
         arguments.output,
