@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-__all__ = ["ContinuousDiffusion", "ContinuousTime", "log_snr_table"]
+__all__ = ["ContinuousDiffusion", "ContinuousTime", "log_snr_table", "of_velocity"]
 
 
 class ContinuousDiffusion:
@@ -65,30 +65,34 @@ class ContinuousDiffusion:
             Shape ``(B, *)``, float64.
         """
         output = self.denoise(x, self.timesteps(log_snr)).double()
-        alpha, sigma = _alpha_sigma(log_snr, x.ndim)
-        if self.prediction_type == "v_prediction":
-            return output
-        if self.prediction_type == "epsilon":
-            return (output - sigma * x) / alpha
-        if self.prediction_type == "sample":
-            return (alpha * x - output) / sigma
-        return -sigma / alpha * (output + x)
+        slope, offset = of_velocity(self.prediction_type, *self.alpha_sigma(log_snr, x))
+        return (output - offset * x) / slope
+
+    @staticmethod
+    def alpha_sigma(log_snr: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        r""":math:`\alpha` and :math:`\sigma` at log-SNRs ``(B,)``, shaped to multiply samples ``x`` ``(B, *)``."""
+        log_snr = log_snr.reshape(-1, *(1,) * (x.ndim - 1))
+        return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+
+
+def of_velocity(prediction_type: str, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+    r"""The :math:`a` and :math:`b` with which a network says :math:`a \hat v + b x` of noisy latents :math:`x`."""
+    return {
+        "epsilon": (alpha, sigma),
+        "v_prediction": (1.0, 0.0),
+        "sample": (-sigma, alpha),
+        "score": (-alpha / sigma, -1.0),
+    }[prediction_type]
 
 
 def log_snr_table(scheduler: Any) -> np.ndarray:
     """Log-SNR of a variance-preserving scheduler at its integer timesteps, shape ``(T,)``, float64."""
     if hasattr(scheduler, "curve"):  # ours know it to more digits than single-precision alphas_cumprod near 1 hold
         return scheduler.curve.at(np.arange(len(scheduler.alphas_cumprod)))
-    table = scheduler.alphas_cumprod.double().cpu().numpy().copy()
+    table = scheduler.alphas_cumprod.cpu().double().numpy().copy()
     if table[-1] == 0:  # no signal at all, whose logarithm a curve cannot hold
         table[-1] = min(2**-24, table[-2] / 2)
     return np.log(table) - np.log1p(-table)
-
-
-def _alpha_sigma(log_snr: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
-    r""":math:`\alpha` and :math:`\sigma` of log-SNRs ``(B,)``, shaped to multiply samples of ``ndim`` dimensions."""
-    log_snr = log_snr.reshape(-1, *(1,) * (ndim - 1))
-    return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
 
 
 class ContinuousTime(DiffusionPipeline):
@@ -118,13 +122,17 @@ class ContinuousTime(DiffusionPipeline):
         if times.shape not in ((), (len(latents),)) or not ((times >= 0) & (times <= last)).all():
             raise ValueError(f"timestep must be one or {len(latents)} numbers in [0, {last}], got {timestep!r}")
         log_snr = diffusion.log_snr(times.expand(len(latents)))
-        alpha, sigma = _alpha_sigma(log_snr, latents.ndim)
+        alpha, sigma = diffusion.alpha_sigma(log_snr, latents)
         return -latents.double() - alpha / sigma * diffusion.velocity(latents, log_snr)
 
     def _log_snr(self, timestep: Any) -> float:
         """Log-SNR of the scheduler at one timestep, fractional allowed."""
         table = log_snr_table(self.scheduler)
         return float(np.interp(float(timestep), np.arange(len(table)), table))
+
+    def _of_velocity(self, alpha: float, sigma: float) -> tuple[float, float]:
+        """What the denoiser says of a velocity, see :func:`of_velocity`."""
+        return of_velocity(self.scheduler.config.prediction_type, alpha, sigma)
 
     def _continuous_diffusion(self, tokens: Tensor) -> ContinuousDiffusion:
         """The denoiser under these tokens, one a sample."""

@@ -205,5 +205,12 @@ class AutoencoderLikelihood:
             return torch.sigmoid(decoded)
         return ((decoded + 1) / 2).clamp(0, 1)
 
+    def _most_likely_images(self, latents: Tensor) -> Tensor:
+        """The most likely image of each of the latents: shape ``(B, C, H, W)``, in [0, 1]."""
+        codes = latents.to(self._execution_device, self.vae.dtype) / self.vae.config.scaling_factor + self._shift
+        # a logistic tail needs more digits than a half-precision decoder has
+        decoded = decoder_output(self.vae, codes).float()
+        return most_likely_images(decoded, self.config.decoder_likelihood, self.config.decoder_scale)
+
     def _log_prob_given(self, latents: Tensor, pixels: Tensor) -> Tensor:
         return log_prob_given(self.vae, latents, pixels, self.config.decoder_likelihood, self.config.decoder_scale)

@@ -71,10 +71,10 @@ def continuous_terms(diffusion: Any, latents: Tensor, num_levels: int, draw: Dra
         for level in range(num):
             integral = high + (low - high) * (level + offset) / num
             log_snr = integral + torch.log(-torch.expm1(-integral))
-            alpha, sigma = _alpha_sigma(log_snr, latents)
+            alpha, sigma = diffusion.alpha_sigma(log_snr, latents)
             noise = draw(latents.shape[1:])
             velocity = diffusion.velocity(alpha * latents + sigma * noise, log_snr)
-            error = _mean_velocity_error(velocity, latents, noise, log_snr)
+            error = _mean_velocity_error(velocity, alpha * noise - sigma * latents, latents, log_snr)
             drawn = drawn + error - _mean_velocity(latents, log_snr)
         halves.append(-(high - low) / 2 * drawn / num)
     share = torch.stack(halves, dim=1)
@@ -82,11 +82,12 @@ def continuous_terms(diffusion: Any, latents: Tensor, num_levels: int, draw: Dra
     # of alpha^2 times the mean of |v|^2, by the log-SNR
     antiderivative = latents[0].numel() * (softplus(ends)[:, None] - signal) + signal * _squared_norm(latents)
     first = ends[:1].expand(len(latents))
-    alpha, sigma = _alpha_sigma(first, latents)
+    alpha, sigma = diffusion.alpha_sigma(first, latents)
     noise = draw(latents.shape[1:])
     velocity = diffusion.velocity(alpha * latents + sigma * noise, first)
+    error = _mean_velocity_error(velocity, alpha * noise - sigma * latents, latents, first)
     terms = {
-        "last_step": _last_step(_mean_velocity_error(velocity, latents, noise, first), latents, ends[0]),
+        "last_step": _last_step(error, latents, ends[0]),
         "diffusion": share.mean(1) - (antiderivative[0] - antiderivative[1]) / 2,
         "noise_prior": -noise_divergence(latents, ends[1]),
     }
@@ -121,7 +122,7 @@ def ancestral_terms(
     """
     levels = diffusion.log_snr(timesteps.to(latents.device))
     dims = latents[0].numel()
-    alpha, sigma = _alpha_sigma(levels[:1], latents)
+    alpha, sigma = diffusion.alpha_sigma(levels[:1], latents)
     noise = draw(latents.shape[1:])
     z = alpha * latents + sigma * noise
     if sampled:
@@ -130,15 +131,17 @@ def ancestral_terms(
         noise_prior = -noise_divergence(latents, levels[0])
     ratios = torch.zeros_like(noise_prior)
     for level_t, level_s, allowed in zip(levels, [*levels[1:], None], velocity_error.tolist(), strict=True):
-        alpha_t, sigma_t = _alpha_sigma(level_t[None], latents)
+        alpha_t, sigma_t = diffusion.alpha_sigma(level_t[None], latents)
         velocity = diffusion.velocity(z, level_t.expand(len(z)))
         noise = (z - alpha_t * latents) / sigma_t
-        error = _squared_norm(velocity - alpha_t * noise + sigma_t * latents)
-        if not sampled:
-            error = _mean_velocity_error(velocity, latents, noise, level_t)
+        true_velocity = alpha_t * noise - sigma_t * latents
+        if sampled:
+            error = _squared_norm(velocity - true_velocity)
+        else:
+            error = _mean_velocity_error(velocity, true_velocity, latents, level_t)
         if level_s is None:
             break
-        alpha_s, sigma_s = _alpha_sigma(level_s[None], latents)
+        alpha_s, sigma_s = diffusion.alpha_sigma(level_s[None], latents)
         c = -torch.expm1(level_t - level_s)
         pull = alpha_s * c
         variance = sigma_s.square().squeeze() * c
@@ -167,11 +170,9 @@ def _last_step(velocity_error: Tensor, latents: Tensor, log_snr: Tensor) -> Tens
     return -(alpha_squared * velocity_error + latents[0].numel() * (math.log(2 * math.pi) - log_snr)) / 2
 
 
-def _mean_velocity_error(velocity: Tensor, latents: Tensor, noise: Tensor, log_snr: Tensor) -> Tensor:
+def _mean_velocity_error(velocity: Tensor, true_velocity: Tensor, latents: Tensor, log_snr: Tensor) -> Tensor:
     r""":math:`\|v - \hat v\|^2`, where :math:`\|v\|^2` is replaced by its mean: as large on average, less noisy."""
-    alpha, sigma = _alpha_sigma(log_snr, latents)
-    part = (velocity * (velocity - 2 * (alpha * noise - sigma * latents))).flatten(1).sum(1)
-    return part + _mean_velocity(latents, log_snr)
+    return (velocity * (velocity - 2 * true_velocity)).flatten(1).sum(1) + _mean_velocity(latents, log_snr)
 
 
 def _mean_velocity(latents: Tensor, log_snr: Tensor) -> Tensor:
@@ -181,11 +182,6 @@ def _mean_velocity(latents: Tensor, log_snr: Tensor) -> Tensor:
 
 def _squared_norm(x: Tensor) -> Tensor:
     return x.square().flatten(1).sum(1)
-
-
-def _alpha_sigma(log_snr: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    log_snr = log_snr.reshape(-1, *(1,) * (like.ndim - 1))
-    return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
 
 
 class LatentPrior(DiffusionPipeline):

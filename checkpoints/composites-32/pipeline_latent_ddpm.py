@@ -25,15 +25,13 @@ from .hub_checkpoint import HubCheckpoint
 from .latent_likelihood import (
     AutoencoderLikelihood,
     check_decoder_likelihood,
-    decoder_output,
     image_size,
     latent_size,
-    most_likely_images,
     posterior_of,
 )
 from .latent_prior import LatentPrior
 from .portable_checkpoint import PortableCheckpoint
-from .predictor_guidance import PredictorGuidance
+from .predictor_guidance import PredictorGuidance, check_predictor
 from .probability_flow import ProbabilityFlow
 from .response_conditioning import Guidance, prepare_response
 from .trained_noise_schedule import TrainedNoiseSchedule
@@ -89,7 +87,8 @@ class LatentDDPMPipeline(
         | https://arxiv.org/abs/2112.10752
     """
 
-    model_cpu_offload_seq = "response_encoder->unet->vae->response_predictor"
+    # the predictor stands outside the chain, in which it would send the decoder away that its gradient goes through
+    model_cpu_offload_seq = "response_encoder->unet->vae"
     _optional_components: ClassVar = ["response_predictor"]
 
     def __init__(
@@ -104,11 +103,8 @@ class LatentDDPMPipeline(
     ):
         super().__init__()
         check_decoder_likelihood(decoder_likelihood, decoder_scale)
-        if response_predictor is not None and response_predictor.config.meaning != response_encoder.config.meaning:
-            raise ValueError(
-                "response_predictor must predict the responses that response_encoder was trained for, "
-                f"{response_encoder.config.meaning}, got one of {response_predictor.config.meaning}"
-            )
+        if response_predictor is not None:
+            check_predictor(response_predictor, response_encoder)
         self.register_modules(
             vae=vae,
             unet=unet,
@@ -145,7 +141,9 @@ class LatentDDPMPipeline(
             batch_size (`int`, defaults to 1):
                 Number of images without a ``response``.
             response (`torch.Tensor` or `np.ndarray`, *optional*):
-                Wanted responses, shape ``(B, L, S)``, in the units of the checkpoint, NaN where open.
+                Wanted responses, shape ``(B, L, S)``, NaN where open. What the entries are, their load cases, strains,
+                quantity and units, is what ``response_encoder.config.meaning`` says: a response of the same shape that
+                means something else is not told from one.
             num_images_per_response (`int`, defaults to 1):
                 Images for each response; the images of one response are neighbours.
             num_inference_steps (`int`, defaults to 50):
@@ -173,7 +171,8 @@ class LatentDDPMPipeline(
             guidance_stop (`float`, defaults to 1.0):
                 Fraction of the steps after which guidance stops; outside, the response acts without guidance.
             predictor_guidance_scale (`float`, defaults to 4.0):
-                Weight of the guidance by the checkpoint's ``response_predictor``; 0 is none. It acts only with a
+                Weight of the guidance by the checkpoint's ``response_predictor``; 0 is none. By the formula it is 1; 4
+                came nearer to the targets, as the denoiser takes a part of the move back. It acts only with a
                 ``response`` and a checkpoint that has a predictor.
             num_candidates (`int`, defaults to 1):
                 How many to draw for each image that is returned: the one whose predicted response is nearest. More than
@@ -248,7 +247,7 @@ class LatentDDPMPipeline(
             if callback_on_step_end is not None:
                 latents = callback_on_step_end(self, i, t, {"latents": latents}).get("latents", latents)
 
-        images = self.decode(latents, output_type="pt")
+        images = self._most_likely_images(latents)
         if num_candidates > 1:
             images = self._nearest(images, responses, num_candidates)
         images = self.image_processor.postprocess(images, output_type=output_type)
@@ -301,14 +300,10 @@ class LatentDDPMPipeline(
             ValueError: If the latents have another shape, or ``output_type`` is unknown.
         """
         _check_output_type(output_type)
-        shape = (self.vae.config.latent_channels, *latent_size(self.vae))
+        shape = self._latent_shape
         if latents.ndim != 4 or latents.shape[1:] != shape:
             raise ValueError(f"latents must have shape (B, {', '.join(map(str, shape))}), got {tuple(latents.shape)}")
-        codes = latents.to(self._execution_device, self.vae.dtype) / self.vae.config.scaling_factor + self._shift
-        # a logistic tail needs more digits than a half-precision decoder has
-        decoded = decoder_output(self.vae, codes).float()
-        images = most_likely_images(decoded, self.config.decoder_likelihood, self.config.decoder_scale)
-        return self.image_processor.postprocess(images, output_type=output_type)
+        return self.image_processor.postprocess(self._most_likely_images(latents), output_type=output_type)
 
     def interpolate(self, a: PipelineImageInput, b: PipelineImageInput, num: int = 8, output_type: str = "pil") -> Any:
         """Images along the straight line between the latents of two images.

@@ -22,6 +22,7 @@ References:
     | https://openreview.net/forum?id=9_gsMA8MRKQ
 """
 
+import json
 import math
 from typing import Any
 
@@ -30,14 +31,25 @@ from diffusers import DiffusionPipeline
 from diffusers.image_processor import PipelineImageInput
 from torch import Tensor
 
-__all__ = ["PredictorGuidance"]
+__all__ = ["PredictorGuidance", "check_predictor"]
 
 #: The error up to which a wanted response is observed, in standard deviations of the training data.
 _TOLERANCE = 0.03
 #: The log-SNR before which the decoder makes nothing of :math:`\hat z_0` that a predictor could tell of.
 _LEAST_LOG_SNR = -2.5
-#: Samples whose decoders' activations are kept at once.
+#: Samples whose activations are kept at once.
 _BATCH = 64
+
+
+def check_predictor(predictor: Any, encoder: Any) -> None:
+    """Raises a ``ValueError`` unless a response means the same to a response predictor and a response encoder."""
+    # compared as they are saved, where tuples are lists
+    predicted, wanted = (json.loads(json.dumps(part.config.meaning)) for part in (predictor, encoder))
+    if predicted != wanted:
+        raise ValueError(
+            f"response_predictor must predict the responses that response_encoder was trained for, {wanted}, "
+            f"got one of {predicted}"
+        )
 
 
 class PredictorGuidance(DiffusionPipeline):
@@ -59,12 +71,9 @@ class PredictorGuidance(DiffusionPipeline):
         Example:
             >>> pipe.predict_response(images)  # doctest: +SKIP
         """
-        self._check_predictor()
-        return self.response_predictor.predict(self._prepare_images(images).to(self._execution_device))
-
-    def _check_predictor(self) -> None:
         if self.response_predictor is None:
             raise ValueError("response_predictor must be part of the checkpoint to predict a response, got none")
+        return self._predicted(self._prepare_images(images))
 
     def _nearest(self, images: Tensor, wanted: Tensor, num_candidates: int) -> Tensor:
         """Of each ``num_candidates`` neighbours among images ``(B, 1, H, W)`` the one predicted nearest to its target.
@@ -77,12 +86,13 @@ class PredictorGuidance(DiffusionPipeline):
         Returns:
             Shape ``(B / num_candidates, 1, H, W)``.
         """
-        predicted = torch.cat(
-            [self.response_predictor(batch.to(self.response_predictor.dtype)) for batch in images.split(_BATCH)]
-        )
-        error = (predicted - self.response_predictor.normalise(wanted)).square().nanmean((1, 2))
-        best = error.unflatten(0, (-1, num_candidates)).argmin(1)
+        best = _error(self._predicted(images), wanted).unflatten(0, (-1, num_candidates)).argmin(1)
         return images.unflatten(0, (-1, num_candidates))[torch.arange(len(best)), best]
+
+    def _predicted(self, images: Tensor) -> Tensor:
+        """Responses of images ``(B, 1, H, W)``, however many, in physical units."""
+        batches = (batch.to(self._execution_device) for batch in images.split(_BATCH))
+        return torch.cat([self.response_predictor.predict(batch) for batch in batches])
 
     def _drawn_towards(self, prediction: Tensor, noisy: Tensor, timestep: Any, wanted: Tensor, scale: float) -> Tensor:
         r"""What the denoiser says, its :math:`\hat z_0` moved towards a wanted response.
@@ -101,33 +111,44 @@ class PredictorGuidance(DiffusionPipeline):
         if log_snr < _LEAST_LOG_SNR:
             return prediction
         alpha, sigma = math.sqrt(1 / (1 + math.exp(-log_snr))), math.sqrt(1 / (1 + math.exp(log_snr)))
-        kind = self.scheduler.config.prediction_type
-        if kind == "v_prediction":
-            clean, weight = alpha * noisy - sigma * prediction, -1 / sigma
-        elif kind == "epsilon":
-            clean, weight = (noisy - sigma * prediction) / alpha, -alpha / sigma
-        elif kind == "score":
-            clean, weight = (noisy + sigma**2 * prediction) / alpha, alpha / sigma**2
-        else:
-            clean, weight = prediction, 1.0
+        slope, offset = self._of_velocity(alpha, sigma)
+        clean = alpha * noisy - sigma * (prediction - offset * noisy) / slope
         pairs = zip(clean.split(_BATCH), wanted.split(_BATCH), strict=True)
         moves = torch.cat([self._move(latents, response, sigma**2) for latents, response in pairs])
-        return prediction + (scale * weight * moves).to(prediction)
+        return prediction - (scale * slope / sigma * moves).to(prediction)
 
     def _move(self, latents: Tensor, wanted: Tensor, variance: float) -> Tensor:
         """By how much clean latents of this variance have to move for a wanted response."""
-        given = ~wanted.isnan()
-        target = _levels(self.response_predictor.normalise(wanted), given)
-        with torch.enable_grad():
-            variable = latents.detach().to(self.vae.dtype).requires_grad_()
-            images = self._expected_images(variable)
-            found = _levels(self.response_predictor(images.to(self.response_predictor.dtype)), given)
-            rows = [torch.autograd.grad(level.sum(), variable, retain_graph=True)[0] for level in found.unbind(1)]
-        jacobian = torch.stack(rows, 1).flatten(2).double()
-        noise = _TOLERANCE**2 * torch.eye(found.shape[1], dtype=torch.float64, device=found.device)
-        gram = variance * jacobian @ jacobian.mT + noise
-        change = torch.linalg.solve(gram, (target - found.detach()).double()[..., None])
-        return (variance * jacobian.mT @ change).reshape(latents.shape)
+        # enable_grad does not undo an inference_mode around the call, whose tensors have no gradient: hence a copy
+        with torch.inference_mode(False), torch.enable_grad():
+            given = ~wanted.isnan()
+            variable = latents.detach().to(self.vae.dtype, copy=True).requires_grad_()
+            found = self.response_predictor(self._expected_images(variable).to(self.response_predictor.dtype))
+            # normalise gives single precision, whatever the networks run in, and the difference has it
+            excess = _levels(found - self.response_predictor.normalise(wanted), given)
+            rows = [torch.autograd.grad(level.sum(), variable, retain_graph=True)[0] for level in excess.unbind(1)]
+        jacobian = torch.stack(rows, 1).flatten(2).to(excess.dtype)
+        # a number a load case: double precision costs nothing on the CPU, and some devices have none
+        gram = (variance * jacobian @ jacobian.mT).cpu().double()
+        noise = _TOLERANCE**2 * torch.eye(gram.shape[1], dtype=gram.dtype)
+        change = torch.linalg.solve(gram + noise, -excess.detach().cpu().double()[..., None])
+        return (variance * jacobian.mT @ change.to(jacobian)).reshape(latents.shape)
+
+
+def _error(found: Tensor, wanted: Tensor) -> Tensor:
+    r"""What designs are judged by: mean of :math:`\|y - y^*\| / \|y^*\|` over the load cases, those of zeros left out.
+
+    Args:
+        found: Responses in physical units, shape ``(B, L, S)``.
+        wanted: Their targets, same shape, NaN where open.
+
+    Returns:
+        Shape ``(B,)``, infinite for a response that is not finite.
+    """
+    given = ~wanted.isnan()
+    distance, size = (torch.where(given, values, 0.0).norm(dim=-1) for values in (found - wanted, wanted))
+    error = torch.where(size > 0, distance / size, 0.0).sum(-1) / (size > 0).sum(-1).clamp(min=1)
+    return torch.where(found.isfinite().flatten(1).all(1), error, math.inf)
 
 
 def _levels(values: Tensor, given: Tensor) -> Tensor:

@@ -94,7 +94,8 @@ def prepare_response(response: Tensor | np.ndarray | None, batch_size: int, enco
     if expected == (0, 0):
         raise ValueError("response must be None: this checkpoint was trained without responses")
     try:
-        wanted = torch.as_tensor(response).float()
+        # a copy, since torch takes no view that runs backwards
+        wanted = torch.as_tensor(response if isinstance(response, Tensor) else np.array(response)).float()
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"response must be a tensor or array of numbers, got {type(response).__name__}") from None
     cases = encoder.config.meaning["load_cases"]

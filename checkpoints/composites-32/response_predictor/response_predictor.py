@@ -3,6 +3,9 @@ r"""From a design to its response, without a simulation: a network that learned 
 It is wrong by some per cent where finite elements are not, but takes a thousandth of their time and has a gradient:
 it draws samples towards a wanted response (:mod:`predictor_guidance`), and is no judge of them.
 
+A symmetry of the cell and its loads tells the response of a turned or mirrored design. A prediction is the mean over
+all that are known: networks see them differently, and their errors cancel in part.
+
 It predicts normalised responses, :math:`(\operatorname{asinh}(y / s) - m) / d` of an entry :math:`y`, as
 :mod:`response_encoder` sees them and explains. The two cannot share the lines that do so: diffusers downloads a single
 file of code for a part with weights.
@@ -13,6 +16,7 @@ This file travels inside checkpoints: it imports torch, numpy and diffusers alon
 import copy
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,7 +26,14 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-__all__ = ["ResponsePredictor"]
+__all__ = ["SYMMETRIES", "ResponsePredictor"]
+
+#: What may turn designs ``(..., H, W)`` into others of which as much is known.
+SYMMETRIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "half_turn": lambda designs: designs.flip(-1, -2),
+    "mirror": lambda designs: designs.flip(-1),
+    "transpose": lambda designs: designs.mT,
+}
 
 #: What is left of a design's height and width before the last layers, which tell places apart.
 _COARSEST = 4
@@ -34,16 +45,17 @@ class ResponsePredictor(ModelMixin, ConfigMixin):
     Args:
         block_out_channels: Widths of the blocks.
         layers_per_block: Residual layers of a block.
-        hidden_dim: Width of the last layers.
         meaning: What the entries of a response are: ``load_cases`` (L names), ``strains`` (L lists of S magnitudes)
             and whatever else travels with them.
         scale: :math:`s` of each entry, L lists of S numbers in the units of the response, positive; this and the next
             two are what :func:`mechdiffusers.models.response_normalisation` gives.
         mean: :math:`m` of each entry.
         std: :math:`d` of each entry, positive.
+        symmetries: Which load case of a design is each of the L of the turned one: for names among :data:`SYMMETRIES`,
+            the index of that under which the design itself responds alike, ``None`` where there is none.
 
     Raises:
-        ValueError: If ``meaning``, ``scale``, ``mean`` and ``std`` do not fit together.
+        ValueError: If ``meaning``, ``scale``, ``mean`` and ``std`` do not fit together, or ``symmetries`` are unknown.
 
     Example:
         >>> meaning = {"quantity": "stress", "load_cases": ["shear"], "strains": [[0.1, 0.2, 0.3]]}
@@ -56,13 +68,13 @@ class ResponsePredictor(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        block_out_channels: tuple[int, ...] = (24, 48, 96),
-        layers_per_block: int = 1,
-        hidden_dim: int = 256,
+        block_out_channels: tuple[int, ...] = (32, 64, 128),
+        layers_per_block: int = 2,
         meaning: dict[str, Any] | None = None,
         scale: list[list[float]] | None = None,
         mean: list[list[float]] | None = None,
         std: list[list[float]] | None = None,
+        symmetries: dict[str, list[int | None]] | None = None,
     ):
         super().__init__()
         if meaning is None or not {"load_cases", "strains"} <= meaning.keys():
@@ -79,6 +91,13 @@ class ResponsePredictor(ModelMixin, ConfigMixin):
         for name, entries in (("scale", scale), ("std", std)):
             if not (np.array(entries) > 0).all():
                 raise ValueError(f"{name} must be positive everywhere, got {entries!r}")
+        for name, cases in (symmetries or {}).items():
+            known = [None, *range(len(strains))]
+            if name not in SYMMETRIES or len(cases) != len(strains) or any(case not in known for case in cases):
+                raise ValueError(
+                    f"symmetries must be among {', '.join(SYMMETRIES)}, with an index of a load case or None for each "
+                    f"of {meaning['load_cases']}, got {name!r}: {cases!r}"
+                )
         widths = tuple(block_out_channels)
         groups = math.gcd(8, *widths)
         layers: list[nn.Module] = []
@@ -92,13 +111,13 @@ class ResponsePredictor(ModelMixin, ConfigMixin):
             nn.SiLU(),
             nn.AdaptiveAvgPool2d(_COARSEST),
             nn.Flatten(),
-            nn.Linear(widths[-1] * _COARSEST**2, hidden_dim),
+            nn.Linear(widths[-1] * _COARSEST**2, 2 * widths[-1]),
             nn.SiLU(),
-            nn.Linear(hidden_dim, math.prod(self.response_shape)),
+            nn.Linear(2 * widths[-1], math.prod(self.response_shape)),
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """The normalised response of images.
+        """The normalised response of images, as the network alone sees them.
 
         Args:
             images: In [0, 1], shape ``(B, 1, H, W)``; values between the phases are what a decoder is unsure of.
@@ -126,8 +145,24 @@ class ResponsePredictor(ModelMixin, ConfigMixin):
         super(ResponsePredictor, copy.deepcopy(self).half()).save_pretrained(save_directory, **kwargs)
 
     def predict(self, images: Tensor) -> Tensor:
-        """The response of images ``(B, 1, H, W)`` in physical units, float32, shape ``(B, L, S)``."""
-        return self.denormalise(self(images.to(self.dtype)))
+        """The response of images, the mean over what the symmetries tell of it.
+
+        Args:
+            images: Shape ``(B, 1, H, W)``.
+
+        Returns:
+            In physical units, float32, shape ``(B, L, S)``.
+        """
+        seen: list[tuple[Tensor, list[int | None]]] = [(images.to(self.dtype), list(range(self.response_shape[0])))]
+        for name, cases in (self.config.symmetries or {}).items():
+            turned = [[None if case is None else of[case] for case in cases] for _, of in seen]
+            seen += [(SYMMETRIES[name](view), of) for (view, _), of in zip(seen, turned, strict=True)]
+        told: list[list[Tensor]] = [[] for _ in range(self.response_shape[0])]
+        for view, of in seen:
+            for case, values in zip(of, self(view).unbind(1), strict=True):
+                if case is not None:
+                    told[case].append(values)
+        return self.denormalise(torch.stack([torch.stack(values).mean(0) for values in told], dim=1))
 
     def normalise(self, response: Tensor) -> Tensor:
         """Normalises responses ``(B, L, S)``, NaN where open; float32, as units may need more digits than weights."""
