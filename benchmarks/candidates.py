@@ -47,11 +47,12 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance_scale", type=float, default=1.0)
     parser.add_argument("--predictor_guidance_scale", type=float, default=4.0)
     parser.add_argument("--num_candidates", type=int, default=1, help="for each design; a predictor keeps the best")
+    parser.add_argument("--num_refinements", type=int, default=0, help="times that the last steps are taken again")
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of the pipeline among the arguments."""
-    names = ("num_inference_steps", "guidance_scale", "predictor_guidance_scale", "num_candidates")
+    names = ("num_inference_steps", "guidance_scale", "predictor_guidance_scale", "num_candidates", "num_refinements")
     return {name: getattr(arguments, name) for name in names}
 
 

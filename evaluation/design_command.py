@@ -51,6 +51,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=1.0)
     parser.add_argument("--num_candidates", type=int, default=1, help="for each design; a predictor keeps the best")
+    parser.add_argument("--num_refinements", type=int, default=0, help="times that the last steps are taken again")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="such as cuda")
     arguments = parser.parse_args(args)
@@ -93,6 +94,7 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
         num_inference_steps=arguments.num_inference_steps,
         guidance_scale=arguments.guidance_scale,
         num_candidates=arguments.num_candidates,
+        num_refinements=arguments.num_refinements,
     )
     binary = pipe.config.decoder_likelihood == "bernoulli"
     device = arguments.device

@@ -24,8 +24,10 @@ pipe = LatentDDPMPipeline.from_pretrained(arguments.checkpoint)
 pipe.scheduler = stock_scheduler("dpmsolver++", pipe.scheduler.config)
 meaning = pipe.response_encoder.config.meaning
 names, targets = read_targets(arguments.targets, meaning)
-options = {"num_inference_steps": arguments.steps, "num_candidates": 8, "generator": torch.manual_seed(0)}
-designs = pipe(response=targets, num_images_per_response=4, output_type="np", **options).images[..., 0]
+options = {"num_inference_steps": arguments.steps, "num_candidates": 4, "num_refinements": 2}
+generator = torch.manual_seed(0)
+images = pipe(response=targets, num_images_per_response=4, generator=generator, output_type="np", **options).images
+designs = images[..., 0]
 report = verify(designs, targets, meaning, progress=True)
 report.save(arguments.output_dir, names)
 for row in report.rows(names):

@@ -134,6 +134,7 @@ class LatentDDPMPipeline(
         guidance_stop: float = 1.0,
         predictor_guidance_scale: float = 4.0,
         num_candidates: int = 1,
+        num_refinements: int = 0,
     ) -> ImagePipelineOutput | tuple:
         r"""Generates images.
 
@@ -177,6 +178,9 @@ class LatentDDPMPipeline(
             num_candidates (`int`, defaults to 1):
                 How many to draw for each image that is returned: the one whose predicted response is nearest. More than
                 one needs a ``response`` and a checkpoint that has a predictor.
+            num_refinements (`int`, defaults to 0):
+                How often the last steps are taken again from what was kept, with new noise for as many candidates; the
+                nearest of these and the image itself is kept. It needs what ``num_candidates`` needs.
 
         Returns:
             [`ImagePipelineOutput`], or a tuple of the images.
@@ -186,25 +190,27 @@ class LatentDDPMPipeline(
         """
         self._check_scheduler()
         _check_output_type(output_type)
-        for name, count in (
-            ("batch_size", batch_size),
-            ("num_images_per_response", num_images_per_response),
-            ("num_inference_steps", num_inference_steps),
-            ("num_candidates", num_candidates),
+        for name, count, least in (
+            ("batch_size", batch_size, 1),
+            ("num_images_per_response", num_images_per_response, 1),
+            ("num_inference_steps", num_inference_steps, 1),
+            ("num_candidates", num_candidates, 1),
+            ("num_refinements", num_refinements, 0),
         ):
-            if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
+            if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {count!r}")
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_stop)
         if not 0 <= predictor_guidance_scale < math.inf:
             raise ValueError(
                 f"predictor_guidance_scale must be a non-negative number, got {predictor_guidance_scale!r}"
             )
         predicts = response is not None and self.response_predictor is not None
-        if num_candidates > 1 and not predicts:
-            raise ValueError(
-                "num_candidates must be 1 without a response or without a response_predictor to choose by, got "
-                f"{num_candidates}"
-            )
+        for name, count, none in (("num_candidates", num_candidates, 1), ("num_refinements", num_refinements, 0)):
+            if count != none and not predicts:
+                raise ValueError(
+                    f"{name} must be {none} without a response or without a response_predictor to choose by, "
+                    f"got {count}"
+                )
         device, dtype = self._execution_device, self.unet.dtype
 
         responses = prepare_response(response, batch_size, self.response_encoder)
@@ -229,27 +235,43 @@ class LatentDDPMPipeline(
         tokens = self.response_encoder(responses)
         open_tokens = self.response_encoder(torch.full_like(responses, math.nan))
 
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"generator": generator} if takes_generator else {}
-        latents = latents.to(device, dtype) * self.scheduler.init_noise_sigma
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            model_input = self.scheduler.scale_model_input(latents, t)
-            if response is not None and guidance.acts_at(i, len(self.scheduler.timesteps)):
-                both = torch.cat([open_tokens, tokens])
-                prediction = self.unet(torch.cat([model_input] * 2), t, encoder_hidden_states=both).sample
-                prediction = guidance(*prediction.chunk(2))
-            else:
-                prediction = self.unet(model_input, t, encoder_hidden_states=tokens).sample
-            if predicts and predictor_guidance_scale:
-                prediction = self._drawn_towards(prediction, model_input, t, responses, predictor_guidance_scale)
-            latents = self.scheduler.step(prediction, t, latents, **step_kwargs).prev_sample.to(dtype)
-            if callback_on_step_end is not None:
-                latents = callback_on_step_end(self, i, t, {"latents": latents}).get("latents", latents)
 
+        def denoise(latents: Tensor, begin: int = 0) -> Tensor:
+            timesteps = self.scheduler.timesteps[begin:]
+            for i, t in enumerate(self.progress_bar(timesteps), begin):
+                model_input = self.scheduler.scale_model_input(latents, t)
+                if response is not None and guidance.acts_at(i, len(self.scheduler.timesteps)):
+                    both = torch.cat([open_tokens, tokens])
+                    prediction = self.unet(torch.cat([model_input] * 2), t, encoder_hidden_states=both).sample
+                    prediction = guidance(*prediction.chunk(2))
+                else:
+                    prediction = self.unet(model_input, t, encoder_hidden_states=tokens).sample
+                if predicts and predictor_guidance_scale:
+                    prediction = self._drawn_towards(prediction, model_input, t, responses, predictor_guidance_scale)
+                latents = self.scheduler.step(prediction, t, latents, **step_kwargs).prev_sample.to(dtype)
+                if callback_on_step_end is not None:
+                    latents = callback_on_step_end(self, i, t, {"latents": latents}).get("latents", latents)
+            return latents
+
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        latents = denoise(latents.to(device, dtype) * self.scheduler.init_noise_sigma)
         images = self._most_likely_images(latents)
         if num_candidates > 1:
-            images = self._nearest(images, responses, num_candidates)
+            images, latents = self._nearest(images, latents, responses[::num_candidates])
+        for _ in range(num_refinements):
+            self.scheduler.set_timesteps(num_inference_steps, device=device)  # forgets the steps before
+            begin = self._refinement_begin()
+            noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+            variants = latents.repeat_interleave(num_candidates, dim=0)
+            start = self.scheduler.timesteps[begin].expand(len(variants))
+            variants = denoise(self.scheduler.add_noise(variants, noise, start).to(dtype), begin)
+            images, latents = self._nearest(
+                _joined(images, self._most_likely_images(variants)),
+                _joined(latents, variants),
+                responses[::num_candidates],
+            )
         images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -360,6 +382,11 @@ class LatentDDPMPipeline(
 def _check_output_type(output_type: str) -> None:
     if output_type not in _OUTPUT_TYPES:
         raise ValueError(f"output_type must be one of {_OUTPUT_TYPES}, got {output_type!r}")
+
+
+def _joined(kept: Tensor, candidates: Tensor) -> Tensor:
+    """What is kept, each before its own candidates."""
+    return torch.cat([kept[:, None], candidates.unflatten(0, (len(kept), -1))], dim=1).flatten(0, 1)
 
 
 def _spread(generator: torch.Generator, num: int) -> list[torch.Generator]:

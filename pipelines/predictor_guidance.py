@@ -13,13 +13,17 @@ nearly one number, so that :math:`y` and :math:`f` are the means of the normalis
 given, one for each load case.
 
 As it changes what the denoiser says and not the step that follows, it serves every scheduler. What it leaves over is
-chance, so that one does well to draw several candidates for an image and to keep the one that is predicted nearest.
+chance, so that one does well to draw several candidates for an image and to keep the one that is predicted nearest, and
+to take the last steps again from there: less is left to chance the nearer one begins (as in Meng et al. 2022, who call
+the noising and denoising of a given image SDEdit).
 
 This file travels inside checkpoints: it imports torch and diffusers alone.
 
 References:
     | Pseudoinverse-Guided Diffusion Models for Inverse Problems (Song et al., 2023)
     | https://openreview.net/forum?id=9_gsMA8MRKQ
+    | SDEdit: Guided Image Synthesis and Editing with Stochastic Differential Equations (Meng et al., 2022)
+    | https://arxiv.org/abs/2108.01073
 """
 
 import json
@@ -37,6 +41,8 @@ __all__ = ["PredictorGuidance", "check_predictor"]
 _TOLERANCE = 0.03
 #: The log-SNR before which the decoder makes nothing of :math:`\hat z_0` that a predictor could tell of.
 _LEAST_LOG_SNR = -2.5
+#: The log-SNR from which a kept sample is drawn anew: some of a hundred pixels change.
+_REFINEMENT_LOG_SNR = 1.0
 #: Samples whose activations are kept at once.
 _BATCH = 64
 
@@ -75,19 +81,32 @@ class PredictorGuidance(DiffusionPipeline):
             raise ValueError("response_predictor must be part of the checkpoint to predict a response, got none")
         return self._predicted(self._prepare_images(images))
 
-    def _nearest(self, images: Tensor, wanted: Tensor, num_candidates: int) -> Tensor:
-        """Of each ``num_candidates`` neighbours among images ``(B, 1, H, W)`` the one predicted nearest to its target.
+    def _nearest(self, images: Tensor, latents: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the candidates for each target the one that is predicted nearest.
 
         Args:
-            images: Decoded candidates.
-            wanted: Their responses, shape ``(B, L, S)``, NaN where open.
-            num_candidates: For each image that is kept.
+            images: Decoded candidates, ``(B, 1, H, W)``, those for a target being neighbours.
+            latents: What they were decoded from, ``(B, C, h, w)``.
+            wanted: The targets, shape ``(T, L, S)``, NaN where open; T divides B.
 
         Returns:
-            Shape ``(B / num_candidates, 1, H, W)``.
+            T images and their latents.
         """
-        best = _error(self._predicted(images), wanted).unflatten(0, (-1, num_candidates)).argmin(1)
-        return images.unflatten(0, (-1, num_candidates))[torch.arange(len(best)), best]
+        predicted = self._predicted(images).unflatten(0, (len(wanted), -1))
+        error = _error(predicted.flatten(0, 1), wanted.repeat_interleave(predicted.shape[1], dim=0))
+        best = error.unflatten(0, predicted.shape[:2]).argmin(1)
+        best = best + predicted.shape[1] * torch.arange(len(best), device=best.device)
+        return images[best.to(images.device)], latents[best.to(latents.device)]
+
+    def _refinement_begin(self) -> int:
+        """From which of the scheduler's timesteps on a kept sample is drawn anew."""
+        timesteps = self.scheduler.timesteps
+        late = [i for i, t in enumerate(timesteps) if self._log_snr(t) >= _REFINEMENT_LOG_SNR]
+        begin = late[0] if late else len(timesteps) - 1
+        begin -= begin % self.scheduler.order  # where a solver of more stages begins a step
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(begin)
+        return begin
 
     def _predicted(self, images: Tensor) -> Tensor:
         """Responses of images ``(B, 1, H, W)``, however many, in physical units."""

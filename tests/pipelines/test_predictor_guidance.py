@@ -12,7 +12,7 @@ from mechdiffusers.evaluation import response_error
 from mechdiffusers.models import ResponsePredictor
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.pipelines.predictor_guidance import _TOLERANCE
-from mechdiffusers.schedulers import VDMScheduler
+from mechdiffusers.schedulers import VDMScheduler, stock_scheduler
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -291,10 +291,10 @@ def test_only_the_systems_of_the_load_cases_are_in_double_precision_which_some_d
     assert seen.entries == 3 * 2 * 2
 
 
-@pytest.mark.parametrize("num_candidates", [1, 3])
-def test_a_design_depends_neither_on_the_batch_nor_on_how_many_follow(pipe, num_candidates):
+@pytest.mark.parametrize(("num_candidates", "num_refinements"), [(1, 0), (3, 0), (3, 2)])
+def test_a_design_depends_neither_on_the_batch_nor_on_how_many_follow(pipe, num_candidates, num_refinements):
     pipe.to(torch.float64)  # in which a batch rounds to less than it could hide
-    options = {"num_candidates": num_candidates}
+    options = {"num_candidates": num_candidates, "num_refinements": num_refinements}
     together = latents_of(pipe, response=WANTED, generator=seeded(), **options)
     first = latents_of(pipe, response=WANTED[:1], generator=seeded(), **options)
     torch.testing.assert_close(first, together[:num_candidates], rtol=0, atol=1e-9)
@@ -315,6 +315,38 @@ def test_of_an_images_own_candidates_the_nearest_is_kept(pipe):
         assert torch.equal(image, own[distance.argmin()])
 
 
+@pytest.mark.parametrize("name", ["vdm", "ddim", "dpmsolver++", "heun", "euler-karras", "ddpm"])
+@pytest.mark.parametrize("num_candidates", [1, 4])
+def test_a_refined_image_is_predicted_no_farther_from_its_target_and_most_are_nearer(pipe, name, num_candidates):
+    if name != "vdm":
+        pipe.scheduler = stock_scheduler(name, pipe.scheduler.config)
+    options = {"response": WANTED, "num_images_per_response": 4, "num_inference_steps": 12, "output_type": "pt"}
+    errors = []
+    for num in (0, 1, 4):
+        images = pipe(num_refinements=num, num_candidates=num_candidates, generator=seeded(), **options).images
+        errors.append(response_error(pipe.predict_response(images), WANTED.repeat_interleave(4, dim=0)))
+    assert (errors[1] <= errors[0] + 1e-6).all()
+    assert (errors[2] <= errors[1] + 1e-6).all()
+    assert (errors[2] < errors[0]).double().mean() > 0.5
+
+
+def test_a_refinement_takes_the_last_steps_again(pipe):
+    seen = []
+
+    def watch(pipe, step, timestep, tensors):
+        seen.append((step, float(pipe._log_snr(timestep)), len(tensors["latents"])))
+        return tensors
+
+    options = {"num_inference_steps": 20, "num_refinements": 2, "callback_on_step_end": watch}
+    pipe(response=WANTED, num_candidates=3, generator=seeded(), **options)
+    steps = [step for step, _, _ in seen]
+    begin = steps[20]
+    assert steps == [*range(20), *range(begin, 20), *range(begin, 20)]
+    assert [log_snr >= 1 for _, log_snr, _ in seen[:20]] == [step >= begin for step in range(20)]
+    assert 0 < begin < 19
+    assert {num for _, _, num in seen} == {9}
+
+
 def nearest_of(pipe: LatentDDPMPipeline, predicted: Tensor, wanted: Tensor, monkeypatch) -> list[int]:
     """Which of the images with these predicted responses (B, N, L, S) is kept for each of the targets."""
     num = predicted.shape[1]
@@ -322,7 +354,8 @@ def nearest_of(pipe: LatentDDPMPipeline, predicted: Tensor, wanted: Tensor, monk
         pipe.response_predictor, "predict", lambda images: predicted.flatten(0, 1)[images.long().ravel()]
     )
     images = torch.arange(predicted.flatten(0, 1).shape[0], dtype=torch.float32).reshape(-1, 1, 1, 1)
-    kept = pipe._nearest(images, wanted.repeat_interleave(num, dim=0), num)
+    kept, latents = pipe._nearest(images, images + 0.5, wanted)
+    assert torch.equal(latents, kept + 0.5)
     return (kept.flatten() - num * torch.arange(len(wanted))).long().tolist()
 
 
@@ -364,6 +397,8 @@ def test_however_many_designs_are_predicted_few_are_seen_at_once(pipe, monkeypat
 def test_a_number_of_candidates_that_is_none_is_named(pipe, count):
     with pytest.raises(ValueError, match="^num_candidates must be an integer of at least 1, got"):
         pipe(response=WANTED, num_candidates=count)
+    with pytest.raises(ValueError, match="^num_refinements must be an integer of at least 0, got"):
+        pipe(response=WANTED, num_refinements=-1 if count == 0 else count)
 
 
 @pytest.mark.parametrize("scale", [-1.0, math.inf, math.nan])
@@ -377,6 +412,8 @@ def test_what_needs_a_predictor_or_a_response_says_so(pipe, make_pipeline):
         ValueError, match="^num_candidates must be 1 without a response or without a response_predictor .* 2$"
     ):
         pipe(num_candidates=2)
+    with pytest.raises(ValueError, match="^num_refinements must be 0 without a response or .* got 2$"):
+        pipe(num_refinements=2)
     without = make_pipeline(conditional=True)
     with pytest.raises(
         ValueError, match="^num_candidates must be 1 without a response or without a response_predictor .* 2$"
