@@ -110,8 +110,13 @@ def run_until(folder: Path, moment: str | None) -> bool:
     assert process.stderr is not None
     for line in process.stderr:
         if moment is not None and is_at(line, moment.removesuffix(WRITING)):
-            while moment.endswith(WRITING) and process.poll() is None and not is_writing(folder):
-                pass
+            while moment.endswith(WRITING) and process.poll() is None:
+                if is_writing(folder):
+                    process.send_signal(signal.SIGSTOP)  # so that it is not done with it before it is killed
+                    os.waitpid(process.pid, os.WUNTRACED)
+                    if is_writing(folder):
+                        break
+                    process.send_signal(signal.SIGCONT)
             process.send_signal(signal.SIGKILL)
             process.communicate()
             if process.returncode == -signal.SIGKILL:

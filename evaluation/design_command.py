@@ -72,6 +72,12 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
         raise ValueError(
             f"checkpoint must be a folder or a name on the Hub, got {arguments.checkpoint}: {error}"
         ) from error
+    try:
+        arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"output_dir must be a folder that can be written, got {arguments.output_dir}: {error}"
+        ) from error
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = stock_scheduler(arguments.scheduler, pipe.scheduler.config)
     if pipe.response_encoder.config.meaning is None:

@@ -163,7 +163,7 @@ class LatentDDPMPipeline(
                 Whether to return an [`ImagePipelineOutput`] instead of a tuple.
             callback_on_step_end (`Callable`, *optional*):
                 Called as ``callback_on_step_end(pipe, step, timestep, {"latents": latents})`` after every step; what
-                it returns under ``"latents"`` replaces the latents.
+                it returns under ``"latents"`` replaces the latents. A refinement goes through its steps again.
             guidance_rescale (`float`, defaults to 0.0):
                 How much of the guided prediction's spread is brought back to the conditional one's, in [0, 1], as in
                 section 3.4 of Lin et al. (2024).

@@ -80,8 +80,7 @@ def claim(config: TrainingConfig) -> Iterator[list[Path]]:
     start: list[Path] = []
     if resume == "latest":
         if (output_dir / "checkpoints").exists():  # until then nothing was trained by the settings
-            decides = {"validation_steps"} if config.load_best_model_at_end else set()
-            _check_same_run(config, output_dir / "config.yaml", _MAY_CHANGE - decides)
+            _check_same_run(config, output_dir / "config.yaml", set())
     elif resume is not None:
         start = _checked_start(Path(resume), config)
     with ExitStack() as held:
@@ -119,7 +118,7 @@ def _checked_start(checkpoint: Path, config: TrainingConfig) -> list[Path]:
     later = ("predictor_",) if stage == "denoiser" else ("denoiser_", "predictor_")
     anew = {field.name for field in fields(config) if field.name.startswith(later)}
     anew |= _OF_THE_PREDICTOR | (_OF_THE_WAY_ON if stage == "denoiser" else _OF_THE_DENOISER)
-    _check_same_run(config, others.parent / "config.yaml", _MAY_CHANGE | anew)
+    _check_same_run(config, others.parent / "config.yaml", anew)
     start = [checkpoint]
     if stage == "denoiser":
         if config.denoiser_steps <= int(step):
@@ -165,8 +164,10 @@ def copy_start(start: list[Path], output_dir: Path) -> None:
         ) from error
 
 
-def _check_same_run(config: TrainingConfig, path: Path, may_change: set[str]) -> None:
-    """Raises a ``ValueError`` that shows the difference if the run in a folder had other settings."""
+def _check_same_run(config: TrainingConfig, path: Path, anew: set[str]) -> None:
+    """Raises a ``ValueError`` that shows the difference if the run in a folder had other settings, but for new ones."""
+    decide = {"validation_steps"} if config.load_best_model_at_end else set()  # which weights are kept
+    may_change = (_MAY_CHANGE - decide) | anew
     try:
         stored: Mapping[str, Any] = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:

@@ -11,7 +11,7 @@ from mechdiffusers.training.accelerators import process_state
 from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.data import load_designs
 from mechdiffusers.training.metrics import read_metrics
-from mechdiffusers.training.stages import run_stages
+from mechdiffusers.training.stages import check_stages, run_stages
 from torch.utils.data import IterableDataset, Subset
 
 __all__ = ["rehearse"]
@@ -37,6 +37,7 @@ def rehearse(config: TrainingConfig) -> str:
     num = min(
         designs.num_train, max(config.autoencoder_batch_size, config.denoiser_batch_size, config.predictor_batch_size)
     )
+    check_stages(config, designs)
     few = designs.train if isinstance(designs.train, IterableDataset) else Subset(designs.train, range(num))
     process = process_state()
     cost: dict[str, dict[str, float]] = {}

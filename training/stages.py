@@ -83,7 +83,7 @@ def check_stages(config: TrainingConfig, designs: Designs) -> None:
             raise ValueError(
                 f"{stage} must be at most the number of training designs, got {size} for {designs.num_train} designs"
             )
-    if designs.meaning is not None:
+    if _has_predictor(config, designs) and designs.meaning is not None:
         symmetries(config, designs.meaning["load_cases"], designs.size)
 
 

@@ -3,7 +3,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
-from mechdiffusers.evaluation import stored_responses
+from mechdiffusers.evaluation import response_error, stored_responses
 from mechdiffusers.evaluation.design import designs_for
 from mechdiffusers.models import ResponsePredictor
 
@@ -28,16 +28,16 @@ def test_designs_chosen_from_candidates_are_predicted_nearer_and_do_not_depend_o
     conditional.register_modules(response_predictor=predictor)
     conditional.to(torch.float64)  # in which a batch rounds to less than it could hide
     targets = stored_responses(composites)[:3]
-    wanted = predictor.normalise(torch.from_numpy(targets).repeat_interleave(2, 0))
-    designs = {num: designs_for(conditional, targets, 2, num_inference_steps=2, num_candidates=num) for num in (1, 4)}
+    wanted = torch.from_numpy(targets).repeat_interleave(2, 0)
+    designs = {num: designs_for(conditional, targets, 2, num_inference_steps=2, num_candidates=num) for num in (1, 16)}
     errors = {
-        num: (predictor.normalise(conditional.predict_response(found[..., None])) - wanted).square().mean()
+        num: response_error(conditional.predict_response(found[..., None]), wanted).mean()
         for num, found in designs.items()
     }
-    assert errors[4] < errors[1]
-    monkeypatch.setattr(import_module("mechdiffusers.evaluation.design"), "_BATCH", 8)  # two designs at once
-    again = designs_for(conditional, targets, 2, num_inference_steps=2, num_candidates=4)
-    np.testing.assert_array_equal(again, designs[4])
+    assert errors[16] < errors[1]
+    monkeypatch.setattr(import_module("mechdiffusers.evaluation.design"), "_BATCH", 32)  # two designs at once
+    again = designs_for(conditional, targets, 2, num_inference_steps=2, num_candidates=16)
+    np.testing.assert_array_equal(again, designs[16])
 
 
 @pytest.mark.parametrize("num", [0, -1, True, 2.0])

@@ -82,6 +82,18 @@ def test_what_cannot_be_verified_is_not_generated(conditional, composites, tmp_p
         main([str(tmp_path / "t.csv"), *folders, "--num_designs", changes.get("num_designs", "3")])
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_generated(
+    conditional, composites, tmp_path, monkeypatch
+):
+    conditional.save_pretrained(tmp_path / "checkpoint")
+    monkeypatch.setattr(import_module("mechdiffusers.evaluation.design_command"), "designs_for", None)
+    write_targets(tmp_path / "t.csv", {"a": stored_responses(composites)[0]}, response_meaning(composites))
+    (tmp_path / "file").touch()
+    options = ["--checkpoint", str(tmp_path / "checkpoint"), "--output_dir", str(tmp_path / "file" / "out")]
+    with pytest.raises(SystemExit, match="^error: output_dir must be a folder that can be written, got"):
+        main([str(tmp_path / "t.csv"), *options])
+
+
 def test_the_shipped_targets_are_three_and_given_at_all_strains_of_the_released_dataset():
     meaning = {
         "quantity": "stress",

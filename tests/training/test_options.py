@@ -284,6 +284,11 @@ def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_refuses_what_the_run_would(tmp_path):
+    with pytest.raises(ValueError, match="^denoiser_batch_size must be at most the number of training designs, got 64"):
+        rehearse(small(tmp_path / "run", denoiser_batch_size=64))
+
+
 def test_a_dry_run_is_not_trained(tmp_path):
     with pytest.raises(ValueError, match="^dry_run must be left out of what train is given"):
         train(small(tmp_path / "run", dry_run=True))
