@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,7 +61,8 @@ def train(config: TrainingConfig) -> LatentDDPMPipeline:
     config = replace(
         config, mixed_precision=config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     )
-    with claim(config) if process.is_main_process else nullcontext([]) as start:
+    with ExitStack() as held:
+        start = held.enter_context(claim(config)) if process.is_main_process else []
         process.wait_for_everyone()
         designs = load_designs(config)
         check_stages(config, designs)
