@@ -58,9 +58,8 @@ def train(config: TrainingConfig) -> LatentDDPMPipeline:
         raise ValueError("dry_run must be left out of what train is given, which trains: rehearse is the dry run")
     process, repo_id = process_state(), None
     # what accelerate launch was told is a setting too, which a run must not change as it goes on
-    config = replace(
-        config, mixed_precision=config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    )
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    config = replace(config, mixed_precision=config.mixed_precision or told)  # type: ignore[arg-type]
     with ExitStack() as held:
         start = held.enter_context(claim(config)) if process.is_main_process else []
         process.wait_for_everyone()
