@@ -41,7 +41,7 @@ __all__ = ["PredictorGuidance", "check_predictor"]
 _TOLERANCE = 0.03
 #: The log-SNR before which the decoder makes nothing of :math:`\hat z_0` that a predictor could tell of.
 _LEAST_LOG_SNR = -2.5
-#: The log-SNR from which a kept sample is drawn anew: some of a hundred pixels change.
+#: The log-SNR from which a kept sample is drawn anew: a few in a hundred pixels change.
 _REFINEMENT_LOG_SNR = 1.0
 #: Samples whose activations are kept at once.
 _BATCH = 64
