@@ -7,6 +7,7 @@ from mechdiffusers.evaluation.out_of_distribution import (
     StatisticsDistance,
     receiver_operating_characteristic,
 )
+from mechdiffusers.evaluation.refine import RefinedDesigns, refine
 from mechdiffusers.evaluation.response import (
     NearestDesigns,
     nearest_training_designs,
@@ -31,6 +32,7 @@ __all__ = [
     "NearestDesigns",
     "OutOfRangeWarning",
     "RangeCheck",
+    "RefinedDesigns",
     "StatisticsDistance",
     "TargetRange",
     "VerificationReport",
@@ -40,6 +42,7 @@ __all__ = [
     "nearest_training_designs",
     "novelty",
     "receiver_operating_characteristic",
+    "refine",
     "response_error",
     "sliced_wasserstein_distance",
     "stiff_connectivity",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from mechdiffusers.evaluation.design import checked_count, designs_for
+from mechdiffusers.evaluation.refine import refine
 from mechdiffusers.evaluation.response import load_split
 from mechdiffusers.evaluation.targets import read_targets
 from mechdiffusers.evaluation.verify import (
@@ -52,6 +53,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--guidance_scale", type=float, default=1.0)
     parser.add_argument("--num_candidates", type=int, default=1, help="for each design; a predictor keeps the best")
     parser.add_argument("--num_refinements", type=int, default=0, help="times that the last steps are taken again")
+    parser.add_argument("--num_rounds", type=int, default=0, help="simulations that bring each design nearer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="such as cuda")
     arguments = parser.parse_args(args)
@@ -82,6 +84,12 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
     pipe.scheduler = stock_scheduler(arguments.scheduler, pipe.scheduler.config)
     if pipe.response_encoder.config.meaning is None:
         raise ValueError(f"checkpoint must be trained with responses, got {arguments.checkpoint}, trained without")
+    binary = pipe.config.decoder_likelihood == "bernoulli"
+    if arguments.num_rounds < 0 or (arguments.num_rounds and not (binary and pipe.response_predictor is not None)):
+        raise ValueError(
+            "num_rounds must be 0, or positive for a checkpoint of binary designs that has a response_predictor, got "
+            f"{arguments.num_rounds}"
+        )
     meaning = checked_meaning(pipe.response_encoder.config.meaning)
     names, targets = read_targets(arguments.targets, meaning)
     checked_names(names, len(targets))
@@ -102,8 +110,12 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
         num_candidates=arguments.num_candidates,
         num_refinements=arguments.num_refinements,
     )
-    binary = pipe.config.decoder_likelihood == "bernoulli"
     device = arguments.device
+    if arguments.num_rounds:
+        rounds = {"num_rounds": arguments.num_rounds, "seed": arguments.seed}
+        designs = refine(
+            designs, targets, meaning, pipe.predict_response, **rounds, device=device, progress=True
+        ).designs
     report = verify(designs, targets, meaning, **stored, names=names, binary=binary, device=device, progress=True)
     return report, names
 

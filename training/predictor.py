@@ -100,7 +100,8 @@ def symmetries(config: TrainingConfig, load_cases: Sequence[str], size: tuple[in
                 found["transpose"] = transposed_cases(load_cases)
         except ValueError as error:
             raise ValueError(f"random_reflections must be left out where nothing is known of them: {error}") from error
-    return found
+    # designs turned so that nothing is known of them would teach nothing
+    return {name: cases for name, cases in found.items() if any(case is not None for case in cases)}
 
 
 def turned(

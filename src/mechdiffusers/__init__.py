@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         TargetRange,
         VerificationReport,
         nearest_training_designs,
+        refine,
         response_error,
         verify,
     )
@@ -42,6 +43,7 @@ _ROOMS = {
     "load_mechanical_mnist": "mechdiffusers.microstructures",
     "nearest_training_designs": "mechdiffusers.evaluation",
     "random_composites": "mechdiffusers.microstructures",
+    "refine": "mechdiffusers.evaluation",
     "response_error": "mechdiffusers.evaluation",
     "response_meaning": "mechdiffusers.microstructures",
     "simulate": "mechdiffusers.mechanics",
@@ -64,6 +66,7 @@ __all__ = [
     "load_mechanical_mnist",
     "nearest_training_designs",
     "random_composites",
+    "refine",
     "response_error",
     "response_meaning",
     "simulate",

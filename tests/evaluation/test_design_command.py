@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from mechdiffusers.evaluation import stored_responses
 from mechdiffusers.evaluation.design_command import main
 from mechdiffusers.evaluation.targets import read_targets, write_targets
 from mechdiffusers.microstructures import build_dataset, random_composites, response_meaning
+from mechdiffusers.models import ResponsePredictor, response_normalisation
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +31,30 @@ def test_the_command_line_leaves_a_table_and_a_picture_of_each_target(conditiona
     for name in ("soft", "stiff"):
         Image.open(tmp_path / "out" / f"{name}.png").verify()
         assert f"{min(float(row['error']) for row in rows if row['target'] == name):.2%}" in caplog.text
+
+
+def test_rounds_of_simulations_bring_the_designs_nearer(conditional, composites, tmp_path, caplog):
+    meaning = response_meaning(composites)
+    normalisation = response_normalisation(torch.from_numpy(stored_responses(composites)))
+    conditional.register_modules(response_predictor=ResponsePredictor((4, 8), 1, meaning, **normalisation).eval())
+    conditional.save_pretrained(tmp_path / "checkpoint")
+    write_targets(tmp_path / "t.csv", {"a": stored_responses(composites)[20]}, meaning)
+    errors = []
+    for rounds in ("0", "2"):
+        options = ["--num_designs", "2", "--num_inference_steps", "2", "--num_rounds", rounds]
+        folders = ["--checkpoint", str(tmp_path / "checkpoint"), "--output_dir", str(tmp_path / rounds)]
+        main([str(tmp_path / "t.csv"), *folders, *options])
+        rows = list(csv.DictReader((tmp_path / rounds / "verification.csv").open()))
+        errors.append([float(row["error"]) for row in rows])
+    assert (np.array(errors[1]) <= errors[0]).all()
+    assert errors[1] != errors[0]
+
+
+def test_rounds_without_a_predictor_are_refused_in_one_sentence(conditional, composites, tmp_path):
+    conditional.save_pretrained(tmp_path / "checkpoint")
+    arguments = [str(tmp_path / "t.csv"), "--checkpoint", str(tmp_path / "checkpoint"), "--num_rounds", "2"]
+    with pytest.raises(SystemExit, match="^error: num_rounds must be 0, or positive for a checkpoint of binary"):
+        main(arguments)
 
 
 def test_a_checkpoint_without_responses_is_refused_in_one_sentence(pipe, tmp_path):

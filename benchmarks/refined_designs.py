@@ -1,0 +1,107 @@
+"""How near do designs come that are simulated one after the other, and how plausible do they stay?
+
+    python benchmarks/refined_designs.py checkpoints/composites-32 --num_candidates 4 --num_refinements 2
+
+One design for each held-out target, then seven rounds of ``mechdiffusers.refine``: eight simulations a target, as many
+as the best of eight designs takes in ``inverse_design.py``, beside which these figures stand. Parts of four targets are
+kept in --run_dir, so that the same command goes on after an interruption.
+"""
+
+import hashlib
+import json
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from candidates import add_sampling, common_arguments, fingerprint, percent, sampling
+from mechdiffusers.atomic_file import atomic_write
+from mechdiffusers.evaluation import nearest_training_designs, novelty, refine, stored_designs, stored_responses
+from mechdiffusers.evaluation.design import designs_for
+from mechdiffusers.evaluation.response import load_split
+from mechdiffusers.microstructures import response_meaning
+from mechdiffusers.pipelines import LatentDDPMPipeline
+from mechdiffusers.schedulers import stock_scheduler
+from record import record
+from tqdm.auto import tqdm
+
+#: Targets of a part.
+_PART = 4
+
+
+def main() -> None:
+    parser = common_arguments(__doc__, "refined_designs", num_targets=64)
+    parser.set_defaults(num_designs=1)
+    parser.add_argument("--num_rounds", type=int, default=7, help="simulations of a design after the first")
+    add_sampling(parser)
+    arguments = parser.parse_args()
+
+    train, heldout = load_split(arguments.dataset, "train"), load_split(arguments.dataset, "heldout")
+    meaning, stored = response_meaning(heldout), stored_responses(heldout)
+    rows = np.flatnonzero(np.isfinite(stored).all((1, 2)))[: arguments.num_targets]
+    pipe = LatentDDPMPipeline.from_pretrained(arguments.checkpoint).to(arguments.device)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = stock_scheduler(arguments.scheduler, pipe.scheduler.config)
+    options = sampling(arguments)
+    recipe = [fingerprint(arguments.checkpoint), arguments.scheduler, options, arguments.num_designs]
+    recipe += [arguments.num_rounds, arguments.seed]
+
+    def part(chosen: np.ndarray) -> dict[str, np.ndarray]:
+        name = hashlib.sha256(json.dumps([*recipe, chosen.tolist()]).encode()).hexdigest()[:32]
+        path = arguments.run_dir / f"{name}.npz"
+        if not path.exists():
+            start, targets = time.perf_counter(), stored[chosen]
+            designs = designs_for(pipe, targets, arguments.num_designs, seed=arguments.seed + int(chosen[0]), **options)
+            refined = refine(
+                designs,
+                targets,
+                meaning,
+                pipe.predict_response,
+                num_rounds=arguments.num_rounds,
+                seed=arguments.seed + int(chosen[0]),
+                device=arguments.device,
+            )
+            found = {"drawn": designs, "refined": refined.designs, "error": refined.error}
+            with atomic_write(path) as unfinished, unfinished.open("wb") as file:
+                np.savez_compressed(file, seconds=time.perf_counter() - start, **found)
+        return dict(np.load(path))
+
+    parts = [part(rows[i : i + _PART]) for i in tqdm(range(0, len(rows), _PART), desc="refine", unit="part")]
+    drawn, refined, error = (np.concatenate([each[name] for each in parts]) for name in ("drawn", "refined", "error"))
+    training_designs = stored_designs(train)
+    nearest = nearest_training_designs(stored[rows], train, arguments.num_rounds + 1)
+    figures = {
+        "targets": len(rows),
+        "designs_a_target": arguments.num_designs,
+        "simulations_a_design": arguments.num_rounds + 1,
+        "error_percent_after_simulations": [percent(errors) for errors in error.T],
+        "median_percent": 100 * float(np.median(error[:, -1])),
+        "worst_percent": 100 * float(error[:, -1].max()),
+        "best_of_as_many_retrieved_percent": percent(nearest.error.min(1)),
+        "pixels_changed": float((drawn != refined).mean()),
+        "novelty": {
+            "drawn": float(novelty(drawn, training_designs).mean()),
+            "refined": float(novelty(refined, training_designs).mean()),
+            "heldout_designs": float(novelty(stored_designs(heldout.select(rows)), training_designs).mean()),
+        },
+        "bound_nats": {
+            "drawn": bound(pipe, drawn, arguments.seed),
+            "refined": bound(pipe, refined, arguments.seed),
+            "heldout_designs": bound(pipe, stored_designs(heldout.select(rows)), arguments.seed),
+        },
+        "seconds_a_design": float(sum(each["seconds"] for each in parts) / len(drawn)),
+        "scheduler": arguments.scheduler,
+        **options,
+    }
+    record(figures, arguments.output)
+
+
+def bound(pipe: LatentDDPMPipeline, designs: np.ndarray, seed: int) -> dict[str, Any]:
+    """The continuous-time bound of designs without a response: mean and its standard error."""
+    generator = torch.Generator().manual_seed(seed)
+    values = pipe.log_likelihood(designs, generator=generator, num_steps=64).log_likelihood.numpy()
+    return {"mean": float(values.mean()), "standard_error": float(values.std(ddof=1) / np.sqrt(len(values)))}
+
+
+if __name__ == "__main__":
+    main()

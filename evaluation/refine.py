@@ -1,0 +1,223 @@
+r"""Designs brought nearer to their targets by simulating one after the other.
+
+A predictor that is wrong by some per cent of a response is wrong by nearly the same for a design that differs in a few
+pixels. So what is known of a design :math:`x` by finite elements, :math:`f(x)`, corrects the prediction :math:`p` of
+its neighbours,
+
+.. math:: f(x') \approx f(x) + p(x') - p(x),
+
+which is the response correction of space mapping (Bandler et al. 2004, on output space mapping). Among many neighbours
+the one that should be nearest to the target is simulated, and is the design to go on from if it is nearer indeed. A
+neighbour has the other phase in some pixels at the interface, which is never made longer by any of them alone. Matching
+pursuit (Mallat and Zhang 1993) finds them: one after the other, each the pixel whose own change of the prediction takes
+most of what is left to the target. As in a trust region, fewer are changed after a round that brought nothing.
+
+References:
+    | Space mapping: the state of the art (Bandler et al., 2004)
+    | https://doi.org/10.1109/TMTT.2003.820904
+    | Matching pursuits with time-frequency dictionaries (Mallat & Zhang, 1993)
+    | https://doi.org/10.1109/78.258082
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from mechdiffusers.evaluation.response import as_array, response_error
+from mechdiffusers.evaluation.verify import checked_question
+from mechdiffusers.microstructures.build_dataset.parts import simulated_response
+from torch import Tensor
+from tqdm.auto import tqdm
+
+__all__ = ["RefinedDesigns", "refine"]
+
+#: Predictor of responses ``(B, L, S)`` for designs ``(B, H, W)``, as ``pipe.predict_response``.
+Predictor = Callable[[np.ndarray], "np.ndarray | Tensor"]
+
+#: Times that neighbours of neighbours are looked at before one is simulated.
+_SEARCHES = 2
+#: Pixels whose own change is predicted, and sets of them that are predicted together, in each.
+_PIXELS, _SETS = 128, 48
+#: The most pixels of a set at first, and the share of the pixels that it may choose from, for the sets to differ.
+_LARGEST, _SHARE = 8, 0.4
+
+
+@dataclass
+class RefinedDesigns:
+    """B designs, numpy arrays, or tensors on the CPU for a tensor."""
+
+    designs: Any  #: the nearest of each chain, shape (B, H, W)
+    error: Any  #: of the nearest so far, before and after each round, shape (B, num_rounds + 1), NaN where not solved
+
+
+def refine(
+    designs: np.ndarray | Tensor,
+    target: np.ndarray | Tensor,
+    meaning: Mapping[str, Any],
+    predict: Predictor,
+    *,
+    num_rounds: int = 7,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+) -> RefinedDesigns:
+    """Changes a few pixels of binary designs, so that their response by finite elements comes nearer to the target.
+
+    Every design is a chain of its own, of ``num_rounds + 1`` simulations at the most.
+
+    Args:
+        designs: Shape ``(B, H, W)``, 0 or 1; with T targets, B / T for each, those of a target neighbours.
+        target: Shape ``(T, L, S)``, or ``(L, S)`` for one; NaN where open.
+        meaning: Of the response, as :func:`.verify` takes it.
+        predict: Predicts responses of designs, as ``pipe.predict_response`` does.
+        num_rounds: Simulations of each design after the first, at least 1.
+        seed: Of all random choices; those of a design do not depend on the designs after it.
+        device: Where to simulate; by default on the CPU.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The designs and how their errors fell. One that the solver cannot follow stays as it is.
+
+    Raises:
+        ValueError: If the designs are not binary or do not divide among the targets, if the target does not fit the
+            meaning, or ``num_rounds`` is no integer of at least 1.
+
+    Example:
+        >>> refined = refine(designs, target, meaning, pipe.predict_response)  # doctest: +SKIP
+        >>> refined.error[:, [0, -1]].mean(0)  # doctest: +SKIP
+    """
+    array = as_array(designs)
+    meaning, targets = checked_question(target, meaning, array.shape)
+    if not ((array == 0) | (array == 1)).all():
+        raise ValueError("designs must be 0 or 1 everywhere, got values in between")
+    if isinstance(num_rounds, bool) or not isinstance(num_rounds, (int, np.integer)) or num_rounds < 1:
+        raise ValueError(f"num_rounds must be an integer of at least 1, got {num_rounds!r}")
+    wanted = np.repeat(targets, len(array) // len(targets), axis=0)
+
+    def simulated(chosen: np.ndarray) -> np.ndarray:
+        return simulated_response(chosen, meaning, device=device)
+
+    best, response = array.copy(), simulated(array)
+    errors = [response_error(response, wanted)]
+    known = [{design.tobytes()} for design in best]
+    largest = [_LARGEST] * len(best)
+    rngs = [np.random.default_rng([seed, i]) for i in range(len(best))]
+    for _ in tqdm(range(num_rounds), desc="refine", unit="round", disable=not progress):
+        tried = {
+            i: found
+            for i in np.flatnonzero(np.isfinite(errors[-1]))
+            if (found := _neighbour(best[i], response[i], wanted[i], predict, known[i], largest[i], rngs[i]))
+            is not None
+        }
+        errors.append(errors[-1].copy())
+        if not tried:
+            continue
+        rows, candidates = list(tried), np.stack(list(tried.values()))
+        found = simulated(candidates)
+        error = response_error(found, wanted[rows])
+        for j, i in enumerate(rows):
+            known[i].add(candidates[j].tobytes())
+            if error[j] < errors[-1][i]:
+                best[i], response[i], errors[-1][i] = candidates[j], found[j], error[j]
+            else:
+                largest[i] = max(1, largest[i] // 2)
+    error = np.stack(errors, axis=1)
+    if isinstance(designs, Tensor):
+        return RefinedDesigns(torch.from_numpy(best).to(designs.dtype), torch.from_numpy(error))
+    return RefinedDesigns(best.astype(designs.dtype), error)
+
+
+def _neighbour(
+    design: np.ndarray,
+    response: np.ndarray,
+    wanted: np.ndarray,
+    predict: Predictor,
+    known: set[bytes],
+    largest: int,
+    rng: np.random.Generator,
+) -> np.ndarray | None:
+    """The design near by that should come nearest to the target and was not simulated, if there is one.
+
+    Args:
+        design: Shape ``(H, W)``.
+        response: Its own by finite elements, shape ``(L, S)``.
+        wanted: The target, same shape, NaN where open.
+        predict: See :func:`refine`.
+        known: What was simulated.
+        largest: The most pixels of a set.
+        rng: Of the choices.
+    """
+    correction = response - _predicted(predict, design[None])[0]
+    nearest, least, start = None, np.inf, design
+    for _ in range(_SEARCHES):
+        expected = _predicted(predict, start[None])[0] + correction
+        neighbours = [
+            each
+            for each in _sets_of_flips(start, expected, wanted, predict, largest, rng)
+            if each.tobytes() not in known
+        ]
+        if not neighbours:
+            break
+        error = response_error(_predicted(predict, np.stack(neighbours)) + correction, wanted)
+        if error.min() < least:
+            nearest, least = neighbours[int(error.argmin())], error.min()
+            start = nearest
+    return nearest
+
+
+def _sets_of_flips(
+    design: np.ndarray,
+    expected: np.ndarray,
+    wanted: np.ndarray,
+    predict: Predictor,
+    largest: int,
+    rng: np.random.Generator,
+) -> list[np.ndarray]:
+    """Neighbours of a design, in each of which a set of pixels at the interface has the other phase."""
+    pixels = np.flatnonzero(_movable(design))
+    pixels = rng.choice(pixels, min(_PIXELS, len(pixels)), replace=False)
+    flipped = np.repeat(design.reshape(1, -1), len(pixels), axis=0)
+    flipped[np.arange(len(pixels)), pixels] = 1 - flipped[np.arange(len(pixels)), pixels]
+    if not len(pixels):
+        return []
+    given = ~np.isnan(wanted)
+    scale = np.where(given, wanted, 0.0)
+    scale = np.where(given, 1 / np.linalg.norm(scale, axis=-1, keepdims=True).clip(1e-300), 0.0)
+    before = _predicted(predict, design[None])
+    effect = ((_predicted(predict, flipped.reshape(-1, *design.shape)) - before) * scale).reshape(len(pixels), -1)
+    left = np.repeat((np.where(given, wanted - expected, 0.0) * scale).reshape(1, -1), _SETS, axis=0)
+
+    # all sets at once: shape (sets, pixels); adding pixel j to set i changes |left|^2 by |effect|^2 - 2 left . effect
+    free = rng.random((_SETS, len(pixels))) < _SHARE
+    sizes, chosen = rng.integers(1, largest + 1, _SETS), np.zeros(free.shape, bool)
+    for step in range(largest):
+        gain = np.where(free, (effect**2).sum(1) - 2 * left @ effect.T, np.inf)
+        pixel = gain.argmin(1)
+        rows = np.flatnonzero((gain.min(1) < 0) & (step < sizes))
+        chosen[rows, pixel[rows]], free[rows, pixel[rows]] = True, False
+        left[rows] -= effect[pixel[rows]]
+    neighbours = []
+    for each in np.unique(chosen[chosen.any(1)], axis=0):
+        neighbour = design.flatten()
+        neighbour[pixels[each]] = 1 - neighbour[pixels[each]]
+        neighbours.append(neighbour.reshape(design.shape))
+    return neighbours
+
+
+def _movable(design: np.ndarray) -> np.ndarray:
+    """Which pixels have at least as many neighbours of the other phase as of their own, bool, shape ``(H, W)``.
+
+    To change one of them makes the interface no longer.
+    """
+    padded = np.pad(design, 1, constant_values=np.nan)
+    neighbours = np.stack([padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
+    return (neighbours == 1 - design).sum(0) >= (neighbours == design).sum(0)
+
+
+def _predicted(predict: Predictor, designs: np.ndarray) -> np.ndarray:
+    """Predictions as float64 arrays."""
+    return as_array(predict(designs))
