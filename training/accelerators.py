@@ -18,7 +18,7 @@ from accelerate.utils import (
 )
 from mechdiffusers.training.config import TrainingConfig
 
-__all__ = ["process_state", "stage_accelerator"]
+__all__ = ["precision_of", "process_state", "stage_accelerator"]
 
 #: What accelerate launch and torchrun set, which leave a process one thread.
 _LAUNCHERS = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}
@@ -36,6 +36,11 @@ def process_state() -> PartialState:
         # Accelerate 1.15 turns only accelerators' processes to FSDP, which by itself runs on CPUs too
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return process
+
+
+def precision_of(mixed_precision: str | None) -> str:
+    """What a setting of ``mixed_precision`` means: what accelerate launch was told, where it is unset."""
+    return mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def stage_accelerator(config: TrainingConfig, name: str) -> Accelerator:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import yaml
 from mechdiffusers.atomic_file import atomic_write
+from mechdiffusers.training.accelerators import precision_of
 from mechdiffusers.training.checkpoints import BestWeights, damage_of, newest_intact
 from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.metrics import read_metrics, update_metrics
@@ -169,9 +170,10 @@ def _check_same_run(config: TrainingConfig, path: Path, anew: set[str]) -> None:
     decide = {"validation_steps"} if config.load_best_model_at_end else set()  # which weights are kept
     may_change = (_MAY_CHANGE - decide) | anew
     try:
-        stored: Mapping[str, Any] = yaml.safe_load(path.read_text())
+        stored: dict[str, Any] = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"resume_from_checkpoint must go on with a run, got {path}, unreadable: {error}") from error
+    stored["mixed_precision"] = precision_of(stored.get("mixed_precision"))  # left unset in files of before
     differences = [
         f"{name} was {stored.get(name)!r}, is {value!r}"
         for name, value in asdict(config).items()

@@ -10,7 +10,6 @@ from; ``metrics.json``, the newest figures; ``config.yaml``, every setting.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ import diffusers
 import transformers
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.pipelines.hub_checkpoint import claim_repository
-from mechdiffusers.training.accelerators import process_state
+from mechdiffusers.training.accelerators import precision_of, process_state
 from mechdiffusers.training.config import TrainingConfig, parse_config
 from mechdiffusers.training.data import load_designs
 from mechdiffusers.training.loop import StopRequested
@@ -58,8 +57,7 @@ def train(config: TrainingConfig) -> LatentDDPMPipeline:
         raise ValueError("dry_run must be left out of what train is given, which trains: rehearse is the dry run")
     process, repo_id = process_state(), None
     # what accelerate launch was told is a setting too, which a run must not change as it goes on
-    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    config = replace(config, mixed_precision=config.mixed_precision or told)  # type: ignore[arg-type]
+    config = replace(config, mixed_precision=precision_of(config.mixed_precision))  # type: ignore[arg-type]
     with ExitStack() as held:
         start = held.enter_context(claim(config)) if process.is_main_process else []
         process.wait_for_everyone()

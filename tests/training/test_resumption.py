@@ -250,6 +250,18 @@ def test_what_the_launcher_was_told_is_a_setting_of_the_run(tmp_path, monkeypatc
         train(small(tmp_path, resume_from_checkpoint="latest", **settings))
 
 
+def test_a_precision_that_was_left_unset_is_what_the_launcher_tells(trained, tmp_path, monkeypatch):
+    """As runs of before it was written down have it."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**settings, "mixed_precision": None}))
+    with pytest.raises(ValueError, match="^resume_from_checkpoint must .* mixed_precision was 'no', is 'bf16'"):
+        train(small(run, resume_from_checkpoint="latest", mixed_precision="bf16"))
+    train(small(run, resume_from_checkpoint="latest"))
+    assert_same_weights(run, trained)
+
+
 def test_a_checkpoint_of_other_shards_is_refused(trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
