@@ -1,15 +1,18 @@
 """A run that was interrupted, in whatever way, ends as if it had not been."""
 
+import errno
 import json
 import resource
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import datasets
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.training import checkpoints
 from mechdiffusers.training.checkpoints import BestWeights
@@ -273,9 +276,30 @@ def test_a_checkpoint_of_other_shards_is_refused(trained, tmp_path):
         train(small(run, resume_from_checkpoint="latest"))
 
 
+def test_no_space_for_any_file_of_a_checkpoint_leaves_the_earlier_ones(trained, tmp_path, monkeypatch):
+    """Where the file should be is a link to the device that the system calls full."""
+    run = tmp_path / "run"
+    interrupt(monkeypatch, run, "denoiser")
+    before, save_state = names(run), Accelerator.save_state
+    for file in ("optimizer.bin", "files.json"):  # what writes safetensors would replace a link
+
+        def save_where_full(accelerator, folder, file=file):
+            (Path(folder) / file).symlink_to("/dev/full")
+            save_state(accelerator, folder)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Accelerator, "save_state", save_where_full)
+            with pytest.raises(OSError, match="^the checkpoint of denoiser at step 6 could not be written to") as full:
+                train(small(run, resume_from_checkpoint="latest"))
+        assert names(run) == before
+    assert full.value.__cause__.errno == errno.ENOSPC
+    train(small(run, resume_from_checkpoint="latest"))
+    assert_same_weights(run, trained)
+
+
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_earlier_checkpoints(trained, tmp_path, monkeypatch):
-    """The limit on the size of a file stands in for the disk: the system refuses the write in the same way."""
+def test_a_full_disk_ends_the_script_and_leaves_the_earlier_checkpoints(trained, tmp_path, monkeypatch):
+    """The system refuses the process its write, as on a full disk; the script says so and ends."""
     run = tmp_path / "run"
     interrupt(monkeypatch, run, "denoiser")
     before = names(run)
