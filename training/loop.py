@@ -79,7 +79,7 @@ def run_stage(
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.torch_compile:
         module.compile()
-    optimizer = _optimizer(config, module, settings.learning_rate)
+    optimizer = _optimizer(accelerator, config, module, settings.learning_rate)
     schedule = get_scheduler(
         config.lr_scheduler, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.steps
     )
@@ -111,7 +111,8 @@ def run_stage(
                     optimizer.zero_grad()
                 for key, value in quantities.items():
                     sums[key] = sums.get(key, 0) + value.detach() / config.gradient_accumulation_steps
-            average.step(local_parameters(module))
+            if not accelerator.optimizer_step_was_skipped:  # as in float16 where the gradient has overflowed
+                average.step(local_parameters(module))
             progress.update()
 
             done = step + 1
@@ -163,12 +164,16 @@ def run_stage(
     return averaged.cpu()
 
 
-def _optimizer(config: TrainingConfig, module: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+def _optimizer(
+    accelerator: Accelerator, config: TrainingConfig, module: nn.Module, learning_rate: float
+) -> torch.optim.Optimizer:
     if config.use_8bit_adam:
         import bitsandbytes
 
         return bitsandbytes.optim.AdamW8bit(module.parameters(), learning_rate, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(module.parameters(), learning_rate, weight_decay=config.weight_decay, fused=True)
+    # fused, it skips a step whose gradient has overflowed in float16 by itself, and Accelerate does not hear of it
+    fused = accelerator.mixed_precision != "fp16"
+    return torch.optim.AdamW(module.parameters(), learning_rate, weight_decay=config.weight_decay, fused=fused)
 
 
 def _batches(accelerator: Accelerator, loader: DataLoader, used: int) -> Iterator[tuple[Tensor, ...]]:
