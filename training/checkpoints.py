@@ -16,9 +16,9 @@ import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.training.moving_average import MovingAverage
+from mechdiffusers.training.sharding import is_sharded
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -54,7 +54,7 @@ def save(accelerator: Accelerator, average: MovingAverage, folder: Path, name: s
             unfinished.mkdir(parents=True)
         accelerator.wait_for_everyone()
         accelerator.save_state(str(unfinished))
-        if main or _sharded(accelerator):
+        if main or is_sharded(accelerator):
             save_file(
                 {str(i): weight.contiguous() for i, weight in enumerate(average.shadow_params)},
                 unfinished / _average_file(accelerator),
@@ -95,15 +95,15 @@ def load_newest(accelerator: Accelerator, average: MovingAverage, folder: Path, 
         The number of steps done.
 
     Raises:
-        ValueError: If the weights were sharded among another number of processes, 1 for those that were not.
+        ValueError: If weights or optimiser were sharded among another number of processes, 1 for those that were not.
     """
     checkpoint = newest_intact(folder, name)
     if checkpoint is None:
         return 0
-    shards = accelerator.num_processes if _sharded(accelerator) else 1
+    shards = accelerator.num_processes if is_sharded(accelerator) else 1
     if (shards_before := len(list(checkpoint.glob("average-*")))) != shards:
         raise ValueError(
-            f"resume_from_checkpoint must go on with the weights in as many shards as before, got {shards} for "
+            f"resume_from_checkpoint must go on with as many shards as before, got {shards} for "
             f"{checkpoint} with {shards_before}"
         )
     accelerator.load_state(str(checkpoint))
@@ -185,9 +185,4 @@ def _digest(path: Path) -> str:
 
 
 def _average_file(accelerator: Accelerator) -> str:
-    return f"average-{accelerator.process_index if _sharded(accelerator) else 0}.safetensors"
-
-
-def _sharded(accelerator: Accelerator) -> bool:
-    """Whether each process holds a part of the weights alone."""
-    return accelerator.distributed_type is DistributedType.FSDP
+    return f"average-{accelerator.process_index if is_sharded(accelerator) else 0}.safetensors"

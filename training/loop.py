@@ -14,14 +14,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
 from mechdiffusers.training import checkpoints
 from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.metrics import peak_memory, update_metrics
 from mechdiffusers.training.moving_average import MovingAverage
 from mechdiffusers.training.randomness import StepRandomness
-from mechdiffusers.training.sharding import local_parameters
+from mechdiffusers.training.sharding import is_sharded, local_parameters
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
@@ -75,7 +74,7 @@ def run_stage(
     streamed = isinstance(train, IterableDataset)
     loader = DataLoader(train, batch_size=settings.batch_size, shuffle=not streamed, drop_last=True)
     averaged = copy.deepcopy(module)
-    if accelerator.distributed_type is not DistributedType.FSDP:  # which takes no other format
+    if not is_sharded(accelerator):  # what shards takes no other format
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.torch_compile:
         module.compile()

@@ -1,12 +1,19 @@
-"""What a process holds of a module that is sharded among several (FSDP), or all of one that is not."""
+"""What a process holds of a training that is sharded among several (FSDP, DeepSpeed), or all of one that is not."""
 
 from __future__ import annotations
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-__all__ = ["local_parameters"]
+__all__ = ["is_sharded", "local_parameters"]
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether each process alone holds a part of the weights (FSDP) or of the optimiser's state (DeepSpeed)."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def local_parameters(module: nn.Module) -> list[Tensor]:

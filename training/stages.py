@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.pipelines import LatentDDPMPipeline
-from mechdiffusers.training.accelerators import process_state, stage_accelerator
+from mechdiffusers.training.accelerators import check_accelerators, process_state, stage_accelerator
 from mechdiffusers.training.autoencoder import encode_all, measure_latents, train_autoencoder
 from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.data import Designs
@@ -71,8 +71,10 @@ def check_stages(config: TrainingConfig, designs: Designs) -> None:
 
     Raises:
         ValueError: If there are fewer designs than a batch of a stage, the processes cannot share one evenly, or
-            nothing is known of the reflections that are wanted.
+            nothing is known of the reflections that are wanted, or the launcher was told what does not go with the
+            settings.
     """
+    check_accelerators(config)
     num_processes = process_state().num_processes
     stages = ["autoencoder", "denoiser", *(["predictor"] if _has_predictor(config, designs) else [])]
     for stage in (f"{name}_batch_size" for name in stages):

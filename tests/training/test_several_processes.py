@@ -1,5 +1,6 @@
 """Several processes train as one does, and sharded models go on from their checkpoints."""
 
+import shutil
 import signal
 import socket
 from pathlib import Path
@@ -9,14 +10,18 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.models import response_normalisation
 from mechdiffusers.training.accelerators import stage_accelerator
-from mechdiffusers.training.checkpoints import newest_intact
+from mechdiffusers.training.checkpoints import newest_intact, save
 from mechdiffusers.training.data import load_designs
 from mechdiffusers.training.denoiser import denoising_loss
 from mechdiffusers.training.latent_denoiser import LatentDenoiser
 from mechdiffusers.training.loop import run_stage
+from mechdiffusers.training.moving_average import MovingAverage
 from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.train import train
 from scipy.stats import kstest
@@ -152,6 +157,55 @@ def test_sharded_processes_stop_on_sigterm_and_go_on(sharded, fifty, tmp_path):
     assert not (run / "pipeline").exists()
     assert "denoiser goes on from step" in finish(launch("fsdp", run, "--resume_from_checkpoint", "latest", **fifty))
     assert_same_weights(run, sharded)
+
+
+@pytest.mark.slow
+def test_two_processes_with_deepspeed_train_as_one_and_go_on(tmp_path):
+    pytest.importorskip("deepspeed")
+    run, settings = tmp_path / "run", {**FIFTY, "max_grad_norm": 0.1}
+    finish(start(command_line(tmp_path / "alone", **settings)))
+    settings |= {"gradient_accumulation_steps": 2, "autoencoder_batch_size": 8, "denoiser_batch_size": 8}
+    finish(launch("deepspeed", run, **settings))
+    assert_same_curves(tmp_path / "alone", run, {"autoencoder": 1e-4, "denoiser": 1e-4})
+    assert_two_processes_worked(run, "average-{}.safetensors")
+    assert_two_processes_worked(run, "pytorch_model/zero_pp_rank_{}_mp_rank_00_optim_states.pt")
+    shutil.copytree(run, tmp_path / "again")
+    for left_out in ("checkpoints/denoiser-00000050", "pipeline"):
+        shutil.rmtree(tmp_path / "again" / left_out)
+    messages = finish(launch("deepspeed", tmp_path / "again", "--resume_from_checkpoint", "latest", **settings))
+    assert "denoiser goes on from step 40" in messages
+    assert_same_weights(tmp_path / "again", run)
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_every_process_writes_its_part_of_what_deepspeed_has_sharded(tmp_path, monkeypatch, process):
+    """Its engine, for which one stands in here, waits until all of them save; all else is Accelerate's own."""
+    accelerator, saved = stage_accelerator(small(tmp_path), "denoiser"), []
+    accelerator._models.append(SimpleNamespace(save_checkpoint=lambda folder, _: saved.append(Path(folder).name)))
+    for state in (PartialState, AcceleratorState):
+        monkeypatch.setitem(state._shared_state, "distributed_type", DistributedType.DEEPSPEED)
+        monkeypatch.setitem(state._shared_state, "process_index", process)
+    monkeypatch.setattr(Accelerator, "wait_for_everyone", lambda self: None)
+    save(accelerator, MovingAverage([torch.zeros(1)], decay=0.9), tmp_path, "denoiser", 4, limit=1)
+    assert saved == [".unfinished-denoiser"]
+    folder = tmp_path / ("denoiser-00000004" if process == 0 else ".unfinished-denoiser")
+    assert (folder / f"average-{process}.safetensors").exists()
+    assert (folder / f"random_states_{process}.pkl").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "message"),
+    [
+        ("3", "no", "zero_stage of DeepSpeed must be at most 2, got 3"),
+        ("2", "bf16", "mixed_precision must be 'no' with DeepSpeed, .* got 'bf16'"),
+    ],
+)
+def test_what_deepspeed_would_shard_or_round_otherwise_is_refused(tmp_path, monkeypatch, stage, precision, message):
+    process = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
+    monkeypatch.setattr("mechdiffusers.training.accelerators.process_state", lambda: process)
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        train(small(tmp_path, mixed_precision=precision))
 
 
 @pytest.mark.slow
