@@ -65,9 +65,10 @@ class HubServer:
 
     def repository(self, name: str, user: str | None, write: bool = False) -> Repository:
         found = self.repositories.get(name)
-        if found is None or (found.private and user != name.split("/")[0]):
+        owner = name.removeprefix("datasets/").split("/")[0]
+        if found is None or (found.private and user != owner):
             raise Refusal(404 if user else 401, "RepoNotFound", "Repository not found")
-        if write and user != name.split("/")[0]:
+        if write and user != owner:
             raise Refusal(403 if user else 401, message="no write permission")
         return found
 
@@ -101,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.user = _USERS.get(token)
             for pattern, route in _ROUTES:
                 if match := re.fullmatch(pattern, f"{method} {url.path}"):
-                    return route(self, *map(unquote, match.groups()))
+                    return route(self, *(unquote(group) for group in match.groups() if group is not None))
             raise Refusal(404)
         except Refusal as refusal:
             headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.message}
@@ -189,9 +190,23 @@ class _Handler(BaseHTTPRequestHandler):
         files = [{"rfilename": path} for path in commit.files]
         self._send({"id": name, "sha": commit.sha, "private": repository.private, "siblings": files, "tags": []})
 
-    def tree(self, name: str, revision: str) -> None:
+    def tree(self, name: str, revision: str, folder: str = "") -> None:
         files = self._commit(self.hub.repository(name, self.user), revision).files
-        self._send([{"type": "file", "path": p, "size": len(c), "oid": git_id(c)} for p, c in files.items()])
+        inside = {path: content for path, content in files.items() if path.startswith(folder)}
+        if not inside:
+            raise Refusal(404, "EntryNotFound", "Entry not found")
+        entries = [_entry(path, content) for path, content in inside.items()]
+        if self.query.get("recursive", ["false"])[0].lower() == "false":
+            parts = {path: path[len(folder) :].lstrip("/").split("/") for path in inside}
+            folders = {f"{folder}/{first}".lstrip("/") for first, *rest in parts.values() if rest}
+            entries = [entry for entry in entries if len(parts[entry["path"]]) == 1]
+            entries += [{"type": "directory", "path": path, "oid": git_id(path.encode())} for path in folders]
+        self._send(entries)
+
+    def paths_info(self, name: str, revision: str) -> None:
+        files = self._commit(self.hub.repository(name, self.user), revision).files
+        wanted = json.loads(self.body)["paths"]
+        self._send([_entry(path, content) for path, content in files.items() if path in wanted])
 
     def file(self, name: str, revision: str, path: str) -> None:
         commit = self._commit(self.hub.repository(name, self.user), revision)
@@ -207,22 +222,28 @@ class _Handler(BaseHTTPRequestHandler):
         return commit
 
 
+def _entry(path: str, content: bytes) -> dict[str, object]:
+    return {"type": "file", "path": path, "size": len(content), "oid": git_id(content)}
+
+
 def large_id(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-_MODEL = "/api/models/([^/]+/[^/]+)"
+#: A dataset keeps ``datasets`` in its name, as in the addresses of its files.
+_REPOSITORY = "/api/(?:models/|(?=datasets/))((?:datasets/)?[^/]+/[^/]+)"
 _ROUTES = [
     ("POST /api/repos/create", _Handler.create),
     ("POST /api/validate-yaml", _Handler.validate_card),
-    (f"POST {_MODEL}/branch/([^/]+)", _Handler.branch),
-    (f"POST {_MODEL}/preupload/([^/]+)", _Handler.preupload),
+    (f"POST {_REPOSITORY}/branch/([^/]+)", _Handler.branch),
+    (f"POST {_REPOSITORY}/preupload/([^/]+)", _Handler.preupload),
     (r"POST /([^/]+/[^/]+)\.git/info/lfs/objects/batch", _Handler.large_files),
     ("PUT /large-files/([0-9a-f]+)", _Handler.put_large_file),
-    (f"POST {_MODEL}/commit/([^/]+)", _Handler.commit),
-    (f"GET {_MODEL}", _Handler.info),
+    (f"POST {_REPOSITORY}/commit/([^/]+)", _Handler.commit),
+    (f"GET {_REPOSITORY}", _Handler.info),
     ("GET /api/models/([^/]+)(?:/revision/[^/]+)?", _Handler.info),  # a name without an owner
-    (f"GET {_MODEL}/revision/([^/]+)", _Handler.info),
-    (f"GET {_MODEL}/tree/([^/]+)", _Handler.tree),
-    ("GET /([^/]+/[^/]+)/resolve/([^/]+)/(.+)", _Handler.file),
+    (f"GET {_REPOSITORY}/revision/([^/]+)", _Handler.info),
+    (f"GET {_REPOSITORY}/tree/([^/]+)(?:/(.+))?", _Handler.tree),
+    (f"POST {_REPOSITORY}/paths-info/([^/]+)", _Handler.paths_info),
+    ("GET /((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", _Handler.file),
 ]
