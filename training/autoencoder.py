@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from mechdiffusers.evaluation.plots import save_image_grid
+from mechdiffusers.models.response_predictor import SYMMETRIES
 from mechdiffusers.pipelines.latent_likelihood import (
     decoder_log_prob,
     decoder_output,
@@ -35,6 +36,9 @@ __all__ = ["LikelihoodAutoencoder", "encode_all", "half_turn", "measure_latents"
 logger = logging.getLogger(__name__)
 
 _VALIDATION_BATCH = 256
+#: Designs (*, H, W) turned by 180 degrees. Under every load case of :mod:`mechdiffusers.mechanics` they respond as they
+#: are: what moved then stands still and what stood still moves, which is the same load seen from the other side.
+half_turn = SYMMETRIES["half_turn"]
 
 
 class LikelihoodAutoencoder(nn.Module):
@@ -152,15 +156,6 @@ def _bound(reconstruction: Tensor, kl: Tensor, num_pixels: int) -> dict[str, Ten
         **{f"{name}_nats": value for name, value in nats.items()},
         **{f"{name}_bits_per_dim": value / (num_pixels * math.log(2)) for name, value in cost.items()},
     }
-
-
-def half_turn(designs: Tensor) -> Tensor:
-    """Designs turned by 180 degrees, shape ``(*, H, W)``.
-
-    Under every load case of :mod:`mechdiffusers.mechanics` they respond as they are: what moved then stands still and
-    what stood still moves, which is the same load seen from the other side.
-    """
-    return designs.flip(-2, -1)
 
 
 @torch.no_grad()
