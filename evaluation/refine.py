@@ -10,7 +10,7 @@ which is the response correction of space mapping (Bandler et al. 2004, on outpu
 the one that should be nearest to the target is simulated, and is the design to go on from if it is nearer indeed. A
 neighbour has the other phase in some pixels at the interface, which is never made longer by any of them alone. Matching
 pursuit (Mallat and Zhang 1993) finds them: one after the other, each the pixel whose own change of the prediction takes
-most of what is left to the target. As in a trust region, fewer are changed after a round that brought nothing.
+most of what is left to the target.
 
 References:
     | Space mapping: the state of the art (Bandler et al., 2004)
@@ -42,7 +42,7 @@ Predictor = Callable[[np.ndarray], "np.ndarray | Tensor"]
 _SEARCHES = 2
 #: Pixels whose own change is predicted, and sets of them that are predicted together, in each.
 _PIXELS, _SETS = 128, 48
-#: The most pixels of a set at first, and the share of the pixels that it may choose from, for the sets to differ.
+#: The most pixels of a set, and the share of the pixels that it may choose from, for the sets to differ.
 _LARGEST, _SHARE = 8, 0.4
 
 
@@ -101,72 +101,63 @@ def refine(
     def simulated(chosen: np.ndarray) -> np.ndarray:
         return simulated_response(chosen, meaning, device=device)
 
-    best, response = array.copy(), simulated(array)
-    errors = [response_error(response, wanted)]
-    known = [{design.tobytes()} for design in best]
-    largest = [_LARGEST] * len(best)
-    rngs = [np.random.default_rng([seed, i]) for i in range(len(best))]
+    found = simulated(array)
+    rngs = (np.random.default_rng([seed, i]) for i in range(len(array)))
+    chains = [_Chain(*each) for each in zip(array.copy(), found, wanted, rngs, strict=True)]
+    errors = [[chain.error for chain in chains]]
     for _ in tqdm(range(num_rounds), desc="refine", unit="round", disable=not progress):
-        tried = {
-            i: found
-            for i in np.flatnonzero(np.isfinite(errors[-1]))
-            if (found := _neighbour(best[i], response[i], wanted[i], predict, known[i], largest[i], rngs[i]))
-            is not None
-        }
-        errors.append(errors[-1].copy())
-        if not tried:
-            continue
-        rows, candidates = list(tried), np.stack(list(tried.values()))
-        found = simulated(candidates)
-        error = response_error(found, wanted[rows])
-        for j, i in enumerate(rows):
-            known[i].add(candidates[j].tobytes())
-            if error[j] < errors[-1][i]:
-                best[i], response[i], errors[-1][i] = candidates[j], found[j], error[j]
-            else:
-                largest[i] = max(1, largest[i] // 2)
-    error = np.stack(errors, axis=1)
+        tried = [(chain, near) for chain in chains if (near := chain.neighbour(predict)) is not None]
+        if tried:
+            responses = simulated(np.stack([design for _, design in tried]))
+            for (chain, design), response in zip(tried, responses, strict=True):
+                chain.learn(design, response)
+        errors.append([chain.error for chain in chains])
+    refined, error = np.stack([chain.design for chain in chains]), np.array(errors).T
     if isinstance(designs, Tensor):
-        return RefinedDesigns(torch.from_numpy(best).to(designs.dtype), torch.from_numpy(error))
-    return RefinedDesigns(best.astype(designs.dtype), error)
+        return RefinedDesigns(torch.from_numpy(refined).to(designs.dtype), torch.from_numpy(error))
+    return RefinedDesigns(refined.astype(designs.dtype), error)
 
 
-def _neighbour(
-    design: np.ndarray,
-    response: np.ndarray,
-    wanted: np.ndarray,
-    predict: Predictor,
-    known: set[bytes],
-    largest: int,
-    rng: np.random.Generator,
-) -> np.ndarray | None:
-    """The design near by that should come nearest to the target and was not simulated, if there is one.
+@dataclass
+class _Chain:
+    """The nearest design so far of those that were simulated one after the other, and what they taught."""
 
-    Args:
-        design: Shape ``(H, W)``.
-        response: Its own by finite elements, shape ``(L, S)``.
-        wanted: The target, same shape, NaN where open.
-        predict: See :func:`refine`.
-        known: What was simulated.
-        largest: The most pixels of a set.
-        rng: Of the choices.
-    """
-    correction = response - _predicted(predict, design[None])[0]
-    nearest, least, start = None, np.inf, design
-    for _ in range(_SEARCHES):
-        expected = _predicted(predict, start[None])[0] + correction
-        neighbours = [
-            each
-            for each in _sets_of_flips(start, expected, wanted, predict, largest, rng)
-            if each.tobytes() not in known
-        ]
-        if not neighbours:
-            break
-        error = response_error(_predicted(predict, np.stack(neighbours)) + correction, wanted)
-        if error.min() < least:
-            nearest, least = neighbours[int(error.argmin())], error.min()
-            start = nearest
-    return nearest
+    design: np.ndarray  #: shape (H, W)
+    response: np.ndarray  #: by finite elements, shape (L, S)
+    wanted: np.ndarray  #: the target, same shape, NaN where open
+    rng: np.random.Generator
+
+    def __post_init__(self) -> None:
+        self.error = self._error(self.response)
+        self._known = {self.design.tobytes()}
+
+    def neighbour(self, predict: Predictor) -> np.ndarray | None:
+        """The design near by that should come nearest to the target and was not simulated; ``None`` if there is none."""
+        if not np.isfinite(self.error):
+            return None
+        correction = self.response - _predicted(predict, self.design[None])[0]
+        nearest, least, expected_of_it = None, np.inf, self.response
+        for _ in range(_SEARCHES):
+            start = self.design if nearest is None else nearest
+            found = _sets_of_flips(start, expected_of_it, self.wanted, predict, self.rng)
+            found = [design for design in found if design.tobytes() not in self._known]
+            if not found:
+                break
+            expected = _predicted(predict, np.stack(found)) + correction
+            error = response_error(expected, self.wanted)
+            if error.min() < least:
+                least, nearest, expected_of_it = error.min(), found[error.argmin()], expected[error.argmin()]
+        return nearest
+
+    def learn(self, design: np.ndarray, response: np.ndarray) -> None:
+        """Takes in what a simulation says of a neighbour, and moves there if it is nearer."""
+        self._known.add(design.tobytes())
+        error = self._error(response)
+        if error < self.error:
+            self.design, self.response, self.error = design, response, error
+
+    def _error(self, response: np.ndarray) -> float:
+        return float(response_error(response[None], self.wanted)[0])
 
 
 def _sets_of_flips(
@@ -174,7 +165,6 @@ def _sets_of_flips(
     expected: np.ndarray,
     wanted: np.ndarray,
     predict: Predictor,
-    largest: int,
     rng: np.random.Generator,
 ) -> list[np.ndarray]:
     """Neighbours of a design, in each of which a set of pixels at the interface has the other phase."""
@@ -193,8 +183,8 @@ def _sets_of_flips(
 
     # all sets at once: shape (sets, pixels); adding pixel j to set i changes |left|^2 by |effect|^2 - 2 left . effect
     free = rng.random((_SETS, len(pixels))) < _SHARE
-    sizes, chosen = rng.integers(1, largest + 1, _SETS), np.zeros(free.shape, bool)
-    for step in range(largest):
+    sizes, chosen = rng.integers(1, _LARGEST + 1, _SETS), np.zeros(free.shape, bool)
+    for step in range(_LARGEST):
         gain = np.where(free, (effect**2).sum(1) - 2 * left @ effect.T, np.inf)
         pixel = gain.argmin(1)
         rows = np.flatnonzero((gain.min(1) < 0) & (step < sizes))

@@ -90,7 +90,7 @@ def test_one_pixel_that_is_wrong_is_found(question) -> None:
         if _movable(other)[row, column]:  # there and back without a longer interface
             break
     wanted, found = exact(designs[:1])[0], exact(other[None])[0]
-    sets = _sets_of_flips(other, found, wanted, exact, 1, np.random.default_rng(0))
+    sets = _sets_of_flips(other, found, wanted, exact, np.random.default_rng(0))
     assert any((neighbour == designs[0]).all() for neighbour in sets)
 
 
