@@ -1,15 +1,20 @@
 """How likely are held-out designs under the released checkpoint, and what does a value cost?
 
     python benchmarks/likelihood_checkpoint.py value
+    python benchmarks/likelihood_checkpoint.py flow
     python benchmarks/likelihood_checkpoint.py mean
     python benchmarks/likelihood_checkpoint.py cost
 
-``value``: nats and bits a pixel of the latent model by the continuous-time bound and by the probability flow, beside
-the same autoencoder with its own N(0, I) prior, a pixel-space diffusion model's bound (a small ``UNet2DModel`` of ours,
-trained here) and an autoregressive baseline (each pixel given those before it within a few rows, by a small perceptron
-trained here). The last is no bound but the exact likelihood. Differences have the standard error of pairs.
+``value``: nats and bits a pixel of the latent model by the continuous-time bound, beside the same autoencoder with its
+own N(0, I) prior, a pixel-space diffusion model's bound (a small ``UNet2DModel`` of ours, trained here) and an
+autoregressive baseline (each pixel given those before it within a few rows, by a small perceptron trained here). The
+last is no bound but the exact likelihood. Differences have the standard error of pairs.
 
-``mean``: the mean bound over 10,000 designs, its standard error and how long it takes.
+``flow``: the latent model's value by the probability flow, both parts of its error, and how far it lies above the
+continuous-time bound of the same draws from the encoder; and the errors of the flow's defaults.
+
+``mean``: the mean bound over 10,000 designs, its standard error, how long it takes and how much memory, which it had
+after a tenth of the designs.
 
 ``cost``: evaluations of the network and error of a flow's value by our equal steps in the angle, beside RK45 of scipy
 at 1e-5 in the log-SNR, all with the same probe, against 32 equal steps.
@@ -19,6 +24,7 @@ A conditional checkpoint is measured without a response.
 
 import argparse
 import math
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +36,8 @@ from mechdiffusers.microstructures import random_composites
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion
 from mechdiffusers.pipelines.latent_prior import continuous_terms
-from mechdiffusers.pipelines.probability_flow import flow_log_density
+from mechdiffusers.pipelines.probability_flow import FlowLikelihood, flow_log_density
+from mechdiffusers.pipelines.variational_likelihood import LikelihoodOutput
 from mechdiffusers.training.moving_average import MovingAverage
 from record import record
 from scipy.integrate import solve_ivp
@@ -40,15 +47,16 @@ from tqdm.auto import tqdm
 HELD_OUT_SEED = 1_000_000  # training configurations use small seeds
 TRAINING_SEED = 0
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "composites-32"
+NUM_LEVELS = 8  # noise levels of a bound
+NUM = {"value": 256, "flow": 32, "mean": 10_000, "cost": 4}
 REACH = 6  # rows and columns that the autoregressive baseline looks back
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("value", "mean", "cost"))
+    parser.add_argument("part", choices=tuple(NUM))
     parser.add_argument("--checkpoint", default=CHECKPOINT)
-    parser.add_argument("--num", type=int, help="held-out designs: 256, 10,000 and 4 unless given")
-    parser.add_argument("--num_flow", type=int, default=64, help="of them by the flow")
+    parser.add_argument("--num", type=int, help=f"held-out designs, unless given {NUM}")
     parser.add_argument(
         "--baseline_minutes",
         type=float,
@@ -60,41 +68,78 @@ def main() -> None:
     pipe = LatentDDPMPipeline.from_pretrained(arguments.checkpoint)
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.set_progress_bar_config(desc=arguments.part)
-    num = arguments.num or {"value": 256, "mean": 10_000, "cost": 4}[arguments.part]
+    num = arguments.num or NUM[arguments.part]
     designs, _ = random_composites(num, size=pipe.vae.config.sample_size, seed=HELD_OUT_SEED)
     if arguments.part == "value":
-        figures = value(pipe, designs, arguments.num_flow, 60 * arguments.baseline_minutes)
+        figures = value(pipe, designs, 60 * arguments.baseline_minutes)
     else:
-        figures = {"mean": mean_bound, "cost": cost}[arguments.part](pipe, designs)
+        figures = {"flow": flow, "mean": mean_bound, "cost": cost}[arguments.part](pipe, designs)
     record(figures, arguments.output or Path(f"benchmarks/likelihood_{arguments.part}.json"))
 
 
-def value(pipe: LatentDDPMPipeline, designs: np.ndarray, num_flow: int, seconds: float) -> dict[str, Any]:
+def value(pipe: LatentDDPMPipeline, designs: np.ndarray, seconds: float) -> dict[str, Any]:
     generator = torch.Generator()
-    bound = pipe.log_likelihood(designs, num_steps=8, generator=generator.manual_seed(0))
+    bound = pipe.log_likelihood(designs, num_steps=NUM_LEVELS, generator=generator.manual_seed(0))
     own = pipe.log_likelihood(designs, prior="standard_normal", generator=generator.manual_seed(0))
-    flow = pipe.log_likelihood(designs[:num_flow], "ode", num_steps=4, num_probes=4, generator=generator.manual_seed(0))
     pixels, pixel_description = pixel_diffusion_bound(designs, seconds)
     causal, causal_description = autoregressive(designs, seconds / 4)
-    dims, num_pixels = math.prod(pipe._latent_shape), designs[0].size
+    num_pixels = designs[0].size
     return {
         "num": len(designs),
+        "noise_levels_a_design": NUM_LEVELS,
         "latent_diffusion_continuous_bound": of_values(bound.log_likelihood, num_pixels),
-        "latent_diffusion_flow": {
-            **of_values(flow.log_likelihood, num_pixels),
-            "num": num_flow,
-            "largest_error_nats_per_latent_dim": flow.error.max().item() / dims,
-            "is_lower_bound": flow.is_lower_bound,
-            "less_continuous_bound_of_the_same_designs_nats": pair(
-                flow.log_likelihood - bound.log_likelihood[:num_flow]
-            ),
-        },
         "autoencoder_with_its_standard_normal_prior": of_values(own.log_likelihood, num_pixels),
         "diffusion_less_standard_normal_prior_nats": pair(bound.log_likelihood - own.log_likelihood),
         "pixel_diffusion_continuous_bound": {**of_values(pixels, num_pixels), **pixel_description},
         "autoregressive_exact": {**of_values(causal, num_pixels), **causal_description},
         "terms_of_the_bound_nats": {name: term.mean().item() for name, term in bound.terms.items()},
-        "latent_dims": dims,
+        "latent_dims": math.prod(pipe._latent_shape),
+    }
+
+
+def flow(pipe: LatentDDPMPipeline, designs: np.ndarray) -> dict[str, Any]:
+    """Values of few enough error to stand, beside the bound at so many noise levels that its own noise is small."""
+    generator = torch.Generator()
+    bound = pipe.log_likelihood(designs, num_steps=64, generator=generator.manual_seed(0)).log_likelihood
+    found, errors_found = flow_values(pipe, designs, num_steps=10, num_probes=32)
+    few = designs[: max(1, len(designs) // 4)]
+    return {
+        "num": len(designs),
+        **of_values(found.log_likelihood, designs[0].size),
+        **errors_found,
+        "continuous_bound": {"noise_levels_a_design": 64, **of_values(bound, designs[0].size)},
+        "less_continuous_bound_nats": pair(found.log_likelihood - bound),
+        "defaults": {"num": len(few), **flow_values(pipe, few, num_steps=8, num_probes=8)[1]},
+    }
+
+
+def flow_values(
+    pipe: LatentDDPMPipeline, designs: np.ndarray, num_steps: int, num_probes: int
+) -> tuple[LikelihoodOutput, dict[str, Any]]:
+    """The flow's likelihoods, and their errors a latent dimension: those of the steps, of the probes and of both."""
+    parts: dict[str, list[torch.Tensor]] = {"steps": [], "probes": []}
+    density = pipe._flow_log_density
+
+    def kept(*arguments: Any) -> FlowLikelihood:
+        part = density(*arguments)
+        parts["steps"].append(part.discretization_error)
+        parts["probes"].append(part.probe_error)
+        return part
+
+    pipe._flow_log_density = kept
+    generator = torch.Generator().manual_seed(0)
+    output = pipe.log_likelihood(designs, "ode", num_steps=num_steps, num_probes=num_probes, generator=generator)
+    pipe._flow_log_density = density
+    dims = math.prod(pipe._latent_shape)
+    of = {"both": output.error, **{name: torch.cat(part) for name, part in parts.items()}}
+    return output, {
+        "num_steps": num_steps,
+        "num_probes": num_probes,
+        "is_lower_bound": output.is_lower_bound,
+        "error_nats_per_latent_dim": {
+            name: {"largest": error.max().item() / dims, "mean": error.mean().item() / dims}
+            for name, error in of.items()
+        },
     }
 
 
@@ -214,8 +259,11 @@ def timed(seconds: float, what: str):
 
 
 def mean_bound(pipe: LatentDDPMPipeline, designs: np.ndarray) -> dict[str, Any]:
+    generator = torch.Generator()
+    pipe.log_likelihood(designs[: len(designs) // 10], num_steps=1, generator=generator.manual_seed(0))
+    early_peak = peak_memory()
     start = time.perf_counter()
-    output = pipe.log_likelihood(designs, num_steps=1, generator=torch.Generator().manual_seed(0))
+    output = pipe.log_likelihood(designs, num_steps=1, generator=generator.manual_seed(0))
     seconds = time.perf_counter() - start
     dims = math.prod(pipe._latent_shape)
     return {
@@ -224,7 +272,14 @@ def mean_bound(pipe: LatentDDPMPipeline, designs: np.ndarray) -> dict[str, Any]:
         **of_values(output.log_likelihood, designs[0].size),
         "standard_error_nats_per_latent_dim": (output.log_likelihood.std() / len(designs) ** 0.5 / dims).item(),
         "minutes": seconds / 60,
+        "peak_memory_mebibytes": peak_memory(),
+        "peak_memory_mebibytes_after_a_tenth": early_peak,
     }
+
+
+def peak_memory() -> float:
+    """Of this process since it began, PyTorch, the checkpoint and the designs included, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def cost(pipe: LatentDDPMPipeline, designs: np.ndarray) -> dict[str, Any]:
