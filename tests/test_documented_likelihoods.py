@@ -50,7 +50,9 @@ def test_the_mean_over_many_designs_and_what_it_took_are_what_was_measured():
     assert f"{with_error(mean['nats'], mean['nats_standard_error'], 1)} nats" in text
     assert f"{mean['standard_error_nats_per_latent_dim']:.4f} nats a latent" in text
     assert f"{mean['minutes']:.1f} minutes" in text
-    assert f"{mean['peak_memory_mebibytes']:.0f} MiB" in text
+    early = mean["peak_memory_mebibytes_after_a_tenth"]
+    assert f"{mean['peak_memory_mebibytes']:.0f} MiB at its peak, and {early:.0f} MiB after a tenth" in text
+    assert f"{figures('flow')['peak_memory_mebibytes']:.0f} MiB" in text
 
 
 def test_the_cost_of_a_value_is_what_was_measured():

@@ -144,7 +144,7 @@ class VariationalLikelihood(DiffusionPipeline):
         device = self._execution_device
 
         rows = torch.arange(len(pixels)).repeat_interleave(num_samples)
-        chunks: list[dict[str, Tensor]] = []
+        values: dict[str, Tensor] = {}
         # the flow keeps a draw's probes, each as large as a latent, along the whole way
         kept = num_probes if (method == "ode" or prior == "flow") and num_probes < dims else 1
         size = batch_size or max(1, _ENTRIES_A_BATCH // max(dims * kept, num_pixels))
@@ -161,9 +161,12 @@ class VariationalLikelihood(DiffusionPipeline):
                 "entropy": std.log().flatten(1).sum(1) + (dims * math.log(2 * math.pi) + spread) / 2,
                 **evaluate(self._continuous_diffusion(tokens[images_of.to(device)]), latents, draw),
             }
-            chunks.append({name: value.cpu() for name, value in terms.items()})
-        values = {name: torch.cat([c[name] for c in chunks]).reshape(-1, num_samples) for name in chunks[0]}
+            # one place for all: small tensors that stay between large ones that go leave the memory in pieces
+            values = values or {name: torch.empty(len(rows), dtype=torch.float64) for name in terms}
+            for name, value in terms.items():
+                values[name][chunk] = value.cpu()
         self.maybe_free_model_hooks()
+        values = {name: value.reshape(-1, num_samples) for name, value in values.items()}
         output = _summary(values, method, dims, num_pixels)
         return output if return_dict else output.to_tuple()
 
