@@ -1,15 +1,20 @@
 """How likely are held-out designs under the released checkpoint, and what does a value cost?
 
     python benchmarks/likelihood_checkpoint.py value
+    python benchmarks/likelihood_checkpoint.py flow
     python benchmarks/likelihood_checkpoint.py mean
     python benchmarks/likelihood_checkpoint.py cost
 
-``value``: nats and bits a pixel of the latent model by the continuous-time bound and by the probability flow, beside
-the same autoencoder with its own N(0, I) prior, a pixel-space diffusion model's bound (a small ``UNet2DModel`` of ours,
-trained here) and an autoregressive baseline (each pixel given those before it within a few rows, by a small perceptron
-trained here). The last is no bound but the exact likelihood. Differences have the standard error of pairs.
+``value``: nats and bits a pixel of the latent model by the continuous-time bound, beside the same autoencoder with its
+own N(0, I) prior, a pixel-space diffusion model's bound (a small ``UNet2DModel`` of ours, trained here) and an
+autoregressive baseline (each pixel given those before it within a few rows, by a small perceptron trained here). The
+last is no bound but the exact likelihood. Differences have the standard error of pairs.
 
-``mean``: the mean bound over 10,000 designs, its standard error and how long it takes.
+``flow``: the latent model's value by the probability flow, both parts of its error, and how far it lies above the
+continuous-time bound of the same draws from the encoder; and the errors of the flow's defaults.
+
+``mean``: the mean bound over 10,000 designs, its standard error, how long it takes and how much memory, which it had
+after a tenth of the designs.
 
 ``cost``: evaluations of the network and error of a flow's value by our equal steps in the angle, beside RK45 of scipy
 at 1e-5 in the log-SNR, all with the same probe, against 32 equal steps.
@@ -19,36 +24,32 @@ A conditional checkpoint is measured without a response.
 
 import argparse
 import math
+import resource
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UNet2DModel
+from likelihood_baselines import NUM_LEVELS, autoregressive, pixel_diffusion_bound
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion
-from mechdiffusers.pipelines.latent_prior import continuous_terms
-from mechdiffusers.pipelines.probability_flow import flow_log_density
-from mechdiffusers.training.moving_average import MovingAverage
+from mechdiffusers.pipelines.probability_flow import FlowLikelihood, flow_log_density
+from mechdiffusers.pipelines.variational_likelihood import LikelihoodOutput
 from record import record
 from scipy.integrate import solve_ivp
-from torch.nn.functional import binary_cross_entropy_with_logits, pad, unfold
-from tqdm.auto import tqdm
 
 HELD_OUT_SEED = 1_000_000  # training configurations use small seeds
-TRAINING_SEED = 0
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "composites-32"
-REACH = 6  # rows and columns that the autoregressive baseline looks back
+NUM = {"value": 256, "flow": 32, "mean": 10_000, "cost": 4}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("value", "mean", "cost"))
+    parser.add_argument("part", choices=tuple(NUM))
     parser.add_argument("--checkpoint", default=CHECKPOINT)
-    parser.add_argument("--num", type=int, help="held-out designs: 256, 10,000 and 4 unless given")
-    parser.add_argument("--num_flow", type=int, default=64, help="of them by the flow")
+    parser.add_argument("--num", type=int, help=f"held-out designs, unless given {NUM}")
     parser.add_argument(
         "--baseline_minutes",
         type=float,
@@ -60,41 +61,80 @@ def main() -> None:
     pipe = LatentDDPMPipeline.from_pretrained(arguments.checkpoint)
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.set_progress_bar_config(desc=arguments.part)
-    num = arguments.num or {"value": 256, "mean": 10_000, "cost": 4}[arguments.part]
+    num = arguments.num or NUM[arguments.part]
     designs, _ = random_composites(num, size=pipe.vae.config.sample_size, seed=HELD_OUT_SEED)
     if arguments.part == "value":
-        figures = value(pipe, designs, arguments.num_flow, 60 * arguments.baseline_minutes)
+        figures = value(pipe, designs, 60 * arguments.baseline_minutes)
     else:
-        figures = {"mean": mean_bound, "cost": cost}[arguments.part](pipe, designs)
+        figures = {"flow": flow, "mean": mean_bound, "cost": cost}[arguments.part](pipe, designs)
     record(figures, arguments.output or Path(f"benchmarks/likelihood_{arguments.part}.json"))
 
 
-def value(pipe: LatentDDPMPipeline, designs: np.ndarray, num_flow: int, seconds: float) -> dict[str, Any]:
+def value(pipe: LatentDDPMPipeline, designs: np.ndarray, seconds: float) -> dict[str, Any]:
     generator = torch.Generator()
-    bound = pipe.log_likelihood(designs, num_steps=8, generator=generator.manual_seed(0))
+    bound = pipe.log_likelihood(designs, num_steps=NUM_LEVELS, generator=generator.manual_seed(0))
     own = pipe.log_likelihood(designs, prior="standard_normal", generator=generator.manual_seed(0))
-    flow = pipe.log_likelihood(designs[:num_flow], "ode", num_steps=4, num_probes=4, generator=generator.manual_seed(0))
     pixels, pixel_description = pixel_diffusion_bound(designs, seconds)
     causal, causal_description = autoregressive(designs, seconds / 4)
-    dims, num_pixels = math.prod(pipe._latent_shape), designs[0].size
+    num_pixels = designs[0].size
     return {
         "num": len(designs),
+        "noise_levels_a_design": NUM_LEVELS,
         "latent_diffusion_continuous_bound": of_values(bound.log_likelihood, num_pixels),
-        "latent_diffusion_flow": {
-            **of_values(flow.log_likelihood, num_pixels),
-            "num": num_flow,
-            "largest_error_nats_per_latent_dim": flow.error.max().item() / dims,
-            "is_lower_bound": flow.is_lower_bound,
-            "less_continuous_bound_of_the_same_designs_nats": pair(
-                flow.log_likelihood - bound.log_likelihood[:num_flow]
-            ),
-        },
         "autoencoder_with_its_standard_normal_prior": of_values(own.log_likelihood, num_pixels),
         "diffusion_less_standard_normal_prior_nats": pair(bound.log_likelihood - own.log_likelihood),
         "pixel_diffusion_continuous_bound": {**of_values(pixels, num_pixels), **pixel_description},
         "autoregressive_exact": {**of_values(causal, num_pixels), **causal_description},
         "terms_of_the_bound_nats": {name: term.mean().item() for name, term in bound.terms.items()},
-        "latent_dims": dims,
+        "latent_dims": math.prod(pipe._latent_shape),
+    }
+
+
+def flow(pipe: LatentDDPMPipeline, designs: np.ndarray) -> dict[str, Any]:
+    """Values of few enough error to stand, beside the bound at so many noise levels that its own noise is small."""
+    generator = torch.Generator()
+    bound = pipe.log_likelihood(designs, num_steps=64, generator=generator.manual_seed(0)).log_likelihood
+    found, errors_found = flow_values(pipe, designs, num_steps=10, num_probes=32)
+    peak = peak_memory()
+    few = designs[: max(1, len(designs) // 4)]
+    return {
+        "num": len(designs),
+        **of_values(found.log_likelihood, designs[0].size),
+        **errors_found,
+        "peak_memory_mebibytes": peak,
+        "continuous_bound": {"noise_levels_a_design": 64, **of_values(bound, designs[0].size)},
+        "less_continuous_bound_nats": pair(found.log_likelihood - bound),
+        "defaults": {"num": len(few), **flow_values(pipe, few, num_steps=8, num_probes=8)[1]},
+    }
+
+
+def flow_values(
+    pipe: LatentDDPMPipeline, designs: np.ndarray, num_steps: int, num_probes: int
+) -> tuple[LikelihoodOutput, dict[str, Any]]:
+    """The flow's likelihoods, and their errors a latent dimension: those of the steps, of the probes and of both."""
+    parts: dict[str, list[torch.Tensor]] = {"steps": [], "probes": []}
+    density = pipe._flow_log_density
+
+    def kept(*arguments: Any) -> FlowLikelihood:
+        part = density(*arguments)
+        parts["steps"].append(part.discretization_error)
+        parts["probes"].append(part.probe_error)
+        return part
+
+    pipe._flow_log_density = kept
+    generator = torch.Generator().manual_seed(0)
+    output = pipe.log_likelihood(designs, "ode", num_steps=num_steps, num_probes=num_probes, generator=generator)
+    pipe._flow_log_density = density
+    dims = math.prod(pipe._latent_shape)
+    of = {"both": output.error, **{name: torch.cat(part) for name, part in parts.items()}}
+    return output, {
+        "num_steps": num_steps,
+        "num_probes": num_probes,
+        "is_lower_bound": output.is_lower_bound,
+        "error_nats_per_latent_dim": {
+            name: {"largest": error.max().item() / dims, "mean": error.mean().item() / dims}
+            for name, error in of.items()
+        },
     }
 
 
@@ -118,104 +158,12 @@ def pair(difference: torch.Tensor) -> dict[str, float]:
     }
 
 
-def pixel_diffusion_bound(designs: np.ndarray, seconds: float) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The bound of a diffusion model of pixels -1 and 1, which timestep 0 tells apart without error."""
-    torch.manual_seed(0)
-    blocks: dict[str, Any] = {"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3}
-    net = UNet2DModel(
-        32, 1, 1, block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8, add_attention=False, **blocks
-    ).to(memory_format=torch.channels_last)
-    log_snr = np.linspace(8.0, -10.0, 1000)
-    diffusion = ContinuousDiffusion(lambda x, t: net(x.float(), t.float()).sample, log_snr, "v_prediction")
-    train = torch.from_numpy(random_composites(8192, seed=TRAINING_SEED)[0])[:, None].double() * 2 - 1
-    optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
-    average = MovingAverage(net.parameters(), decay=0.99)
-    steps = 0
-    for share in timed(seconds, "pixel diffusion"):
-        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - share)
-        clean = train[torch.randint(len(train), (32,))]
-        level = 8 - 18 * (torch.arange(32) + torch.rand(())).double() / 32
-        alpha, sigma = (torch.sigmoid(sign * level).sqrt()[:, None, None, None] for sign in (1, -1))
-        noise = torch.randn_like(clean)
-        error = (diffusion.velocity(alpha * clean + sigma * noise, level) - alpha * noise + sigma * clean).square()
-        loss = (error.mean((1, 2, 3)) * (0.1 + torch.sigmoid(level))).mean()  # the bound's weight, and a floor
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        average.step(net.parameters())
-        steps += 1
-    average.copy_to(net.parameters())
-    net.eval()
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(shape: tuple[int, ...] | None = None) -> torch.Tensor:
-        if shape is None:
-            return torch.rand(len(images), generator=generator, dtype=torch.float64)
-        return torch.randn(len(images), *shape, generator=generator, dtype=torch.float64)
-
-    values = []
-    with torch.no_grad():
-        for images in torch.from_numpy(designs)[:, None].double().mul(2).sub(1).split(64):
-            terms, _ = continuous_terms(diffusion, images, 8, draw)
-            alpha, sigma = math.sqrt(1 / (1 + math.exp(-8))), math.sqrt(1 / (1 + math.exp(8)))
-            noisy = alpha * images + sigma * draw(images.shape[1:])
-            told = torch.nn.functional.logsigmoid(2 * alpha / sigma**2 * noisy * images).sum((1, 2, 3))
-            values.append(told + terms["diffusion"] + terms["noise_prior"])
-    described = f"UNet2DModel, widths 16, 32, 64, one layer a block, no attention, {steps} steps of 32 designs"
-    return torch.cat(values), {"model": described, "parameters": sum(p.numel() for p in net.parameters())}
-
-
-def autoregressive(designs: np.ndarray, seconds: float) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The exact likelihood of a perceptron that sees the pixels before each, row by row, and where the edges are."""
-    torch.manual_seed(0)
-    inputs = 2 * (REACH * (2 * REACH + 1) + REACH)
-    net = torch.nn.Sequential(
-        torch.nn.Linear(inputs, 128), torch.nn.SiLU(), torch.nn.Linear(128, 64), torch.nn.SiLU(), torch.nn.Linear(64, 1)
-    )
-    train = torch.from_numpy(random_composites(8192, seed=TRAINING_SEED)[0])
-    optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
-    steps = 0
-    for share in timed(seconds, "autoregressive"):
-        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - share)
-        before, pixel = causal_windows(train[torch.randint(len(train), (4,))])
-        loss = binary_cross_entropy_with_logits(net(before)[..., 0], pixel)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        steps += 1
-    values = []
-    with torch.no_grad():
-        for batch in torch.from_numpy(designs).split(64):
-            before, pixel = causal_windows(batch)
-            cost = binary_cross_entropy_with_logits(net(before)[..., 0].double(), pixel.double(), reduction="none")
-            values.append(-cost.sum(1))
-    described = (
-        f"perceptron 128, 64 of the {inputs // 2} pixels before, within {REACH} rows, {steps} steps of 4 designs"
-    )
-    return torch.cat(values), {"model": described, "parameters": sum(p.numel() for p in net.parameters())}
-
-
-def causal_windows(designs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pixels before each, and whether they exist, (B, pixels, inputs); and the pixels themselves (B, pixels)."""
-    known = torch.stack([2 * designs - 1, torch.ones_like(designs)], dim=1)
-    width = 2 * REACH + 1
-    windows = unfold(pad(known, (REACH, REACH, REACH, 0)), (REACH + 1, width))  # (B, 2 (REACH + 1) width, pixels)
-    windows = windows.reshape(len(designs), 2, -1, designs[0].numel())[:, :, : REACH * width + REACH]
-    return windows.flatten(1, 2).mT, designs.flatten(1)
-
-
-def timed(seconds: float, what: str):
-    """The share of the time that is used, until all of it is."""
-    start = time.perf_counter()
-    with tqdm(total=round(seconds), desc=what, unit="s") as progress:
-        while (spent := time.perf_counter() - start) < seconds:
-            progress.update(int(spent) - progress.n)
-            yield spent / seconds
-
-
 def mean_bound(pipe: LatentDDPMPipeline, designs: np.ndarray) -> dict[str, Any]:
+    generator = torch.Generator()
+    pipe.log_likelihood(designs[: len(designs) // 10], num_steps=1, generator=generator.manual_seed(0))
+    early_peak = peak_memory()
     start = time.perf_counter()
-    output = pipe.log_likelihood(designs, num_steps=1, generator=torch.Generator().manual_seed(0))
+    output = pipe.log_likelihood(designs, num_steps=1, generator=generator.manual_seed(0))
     seconds = time.perf_counter() - start
     dims = math.prod(pipe._latent_shape)
     return {
@@ -224,7 +172,14 @@ def mean_bound(pipe: LatentDDPMPipeline, designs: np.ndarray) -> dict[str, Any]:
         **of_values(output.log_likelihood, designs[0].size),
         "standard_error_nats_per_latent_dim": (output.log_likelihood.std() / len(designs) ** 0.5 / dims).item(),
         "minutes": seconds / 60,
+        "peak_memory_mebibytes": peak_memory(),
+        "peak_memory_mebibytes_after_a_tenth": early_peak,
     }
+
+
+def peak_memory() -> float:
+    """Of this process since it began, PyTorch, the checkpoint and the designs included, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def cost(pipe: LatentDDPMPipeline, designs: np.ndarray) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=CHECKPOINT)
     parser.add_argument("--num", type=int, default=100, help="designs a family")
-    parser.add_argument("--num_steps", type=int, default=4, help="noise levels a design")
+    parser.add_argument("--num_steps", type=int, default=16, help="noise levels a design")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/likelihood_out_of_distribution.json"))
     parser.add_argument("--figures", type=Path, help="folder for pictures")
     arguments = parser.parse_args()
@@ -48,23 +48,34 @@ def main() -> None:
     families = {name: make(num, size, rng).astype(np.float32) for name, make in DESIGN_FAMILIES.items()}
     generator = torch.Generator().manual_seed(0)
 
-    def cost(designs: np.ndarray) -> np.ndarray:
+    def cost(designs: np.ndarray) -> tuple[np.ndarray, float]:
+        """Bits a pixel of each design, and the root mean square error of these."""
         output = pipe.log_likelihood(designs, num_steps=arguments.num_steps, generator=generator)
-        return output.bits_per_dim.numpy()
+        error = output.error.square().mean().sqrt() / (size**2 * np.log(2))
+        return output.bits_per_dim.numpy(), float(error)
 
-    calibration, usual = np.split(cost(heldout), 2)
+    bits, error = cost(heldout)
+    calibration, usual = np.split(bits, 2)
     distance = StatisticsDistance(known)
     usual_scores = scores(heldout[num:], usual, calibration, distance)
-    figures = {"num": num, "heldout_bits_per_dim": float(usual.mean()), "families": {}}
+    figures = {
+        "num": num,
+        "noise_levels_a_design": arguments.num_steps,
+        "heldout_bits_per_dim": float(usual.mean()),
+        "heldout_bits_per_dim_standard_deviation": float(bits.std()),
+        "heldout_bits_per_dim_error": error,
+        "families": {},
+    }
     curves: dict[str, dict[str, Roc]] = {}
     for name, designs in families.items():
-        bits = cost(designs)
+        bits, error = cost(designs)
         strange = scores(designs, bits, calibration, distance)
         curves[name] = {
             score: receiver_operating_characteristic(usual_scores[score], strange[score]) for score in strange
         }
         figures["families"][name] = {
             "bits_per_dim": float(bits.mean()),
+            "bits_per_dim_error": error,
             **{
                 score: {"area": roc.area, "standard_error": error_of(roc.area, num)}
                 for score, roc in curves[name].items()

@@ -1,0 +1,82 @@
+"""The likelihoods on the page and in the card are those that the benchmarks recorded."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "likelihood.md"
+CARD = ROOT / "model_cards" / "composites-32.md"
+
+
+def figures(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / f"likelihood_{name}.json").read_text())["figures"]
+
+
+def words(page: Path) -> str:
+    """The text of a page, wherever its lines are broken."""
+    return " ".join(page.read_text().split())
+
+
+def with_error(value: float, error: float, digits: int) -> str:
+    return f"{value:.{digits}f} ± {error:.{digits}f}".replace("-", "−")
+
+
+@pytest.mark.parametrize("page", [PAGE, CARD], ids=lambda page: page.stem)
+def test_the_table_of_models_is_what_was_measured(page):
+    value, flow, text = figures("value"), figures("flow"), words(page)
+    rows = [value[name] for name in value if isinstance(value[name], dict) and "nats" in value[name]]
+    assert len(rows) == 4
+    for row in (*rows, flow):
+        nats = with_error(row["nats"], row["nats_standard_error"], 0)
+        bits = with_error(row["bits_per_dim"], row["bits_per_dim_standard_error"], 3)
+        assert f"| {row.get('num', value['num'])} | {nats} | {bits} |" in text
+    more = flow["less_continuous_bound_nats"]
+    assert f"{with_error(more['mean'], more['standard_error'], 0)} nats above" in text
+    assert f"{flow['error_nats_per_latent_dim']['both']['largest']:.4f} nats a latent" in text
+    assert f"{flow['num_steps']} steps, {flow['num_probes']} probes" in text
+
+
+def test_the_table_of_strange_designs_is_what_was_measured():
+    scores = ("low_likelihood", "atypical_likelihood", "two_point_distance", "interface_length")
+    for name, family in figures("out_of_distribution")["families"].items():
+        areas = [family[score]["area"] for score in scores]
+        assert f"| {name} | " + " | ".join(f"{x:.2f}" for x in (family["bits_per_dim"], *areas)) + " |" in words(PAGE)
+
+
+def test_the_mean_over_many_designs_and_what_it_took_are_what_was_measured():
+    mean, text = figures("mean"), words(PAGE)
+    assert f"{with_error(mean['nats'], mean['nats_standard_error'], 1)} nats" in text
+    assert f"{mean['standard_error_nats_per_latent_dim']:.4f} nats a latent" in text
+    assert f"{mean['minutes']:.1f} minutes" in text
+    early = mean["peak_memory_mebibytes_after_a_tenth"]
+    assert f"{mean['peak_memory_mebibytes']:.0f} MiB at its peak, and {early:.0f} MiB after a tenth" in text
+    assert f"{figures('flow')['peak_memory_mebibytes']:.0f} MiB" in text
+
+
+def test_the_cost_of_a_value_is_what_was_measured():
+    cost, text = figures("cost"), words(PAGE)
+    for label, name in {
+        "4 steps": "ours_4_steps",
+        "8 steps": "ours_8_steps",
+        "adaptive, 1e-3": "ours_adaptive_1e-3",
+        "RK45 of scipy at 1e-5, in the log-SNR": "rk45_1e-5",
+    }.items():
+        row = cost[name]
+        error = row["largest_error_nats_per_latent_dim"]
+        assert f"| {label} | {row['evaluations_with_error_estimate']} | {error:.4f} |" in text
+
+
+def test_monais_error_and_ours_are_what_was_measured():
+    monai, text = figures("monai"), words(PAGE)
+    for name, digits in {
+        "monai_get_likelihood": 1,
+        "ours_1000_step_chain_bound": 3,
+        "ours_continuous_bound": 3,
+        "ours_probability_flow": 4,
+    }.items():
+        row = monai[name]
+        assert f"| {with_error(row['mean_error_nats_per_dim'], row['standard_error'], digits)} |" in text.replace(
+            "+", ""
+        )
