@@ -132,7 +132,7 @@ class _Chain:
         self._known = {self.design.tobytes()}
 
     def neighbour(self, predict: Predictor) -> np.ndarray | None:
-        """The design near by that should come nearest to the target and was not simulated; ``None`` if there is none."""
+        """The design near by that should be nearest to the target and was not simulated; ``None`` if there is none."""
         if not np.isfinite(self.error):
             return None
         correction = self.response - _predicted(predict, self.design[None])[0]

@@ -2,7 +2,7 @@ r"""A denoiser of latents read in continuous time: what it predicts at any log-S
 
 Whatever a network was trained to predict, it says the velocity :math:`\hat v = \alpha \hat\epsilon - \sigma \hat x_0`
 (Salimans & Ho 2022, section 4 and appendix D), and with it the score :math:`-\hat\epsilon / \sigma` of the noisy
-latents (Luo 2022, "Three Equivalent Interpretations").
+latents (Luo 2022, equation 151).
 
 This file travels inside checkpoints: it imports torch, numpy and diffusers alone.
 """
@@ -70,7 +70,10 @@ class ContinuousDiffusion:
 
     @staticmethod
     def alpha_sigma(log_snr: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        r""":math:`\alpha` and :math:`\sigma` at log-SNRs ``(B,)``, shaped to multiply samples ``x`` ``(B, *)``."""
+        r""":math:`\alpha` and :math:`\sigma` at log-SNRs ``(B,)``, shaped to multiply samples ``x`` ``(B, *)``.
+
+        Kingma et al. 2021, equations 3 and 4; Luo 2022, equations 113 and 114.
+        """
         log_snr = log_snr.reshape(-1, *(1,) * (x.ndim - 1))
         return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
 
@@ -101,6 +104,8 @@ class ContinuousTime(DiffusionPipeline):
     def score(self, latents: Tensor, timestep: float | Tensor, response: Any = None) -> Tensor:
         r"""The score :math:`\nabla \log p_t(x)` of noisy latents, :math:`-\hat\epsilon / \sigma_t`; differentiable.
 
+        Tweedie's formula, Luo 2022, equations 133 and 151; Kingma et al. 2021, equation 30.
+
         Args:
             latents: Noisy latents at that timestep, shape ``(B, C, h, w)``.
             timestep: In [0, T - 1], fractional allowed, 0 nearest the data; one for all, or shape ``(B,)``.
@@ -123,6 +128,7 @@ class ContinuousTime(DiffusionPipeline):
             raise ValueError(f"timestep must be one or {len(latents)} numbers in [0, {last}], got {timestep!r}")
         log_snr = diffusion.log_snr(times.expand(len(latents)))
         alpha, sigma = diffusion.alpha_sigma(log_snr, latents)
+        # -(sigma x + alpha v) / sigma
         return -latents.double() - alpha / sigma * diffusion.velocity(latents, log_snr)
 
     def _log_snr(self, timestep: Any) -> float:

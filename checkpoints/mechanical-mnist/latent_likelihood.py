@@ -1,7 +1,7 @@
 r"""The autoencoder as a latent-variable model: the posterior :math:`q(z \mid x)` and the decoder :math:`p(x \mid z)`.
 
-The evidence lower bound is :math:`E_q[\log p(x \mid z)] - KL(q(z \mid x) \| p(z))` (Luo 2022, "Variational
-Autoencoders"), so a decoder has to be a probability mass function of the pixels it is trained on:
+The evidence lower bound is :math:`E_q[\log p(x \mid z)] - KL(q(z \mid x) \| p(z))` (Luo 2022, equation 19), so a
+decoder has to be a probability mass function of the pixels it is trained on:
 
 ``bernoulli``
     Binary designs. The network's output is the logit of the pixel being stiff.
@@ -39,6 +39,7 @@ __all__ = [
 DecoderLikelihood = Literal["bernoulli", "discretized_logistic"]
 
 _LEVELS = 255
+_POSSIBLE_WITHOUT = "without it only score, to_noise and from_noise are possible"
 
 
 def check_decoder_likelihood(likelihood: str, scale: float | None) -> None:
@@ -178,9 +179,13 @@ class AutoencoderLikelihood:
 
     def _check_mass(self, pixels: Tensor) -> None:
         """Raises a ``ValueError`` unless the decoder gives a probability to pixels in [0, 1]."""
-        check_decoder_likelihood(self.config.decoder_likelihood, self.config.decoder_scale)
+        try:
+            check_decoder_likelihood(self.config.decoder_likelihood, self.config.decoder_scale)
+        except ValueError as error:
+            raise ValueError(f"{error}: {_POSSIBLE_WITHOUT}") from None
         levels = 1 if self.config.decoder_likelihood == "bernoulli" else _LEVELS
-        if ((pixels * levels).round() - pixels * levels).abs().max() > 1e-3:
+        # in parts, as there may be far more images than go through the networks at once
+        if any(((part * levels).round() - part * levels).abs().max() > 1e-3 for part in pixels.split(1024)):
             accepted = "0 or 1" if levels == 1 else "multiples of 1/255"
             raise ValueError(
                 f"images must have pixels of {accepted}, to which alone a {self.config.decoder_likelihood} decoder "
@@ -193,7 +198,7 @@ class AutoencoderLikelihood:
         if posterior.deterministic or not (posterior.std > 0).all():
             raise ValueError(
                 "vae must have a posterior of positive variance for a likelihood of images, got a deterministic one: "
-                "only score, to_noise and from_noise are possible"
+                + _POSSIBLE_WITHOUT
             )
         scale = self.vae.config.scaling_factor
         return (posterior.mean.double() - self._shift) * scale, posterior.std.double() * abs(scale)

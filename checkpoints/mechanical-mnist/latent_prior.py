@@ -1,9 +1,9 @@
 r"""The log-density of latents under a latent diffusion, which is the prior of its autoencoder.
 
 :math:`\log p_\theta(z)` is one of three models', which are never mixed: the continuous-time process (bounded below by
-one integral over the log-SNR; Kingma et al. 2021, section 5), the scheduler's own ancestral chain (bounded below by a
-sum over its steps; Luo 2022, "Variational Diffusion Models"), or the probability flow (a value; see its own file). The
-first two end in a last draw :math:`p(z \mid z_0) = N(\hat x_0(z_0), \sigma_0^2 / \alpha_0^2)`, at the noise that is
+one integral over the log-SNR; Kingma et al. 2021, equation 17), the scheduler's own ancestral chain (bounded below by a
+sum over its steps; Luo 2022, equation 58), or the probability flow (a value; see its own file). The first two end in a
+last draw :math:`p(z \mid z_0) = N(\hat x_0(z_0), \sigma_0^2 / \alpha_0^2)`, at the noise that is
 left at timestep 0.
 
 This file travels inside checkpoints: it imports torch, numpy and diffusers alone.
@@ -86,9 +86,9 @@ def continuous_terms(diffusion: Any, latents: Tensor, num_levels: int, draw: Dra
     noise = draw(latents.shape[1:])
     velocity = diffusion.velocity(alpha * latents + sigma * noise, first)
     error = _mean_velocity_error(velocity, alpha * noise - sigma * latents, latents, first)
-    terms = {
+    terms = {  # Kingma et al. 2021, equation 11
         "last_step": _last_step(error, latents, ends[0]),
-        "diffusion": share.mean(1) - (antiderivative[0] - antiderivative[1]) / 2,
+        "diffusion": share.mean(1) - (antiderivative[0] - antiderivative[1]) / 2,  # equation 17
         "noise_prior": -noise_divergence(latents, ends[1]),
     }
     # the standard error of the mean of two
@@ -104,8 +104,7 @@ def ancestral_terms(
     The path :math:`z_T, \dots, z_0` is drawn from :math:`q(\cdot \mid z)`, noise first. Its log-weight is
     :math:`\log p(z \mid z_0) + \sum \log p(z_s \mid z_t) / q(z_s \mid z_t, z) + \log p(z_T) / q(z_T \mid z)`, whose
     exponential has the mean :math:`p_\theta(z)` exactly. In the bound each ratio's mean, minus a Kullback-Leibler
-    divergence of Gaussians, takes its place (Kingma et al. 2021, equation 12; Luo 2022, "Variational Diffusion
-    Models").
+    divergence of Gaussians, takes its place (Kingma et al. 2021, equations 11 and 12; Luo 2022, equation 58).
 
     Args:
         diffusion: Denoiser and noise schedule.
@@ -142,15 +141,16 @@ def ancestral_terms(
         if level_s is None:
             break
         alpha_s, sigma_s = diffusion.alpha_sigma(level_s[None], latents)
+        # q(z_s | z_t, z): Kingma et al. 2021, equations 23 to 25; Luo 2022, equation 84
         c = -torch.expm1(level_t - level_s)
         pull = alpha_s * c
-        variance = sigma_s.square().squeeze() * c
+        variance = sigma_s.square().squeeze() * c  # Kingma et al. 2021, equation 32
         model_variance = variance + (pull * sigma_t).square().squeeze() * allowed
         draws = draw(latents.shape[1:])
         if sampled:  # shift: from the mean of q(z_s | z_t, z) to that of p(z_s | z_t)
             shift = pull * (alpha_t * z - sigma_t * velocity - latents)
             excess = _squared_norm(variance.sqrt() * draws - shift) / model_variance - _squared_norm(draws)
-        else:
+        else:  # with the logarithm below, the divergence of two Gaussians: Luo 2022, equation 86
             excess = (dims * variance + (pull * sigma_t).square().squeeze() * error) / model_variance - dims
         ratios = ratios - (dims * torch.log(model_variance / variance) + excess) / 2
         z = alpha_s / alpha_t * (1 - c) * z + pull * latents + variance.sqrt() * draws
@@ -158,7 +158,10 @@ def ancestral_terms(
 
 
 def noise_divergence(latents: Tensor, log_snr: Tensor) -> Tensor:
-    r""":math:`KL(q(z_T \mid z) \| N(0, I))` of latents ``(B, *)`` at the last log-SNR, shape ``(B,)``, in nats."""
+    r""":math:`KL(q(z_T \mid z) \| N(0, I))` of latents ``(B, *)`` at the last log-SNR, shape ``(B,)``, in nats.
+
+    The prior matching term of Luo 2022, equation 58.
+    """
     alpha_squared, sigma_squared = torch.sigmoid(log_snr), torch.sigmoid(-log_snr)
     dims = latents[0].numel()
     return (alpha_squared * _squared_norm(latents) + dims * (sigma_squared - 1 - sigma_squared.log())) / 2

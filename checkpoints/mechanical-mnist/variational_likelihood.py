@@ -2,8 +2,10 @@ r"""How likely images are: the evidence lower bound of a latent diffusion model,
 
 .. math:: \log p(x) \ge E_q[\log p(x \mid z)] + H[q(z \mid x)] + E_q[\log p_\theta(z)],
 
-all in the space of the latents that the diffusion works in. The first two are the autoencoder's, in
-``latent_likelihood.py``; :math:`\log p_\theta(z)` is in ``latent_prior.py``.
+all in the space of the latents that the diffusion works in (Luo 2022, equations 16 and 19, where the last two are one
+divergence). The first two are the autoencoder's, in ``latent_likelihood.py``; :math:`\log p_\theta(z)` is in
+``latent_prior.py``. Of the importance-weighted bound each draw has the weight that is in the logarithm of Luo's
+equation 16, or of 29 for the whole path of an ancestral chain.
 
 This file travels inside checkpoints: it imports torch, numpy and diffusers alone.
 """
@@ -61,6 +63,8 @@ class LikelihoodOutput(BaseOutput):
 class VariationalLikelihood(DiffusionPipeline):
     """The part of a latent diffusion pipeline that says how likely images are."""
 
+    # the flow's divergence is a gradient, which there is none of in an inference_mode around the call
+    @torch.inference_mode(False)
     @torch.no_grad()
     def log_likelihood(
         self,
@@ -103,7 +107,7 @@ class VariationalLikelihood(DiffusionPipeline):
             generator (`torch.Generator` or a list of them, *optional*):
                 Source of all random numbers. A list has one for each image.
             batch_size (`int`, *optional*):
-                Draws in memory at once; by default as many as suit the size of the images.
+                Draws in memory at once; by default as many as suit the size of the images and the number of probes.
             return_dict (`bool`, defaults to `True`):
                 Whether to return a [`LikelihoodOutput`] instead of a tuple of its fields.
 
@@ -140,24 +144,29 @@ class VariationalLikelihood(DiffusionPipeline):
         device = self._execution_device
 
         rows = torch.arange(len(pixels)).repeat_interleave(num_samples)
-        chunks: list[dict[str, Tensor]] = []
-        size = batch_size or max(1, _ENTRIES_A_BATCH // max(dims, num_pixels))
+        values: dict[str, Tensor] = {}
+        # the flow keeps a draw's probes, each as large as a latent, along the whole way
+        kept = num_probes if (method == "ode" or prior == "flow") and num_probes < dims else 1
+        size = batch_size or max(1, _ENTRIES_A_BATCH // max(dims * kept, num_pixels))
         for chunk in self.progress_bar(torch.arange(len(rows)).split(size)):
             draw = _source([torch.Generator().manual_seed(seeds[row]) for row in chunk.tolist()], device)
             images_of = rows[chunk]
             of = pixels[images_of].to(device)
             mean, std = self._posterior(of)
             noise = draw(mean.shape[1:])
-            latents = mean + std * noise
+            latents = mean + std * noise  # Luo 2022, equation 20
             spread = noise.square().flatten(1).sum(1) if method == "iwae" else dims  # minus log q, as drawn or its mean
-            terms = {
+            terms = {  # Luo 2022, equation 19
                 "reconstruction": self._log_prob_given(latents, of),
                 "entropy": std.log().flatten(1).sum(1) + (dims * math.log(2 * math.pi) + spread) / 2,
                 **evaluate(self._continuous_diffusion(tokens[images_of.to(device)]), latents, draw),
             }
-            chunks.append({name: value.cpu() for name, value in terms.items()})
-        values = {name: torch.cat([c[name] for c in chunks]).reshape(-1, num_samples) for name in chunks[0]}
+            # one place for all: small tensors that stay between large ones that go leave the memory in pieces
+            values = values or {name: torch.empty(len(rows), dtype=torch.float64) for name in terms}
+            for name, value in terms.items():
+                values[name][chunk] = value.cpu()
         self.maybe_free_model_hooks()
+        values = {name: value.reshape(-1, num_samples) for name, value in values.items()}
         output = _summary(values, method, dims, num_pixels)
         return output if return_dict else output.to_tuple()
 
