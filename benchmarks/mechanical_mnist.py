@@ -12,7 +12,17 @@ on two cores; they are kept in --run_dir, so that the same command goes on after
 from pathlib import Path
 
 import numpy as np
-from candidates import add_sampling, autoencoder, common_arguments, errors_of, fingerprint, kept, sampling, summary
+from candidates import (
+    add_sampling,
+    autoencoder,
+    common_arguments,
+    errors_of,
+    fingerprint,
+    kept,
+    percent,
+    sampling,
+    summary,
+)
 from mechdiffusers.evaluation import (
     nearest_training_designs,
     novelty,
@@ -53,6 +63,7 @@ def main() -> None:
     training_designs = stored_designs(train)
     figures = {
         "autoencoder": autoencoder(pipe, originals, targets, meaning, folder, arguments.device),
+        "predictor_error_percent": percent(response_error(pipe.predict_response(originals).numpy(), targets)),
         "designs": summary(errors_of(designs, targets, meaning, folder, arguments.device)),
         "random_training_designs": summary(random_errors(targets, stored_responses(train), num, arguments.seed)),
         "nearest_training_designs": summary(nearest_training_designs(targets, train, num).error),
