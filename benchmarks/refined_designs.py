@@ -70,13 +70,15 @@ def main() -> None:
     drawn, refined, error = (np.concatenate([each[name] for each in parts]) for name in ("drawn", "refined", "error"))
     training_designs = stored_designs(train)
     nearest = nearest_training_designs(stored[rows], train, arguments.num_rounds + 1)
+    solved = error[np.isfinite(error).all(1)]
     figures = {
         "targets": len(rows),
         "designs_a_target": arguments.num_designs,
         "simulations_a_design": arguments.num_rounds + 1,
-        "error_percent_after_simulations": [percent(errors) for errors in error.T],
-        "median_percent": 100 * float(np.median(error[:, -1])),
-        "worst_percent": 100 * float(error[:, -1].max()),
+        "unsolved": len(error) - len(solved),
+        "error_percent_after_simulations": [percent(errors) for errors in solved.T],
+        "median_percent": 100 * float(np.median(solved[:, -1])),
+        "worst_percent": 100 * float(solved[:, -1].max()),
         "best_of_as_many_retrieved_percent": percent(nearest.error.min(1)),
         "pixels_changed": float((drawn != refined).mean()),
         "novelty": {
