@@ -3,8 +3,8 @@
     python benchmarks/mechanics_refinement.py --num 16
 
 16 x 16 random composites of contrast 100, where a pixel is refined into n x n elements. Published is the error of the
-stress at the last of six strains, in per cent, over the designs that both meshes were followed to that strain on, by
-order and n.
+stress at the last of six strains, in per cent, over the designs that can be followed to that strain
+on both meshes, by order and n.
 """
 
 import argparse

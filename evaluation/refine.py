@@ -8,9 +8,9 @@ its neighbours,
 
 which is the response correction of space mapping (Bandler et al. 2004, on output space mapping). Among many neighbours
 the one that should be nearest to the target is simulated, and is the design to go on from if it is nearer indeed. A
-neighbour has the other phase in some pixels at the interface, which is never made longer by any of them alone. Matching
-pursuit (Mallat and Zhang 1993) finds them: one after the other, each the pixel whose own change of the prediction takes
-most of what is left to the target.
+neighbour has the other phase in some pixels at the interface, which is never made longer by any of them alone. They are
+chosen as in matching pursuit (Mallat and Zhang 1993), though each with the coefficient one: one after the other, the
+pixel whose own change of the prediction takes most of what is left to the target.
 
 References:
     | Space mapping: the state of the art (Bandler et al., 2004)
@@ -169,11 +169,11 @@ def _sets_of_flips(
 ) -> list[np.ndarray]:
     """Neighbours of a design, in each of which a set of pixels at the interface has the other phase."""
     pixels = np.flatnonzero(_movable(design))
+    if not len(pixels):
+        return []
     pixels = rng.choice(pixels, min(_PIXELS, len(pixels)), replace=False)
     flipped = np.repeat(design.reshape(1, -1), len(pixels), axis=0)
     flipped[np.arange(len(pixels)), pixels] = 1 - flipped[np.arange(len(pixels)), pixels]
-    if not len(pixels):
-        return []
     given = ~np.isnan(wanted)
     scale = np.where(given, wanted, 0.0)
     scale = np.where(given, 1 / np.linalg.norm(scale, axis=-1, keepdims=True).clip(1e-300), 0.0)

@@ -170,9 +170,11 @@ def _check_same_run(config: TrainingConfig, path: Path, anew: set[str]) -> None:
     decide = {"validation_steps"} if config.load_best_model_at_end else set()  # which weights are kept
     may_change = (_MAY_CHANGE - decide) | anew
     try:
-        stored: dict[str, Any] = yaml.safe_load(path.read_text())
+        stored: Any = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"resume_from_checkpoint must go on with a run, got {path}, unreadable: {error}") from error
+    if not isinstance(stored, dict):
+        raise ValueError(f"resume_from_checkpoint must go on with a run, got {path}, which holds no settings")
     stored["mixed_precision"] = precision_of(stored.get("mixed_precision"))  # left unset in files of before
     differences = [
         f"{name} was {stored.get(name)!r}, is {value!r}"

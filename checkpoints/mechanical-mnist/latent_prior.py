@@ -147,10 +147,14 @@ def ancestral_terms(
         variance = sigma_s.square().squeeze() * c  # Kingma et al. 2021, equation 32
         model_variance = variance + (pull * sigma_t).square().squeeze() * allowed
         draws = draw(latents.shape[1:])
-        if sampled:  # shift: from the mean of q(z_s | z_t, z) to that of p(z_s | z_t)
+        if sampled:
+            # from the mean of q(z_s | z_t, z) to that of p(z_s | z_t): Kingma et al. 2021, equations 9 and 27; Luo
+            # 2022, equation 94
             shift = pull * (alpha_t * z - sigma_t * velocity - latents)
             excess = _squared_norm(variance.sqrt() * draws - shift) / model_variance - _squared_norm(draws)
-        else:  # with the logarithm below, the divergence of two Gaussians: Luo 2022, equation 86
+        else:
+            # with the logarithm below, the divergence of two Gaussians: Luo 2022, equation 86; where their variances
+            # are equal, equations 99 and 110 and Kingma et al. 2021, equation 13
             excess = (dims * variance + (pull * sigma_t).square().squeeze() * error) / model_variance - dims
         ratios = ratios - (dims * torch.log(model_variance / variance) + excess) / 2
         z = alpha_s / alpha_t * (1 - c) * z + pull * latents + variance.sqrt() * draws

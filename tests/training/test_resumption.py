@@ -253,6 +253,15 @@ def test_what_the_launcher_was_told_is_a_setting_of_the_run(tmp_path, monkeypatc
         train(small(tmp_path, resume_from_checkpoint="latest", **settings))
 
 
+@pytest.mark.parametrize("text", ["", "- seed\n", "seed: [\n"])
+def test_a_run_whose_settings_cannot_be_read_is_named(trained, tmp_path, text):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint must go on with a run, got .*config\.yaml"):
+        train(small(run, resume_from_checkpoint="latest"))
+
+
 def test_a_precision_that_was_left_unset_is_what_the_launcher_tells(trained, tmp_path, monkeypatch):
     """As runs of before it was written down have it."""
     run = tmp_path / "run"
