@@ -31,14 +31,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-__all__ = ["LikelihoodAutoencoder", "encode_all", "half_turn", "measure_latents", "train_autoencoder"]
+__all__ = ["LikelihoodAutoencoder", "encode_all", "measure_latents", "train_autoencoder"]
 
 logger = logging.getLogger(__name__)
 
 _VALIDATION_BATCH = 256
 #: Designs (*, H, W) turned by 180 degrees. Under every load case of :mod:`mechdiffusers.mechanics` they respond as they
 #: are: what moved then stands still and what stood still moves, which is the same load seen from the other side.
-half_turn = SYMMETRIES["half_turn"]
+_half_turn = SYMMETRIES["half_turn"]
 
 
 class LikelihoodAutoencoder(nn.Module):
@@ -113,7 +113,7 @@ def train_autoencoder(accelerator: Accelerator, config: TrainingConfig, designs:
         noise = randomness.normal(len(images), *latent_shape).to(images.device)
         if config.random_half_turn:
             turned = randomness.integers(2, len(images)).bool().to(images.device)
-            images = torch.where(turned[:, None, None, None], half_turn(images), images)
+            images = torch.where(turned[:, None, None, None], _half_turn(images), images)
         reconstruction, kl, _ = module(images, noise)
         loss = (config.kl_weight * kl - reconstruction).mean() / num_pixels
         return loss, {"loss": loss, **_bound(reconstruction.mean(), kl.mean(), num_pixels)}
@@ -182,7 +182,7 @@ def encode_all(
     with tqdm(total=num, desc="caching latents", unit="design") as progress:
         for images, response in DataLoader(designs, batch_size=_VALIDATION_BATCH):
             pixels = images[:left].to(device).float() / 255
-            posteriors = [posterior_of(vae, x) for x in ((pixels, half_turn(pixels)) if with_half_turn else (pixels,))]
+            posteriors = [posterior_of(vae, x) for x in ((pixels, _half_turn(pixels)) if with_half_turn else (pixels,))]
             views = [torch.cat([posterior.mean, posterior.logvar], dim=1) for posterior in posteriors]
             moments.append(torch.stack(views, dim=1).cpu())
             responses.append(response[:left])

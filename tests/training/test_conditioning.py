@@ -13,8 +13,8 @@ from mechdiffusers.mechanics import simulate
 from mechdiffusers.mechanics.load_cases import LOAD_CASES
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.models import ResponseEncoder
+from mechdiffusers.models.response_predictor import SYMMETRIES
 from mechdiffusers.pipelines import LatentDDPMPipeline
-from mechdiffusers.training.autoencoder import half_turn
 from mechdiffusers.training.conditioning import leave_open
 from mechdiffusers.training.data import load_designs
 from mechdiffusers.training.denoiser import draw_latents
@@ -162,7 +162,7 @@ def test_two_processes_leave_open_what_one_leaves_open():
 def test_a_design_and_its_half_turn_respond_alike(load_case):
     """Under every load case that there is: the edge that moved stands still and the other moves, the other way."""
     designs = torch.from_numpy(DESIGNS[:3].astype(np.float64))
-    both = torch.cat([designs, half_turn(designs)])
+    both = torch.cat([designs, SYMMETRIES["half_turn"](designs)])
     first, second = simulate(both, (load_case,), [0.1, 0.2], element_order=1).stress.chunk(2)
     torch.testing.assert_close(first, second, rtol=1e-9, atol=0)
 
