@@ -63,7 +63,6 @@ def main() -> None:
     training_designs = stored_designs(train)
     figures = {
         "autoencoder": autoencoder(pipe, originals, targets, meaning, folder, arguments.device),
-        "predictor_error_percent": percent(response_error(pipe.predict_response(originals).numpy(), targets)),
         "designs": summary(errors_of(designs, targets, meaning, folder, arguments.device)),
         "random_training_designs": summary(random_errors(targets, stored_responses(train), num, arguments.seed)),
         "nearest_training_designs": summary(nearest_training_designs(targets, train, num).error),
@@ -75,6 +74,8 @@ def main() -> None:
         "scheduler": arguments.scheduler,
         **options,
     }
+    if pipe.response_predictor is not None:
+        figures["predictor_error_percent"] = percent(response_error(pipe.predict_response(originals).numpy(), targets))
     record(figures, arguments.output)
 
 
