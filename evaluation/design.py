@@ -54,8 +54,8 @@ def designs_for(
     return np.concatenate(images)
 
 
-def checked_count(num_designs: int) -> int:
-    """``num_designs``, if it is an integer of at least 1, else a ``ValueError``."""
-    if isinstance(num_designs, bool) or not isinstance(num_designs, (int, np.integer)) or num_designs < 1:
-        raise ValueError(f"num_designs must be an integer of at least 1, got {num_designs!r}")
-    return int(num_designs)
+def checked_count(num: int, name: str = "num_designs") -> int:
+    """``num``, if it is an integer of at least 1, else a ``ValueError`` that names the argument."""
+    if isinstance(num, bool) or not isinstance(num, (int, np.integer)) or num < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {num!r}")
+    return int(num)

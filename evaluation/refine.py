@@ -27,8 +27,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from mechdiffusers.evaluation.design import checked_count
 from mechdiffusers.evaluation.response import as_array, response_error
-from mechdiffusers.evaluation.verify import checked_question
+from mechdiffusers.evaluation.verify import check_binary, checked_question
 from mechdiffusers.microstructures.build_dataset.parts import simulated_response
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -92,10 +93,8 @@ def refine(
     """
     array = as_array(designs)
     meaning, targets = checked_question(target, meaning, array.shape)
-    if not ((array == 0) | (array == 1)).all():
-        raise ValueError("designs must be 0 or 1 everywhere, got values in between")
-    if isinstance(num_rounds, bool) or not isinstance(num_rounds, (int, np.integer)) or num_rounds < 1:
-        raise ValueError(f"num_rounds must be an integer of at least 1, got {num_rounds!r}")
+    check_binary(array)
+    num_rounds = checked_count(num_rounds, "num_rounds")
     wanted = np.repeat(targets, len(array) // len(targets), axis=0)
 
     def simulated(chosen: np.ndarray) -> np.ndarray:

@@ -164,11 +164,8 @@ def verify(
     meaning, wanted = checked_question(target, meaning, array.shape, dataset=dataset, heldout=heldout)
     if names is not None:
         names = checked_names(names, len(wanted))
-    if binary and not ((array == 0) | (array == 1)).all():
-        raise ValueError(
-            "designs must be 0 or 1 everywhere, as their family is, got values in between: np.rint(designs) makes them "
-            "so; binary=False is for a family of grey designs"
-        )
+    if binary:
+        check_binary(array, "; binary=False is for a family of grey designs")
     per_target = len(array) // len(wanted)
     groups = array.reshape(len(wanted), per_target, *array.shape[1:])
     found: dict[str, Any] = {
@@ -241,6 +238,15 @@ def checked_question(
         if (wanted <= 0).any():
             raise ValueError("target must be positive where given, for heldout to tell whether it is within reach")
     return meaning, wanted
+
+
+def check_binary(designs: np.ndarray, otherwise: str = "") -> None:
+    """Raises a ``ValueError`` unless designs are 0 or 1 everywhere, with what else there is to do."""
+    if not ((designs == 0) | (designs == 1)).all():
+        raise ValueError(
+            "designs must be 0 or 1 everywhere, as their family is, got values in between: np.rint(designs) makes them "
+            f"so{otherwise}"
+        )
 
 
 def checked_names(names: Sequence[str], num: int) -> list[str]:
