@@ -124,6 +124,16 @@ def summary(errors: np.ndarray) -> dict[str, Any]:
     }
 
 
+def bound(
+    pipe: LatentDDPMPipeline, designs: np.ndarray, seed: int, response: np.ndarray | None = None
+) -> dict[str, float]:
+    """The continuous-time bound of the likelihood of designs, its mean in nats and the standard error of that."""
+    generator = torch.Generator().manual_seed(seed)
+    output = pipe.log_likelihood(designs, response=response, generator=generator, num_steps=64)
+    values = np.asarray(output.log_likelihood.cpu(), dtype=np.float64)
+    return {"mean_nats": float(values.mean()), "standard_error": float(values.std(ddof=1) / np.sqrt(len(values)))}
+
+
 def percent(values: np.ndarray) -> dict[str, float]:
     """Mean and its standard error."""
     error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan

@@ -11,8 +11,17 @@ import time
 from typing import Any
 
 import numpy as np
-import torch
-from candidates import add_sampling, autoencoder, common_arguments, errors_of, fingerprint, kept, sampling, summary
+from candidates import (
+    add_sampling,
+    autoencoder,
+    bound,
+    common_arguments,
+    errors_of,
+    fingerprint,
+    kept,
+    sampling,
+    summary,
+)
 from mechdiffusers.evaluation import (
     diversity,
     nearest_training_designs,
@@ -80,8 +89,8 @@ def main() -> None:
             "heldout_designs": float(np.nanmean(stiff_connectivity(originals))),
         },
         "log_likelihood": {
-            "designs": log_likelihood(pipe, designs[:: arguments.num_designs], targets, arguments.seed),
-            "heldout_designs": log_likelihood(pipe, originals, targets, arguments.seed),
+            "designs": bounds(pipe, designs[:: arguments.num_designs], targets, arguments.seed),
+            "heldout_designs": bounds(pipe, originals, targets, arguments.seed),
         },
         "autoencoder": autoencoder(
             pipe, originals, targets, meaning, arguments.run_dir / "responses", arguments.device
@@ -103,18 +112,14 @@ def mean_diversity(groups: np.ndarray) -> float | None:
     return float(np.mean([diversity(group) for group in groups])) if groups.shape[1] > 1 else None
 
 
-def log_likelihood(
+def bounds(
     pipe: LatentDDPMPipeline, designs: np.ndarray, targets: np.ndarray, seed: int
 ) -> dict[str, dict[str, float]]:
     """Lower bounds in nats of a design for each target, without a response and given the target."""
-    bounds = {}
-    for name, response in (("unconditional", None), ("given_the_target", targets)):
-        generator = torch.Generator().manual_seed(seed)
-        output = pipe.log_likelihood(designs, response=response, generator=generator, num_steps=64)
-        values = np.asarray(output.log_likelihood.cpu(), dtype=np.float64)
-        error = values.std(ddof=1) / np.sqrt(len(values))
-        bounds[name] = {"mean_nats": float(values.mean()), "standard_error": float(error)}
-    return bounds
+    return {
+        "unconditional": bound(pipe, designs, seed),
+        "given_the_target": bound(pipe, designs, seed, response=targets),
+    }
 
 
 def timed(

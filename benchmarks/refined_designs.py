@@ -10,11 +10,9 @@ kept in --run_dir, so that the same command goes on after an interruption.
 import hashlib
 import json
 import time
-from typing import Any
 
 import numpy as np
-import torch
-from candidates import add_sampling, common_arguments, fingerprint, percent, sampling
+from candidates import add_sampling, bound, common_arguments, fingerprint, percent, sampling
 from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.evaluation import nearest_training_designs, novelty, refine, stored_designs, stored_responses
 from mechdiffusers.evaluation.design import designs_for
@@ -86,7 +84,7 @@ def main() -> None:
             "refined": float(novelty(refined, training_designs).mean()),
             "heldout_designs": float(novelty(stored_designs(heldout.select(rows)), training_designs).mean()),
         },
-        "bound_nats": {
+        "bound": {
             "drawn": bound(pipe, drawn, arguments.seed),
             "refined": bound(pipe, refined, arguments.seed),
             "heldout_designs": bound(pipe, stored_designs(heldout.select(rows)), arguments.seed),
@@ -96,13 +94,6 @@ def main() -> None:
         **options,
     }
     record(figures, arguments.output)
-
-
-def bound(pipe: LatentDDPMPipeline, designs: np.ndarray, seed: int) -> dict[str, Any]:
-    """The continuous-time bound of designs without a response: mean and its standard error."""
-    generator = torch.Generator().manual_seed(seed)
-    values = pipe.log_likelihood(designs, generator=generator, num_steps=64).log_likelihood.numpy()
-    return {"mean": float(values.mean()), "standard_error": float(values.std(ddof=1) / np.sqrt(len(values)))}
 
 
 if __name__ == "__main__":
