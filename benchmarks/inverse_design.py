@@ -8,6 +8,7 @@ an interruption. The time from a target to eight verified designs is measured at
 """
 
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,9 @@ from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.schedulers import stock_scheduler
 from record import record
 
+#: Targets whose designs are generated and kept at once.
+_PART = 64
+
 
 def main() -> None:
     parser = common_arguments(__doc__, "inverse_design", num_targets=256)
@@ -58,17 +62,19 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = stock_scheduler(arguments.scheduler, pipe.scheduler.config)
     options = sampling(arguments)
-    recipe = [fingerprint(arguments.checkpoint), arguments.scheduler, options, arguments.seed, rows.tolist()]
+    recipe = [fingerprint(arguments.checkpoint), arguments.scheduler, options]
 
     def candidates(num_targets: int, num_designs: int) -> tuple[np.ndarray, dict[str, Any]]:
-        designs = kept(
-            arguments.run_dir,
-            [*recipe, num_targets, num_designs],
-            lambda: designs_for(
-                pipe, targets[:num_targets], num_designs, seed=arguments.seed, progress=True, **options
-            ),
-        )
-        folder = arguments.run_dir / "responses"
+        parts = []
+        for start in range(0, num_targets, _PART):
+            chosen, seed = slice(start, min(start + _PART, num_targets)), arguments.seed + start
+            part = kept(
+                arguments.run_dir,
+                [*recipe, seed, rows[chosen].tolist(), num_designs],
+                partial(designs_for, pipe, targets[chosen], num_designs, seed=seed, progress=True, **options),
+            )
+            parts.append(part)
+        designs, folder = np.concatenate(parts), arguments.run_dir / "responses"
         return designs, summary(errors_of(designs, targets[:num_targets], meaning, folder, arguments.device))
 
     designs, figures = candidates(len(targets), arguments.num_designs)
