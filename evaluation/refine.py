@@ -6,15 +6,21 @@ its neighbours,
 
 .. math:: f(x') \approx f(x) + p(x') - p(x),
 
-which is the response correction of space mapping (Bandler et al. 2004, on output space mapping). Among many neighbours
-the one that should be nearest to the target is simulated, and is the design to go on from if it is nearer indeed. A
-neighbour has the other phase in some pixels at the interface, which is never made longer by any of them alone. They are
-chosen as in matching pursuit (Mallat and Zhang 1993), though each with the coefficient one: one after the other, the
-pixel whose own change of the prediction takes most of what is left to the target.
+which is the response correction of space mapping (Bandler et al. 2004, on output space mapping). With several designs
+known, what the prediction lacks between them is interpolated by ordinary kriging (Cressie 1993, section 3.2), whose
+variogram is the number of pixels in which two designs differ. Among many neighbours the one that should be nearest to
+the target is simulated, and is the design to go on from if it is nearer indeed.
+
+A neighbour has the other phase in some pixels at the interface, which is no longer in the end than that of the design
+given: without that, designs grow rough, which they are not likely to be. The pixels are chosen as in matching pursuit
+(Mallat and Zhang 1993), though each with the coefficient one: one after the other, the pixel whose own change of the
+prediction takes most of what is left to the target.
 
 References:
     | Space mapping: the state of the art (Bandler et al., 2004)
     | https://doi.org/10.1109/TMTT.2003.820904
+    | Statistics for Spatial Data (Cressie, 1993)
+    | https://doi.org/10.1002/9781119115151
     | Matching pursuits with time-frequency dictionaries (Mallat & Zhang, 1993)
     | https://doi.org/10.1109/78.258082
 """
@@ -129,20 +135,23 @@ class _Chain:
     def __post_init__(self) -> None:
         self.error = self._error(self.response)
         self._known = {self.design.tobytes()}
+        self._solved = [(self.design, self.response)]
+        self._longest = _interface_length(self.design)
 
     def neighbour(self, predict: Predictor) -> np.ndarray | None:
         """The design near by that should be nearest to the target and was not simulated; ``None`` if there is none."""
         if not np.isfinite(self.error):
             return None
-        correction = self.response - _predicted(predict, self.design[None])[0]
+        known, responses = (np.stack(each) for each in zip(*self._solved, strict=True))
+        lacking = responses - _predicted(predict, known)
         nearest, least, expected_of_it = None, np.inf, self.response
         for _ in range(_SEARCHES):
             start = self.design if nearest is None else nearest
-            found = _sets_of_flips(start, expected_of_it, self.wanted, predict, self.rng)
+            found = _sets_of_flips(start, expected_of_it, self.wanted, self._longest, predict, self.rng)
             found = [design for design in found if design.tobytes() not in self._known]
             if not found:
                 break
-            expected = _predicted(predict, np.stack(found)) + correction
+            expected = _predicted(predict, np.stack(found)) + _kriged(known, lacking, np.stack(found))
             error = response_error(expected, self.wanted)
             if error.min() < least:
                 least, nearest, expected_of_it = error.min(), found[error.argmin()], expected[error.argmin()]
@@ -152,6 +161,8 @@ class _Chain:
         """Takes in what a simulation says of a neighbour, and moves there if it is nearer."""
         self._known.add(design.tobytes())
         error = self._error(response)
+        if np.isfinite(error):
+            self._solved.append((design, response))
         if error < self.error:
             self.design, self.response, self.error = design, response, error
 
@@ -163,11 +174,12 @@ def _sets_of_flips(
     design: np.ndarray,
     expected: np.ndarray,
     wanted: np.ndarray,
+    longest: int,
     predict: Predictor,
     rng: np.random.Generator,
 ) -> list[np.ndarray]:
-    """Neighbours of a design, in each of which a set of pixels at the interface has the other phase."""
-    pixels = np.flatnonzero(_movable(design))
+    """Neighbours of a design, with a set of pixels of the other phase each and an interface up to ``longest``."""
+    pixels = np.flatnonzero(_lengthening(design) < _lengthening(np.zeros_like(design)))  # some neighbour is another
     if not len(pixels):
         return []
     pixels = rng.choice(pixels, min(_PIXELS, len(pixels)), replace=False)
@@ -181,30 +193,45 @@ def _sets_of_flips(
     left = np.repeat((np.where(given, wanted - expected, 0.0) * scale).reshape(1, -1), _SETS, axis=0)
 
     # all sets at once: shape (sets, pixels); adding pixel j to set i changes |left|^2 by |effect|^2 - 2 left . effect
-    free = rng.random((_SETS, len(pixels))) < _SHARE
-    sizes, chosen = rng.integers(1, _LARGEST + 1, _SETS), np.zeros(free.shape, bool)
+    free, sizes = rng.random((_SETS, len(pixels))) < _SHARE, rng.integers(1, _LARGEST + 1, _SETS)
+    found = np.repeat(design[None], _SETS, axis=0)
+    flat, room = found.reshape(_SETS, -1), np.full(_SETS, longest - _interface_length(design))
     for step in range(_LARGEST):
-        gain = np.where(free, (effect**2).sum(1) - 2 * left @ effect.T, np.inf)
-        pixel = gain.argmin(1)
+        longer = _lengthening(found).reshape(_SETS, -1)[:, pixels]
+        gain = np.where(free & (longer <= room[:, None]), (effect**2).sum(1) - 2 * left @ effect.T, np.inf)
         rows = np.flatnonzero((gain.min(1) < 0) & (step < sizes))
-        chosen[rows, pixel[rows]], free[rows, pixel[rows]] = True, False
-        left[rows] -= effect[pixel[rows]]
-    neighbours = []
-    for each in np.unique(chosen[chosen.any(1)], axis=0):
-        neighbour = design.flatten()
-        neighbour[pixels[each]] = 1 - neighbour[pixels[each]]
-        neighbours.append(neighbour.reshape(design.shape))
-    return neighbours
+        pixel = gain.argmin(1)[rows]
+        free[rows, pixel] = False
+        flat[rows, pixels[pixel]] = 1 - flat[rows, pixels[pixel]]
+        room[rows] -= longer[rows, pixel]
+        left[rows] -= effect[pixel]
+    return [each for each in np.unique(found, axis=0) if (each != design).any()]
 
 
-def _movable(design: np.ndarray) -> np.ndarray:
-    """Which pixels have at least as many neighbours of the other phase as of their own, bool, shape ``(H, W)``.
+def _interface_length(design: np.ndarray) -> int:
+    """Sides that pixels of different phases share."""
+    return int((design[1:] != design[:-1]).sum() + (design[:, 1:] != design[:, :-1]).sum())
 
-    To change one of them makes the interface no longer.
-    """
-    padded = np.pad(design, 1, constant_values=np.nan)
-    neighbours = np.stack([padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
-    return (neighbours == 1 - design).sum(0) >= (neighbours == design).sum(0)
+
+def _lengthening(designs: np.ndarray) -> np.ndarray:
+    """How much longer the interface of designs ``(..., H, W)`` is where that pixel alone changes, same shape."""
+    padded = np.pad(designs, [(0, 0)] * (designs.ndim - 2) + [(1, 1), (1, 1)], constant_values=np.nan)
+    around = (
+        padded[..., :-2, 1:-1],
+        padded[..., 2:, 1:-1],
+        padded[..., 1:-1, :-2],
+        padded[..., 1:-1, 2:],
+    )
+    return np.sum([(near == designs).astype(int) - (near == 1 - designs) for near in around], axis=0)
+
+
+def _kriged(known: np.ndarray, values: np.ndarray, designs: np.ndarray) -> np.ndarray:
+    """Values ``(n, L, S)`` of known designs, interpolated to others by ordinary kriging with a linear variogram."""
+    places, others = known.reshape(len(known), -1), designs.reshape(len(designs), -1)
+    between, away = (np.abs(these[:, None] - places).sum(-1) for these in (places, others))
+    system = np.block([[between, np.ones((len(known), 1))], [np.ones(len(known)), 0.0]])
+    weights = np.linalg.solve(system, np.column_stack([away, np.ones(len(others))]).T)[:-1]
+    return np.einsum("kb,kls->bls", weights, values)
 
 
 def _predicted(predict: Predictor, designs: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from mechdiffusers.evaluation import refine, response_error
-from mechdiffusers.evaluation.refine import _movable, _sets_of_flips
+from mechdiffusers.evaluation.refine import _interface_length, _kriged, _lengthening, _sets_of_flips
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.microstructures.build_dataset.parts import simulated_response
 
@@ -83,31 +83,54 @@ def test_a_design_of_one_phase_has_no_neighbours_and_stays() -> None:
 
 def test_one_pixel_that_is_wrong_is_found(question) -> None:
     designs, _ = question
-    movable = _movable(designs[0])
-    for row, column in np.argwhere(movable):
-        other = designs[0].copy()
-        other[row, column] = 1 - other[row, column]
-        if _movable(other)[row, column]:  # there and back without a longer interface
-            break
+    other = designs[0].copy()
+    row, column = np.argwhere(_lengthening(other) == 0)[0]
+    other[row, column] = 1 - other[row, column]
     wanted, found = exact(designs[:1])[0], exact(other[None])[0]
-    sets = _sets_of_flips(other, found, wanted, exact, np.random.default_rng(0))
+    longest = _interface_length(designs[0])
+    sets = _sets_of_flips(other, found, wanted, longest, exact, np.random.default_rng(0))
     assert any((neighbour == designs[0]).all() for neighbour in sets)
 
 
-def test_no_pixel_that_may_change_makes_the_interface_longer() -> None:
+@pytest.mark.parametrize("room", [0, 4])
+def test_neighbours_differ_at_the_interface_and_theirs_is_no_longer_than_it_may_be(room) -> None:
+    (design,), _ = random_composites(1, size=16, seed=2)
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(16 * 16, 4))
+
+    def predict(designs):
+        return (designs.reshape(len(designs), -1) @ weights).reshape(-1, 2, 2)
+
+    response = predict(design[None])[0]
+    longest = _interface_length(design) + room
+    sets = _sets_of_flips(design, response, response + 5, longest, predict, rng)
+    lengths = [_interface_length(neighbour) for neighbour in sets]
+    assert max(lengths) <= longest
+    assert len(sets) > 10
+    if room:
+        assert max(lengths) > _interface_length(design)
+    padded = np.pad(design, 1, mode="edge")
+    around = np.stack([padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
+    assert not (np.stack(sets) != design)[:, (around == design).all(0)].any()
+
+
+def test_how_much_longer_the_interface_becomes_is_what_changing_the_pixel_does() -> None:
     designs, _ = random_composites(3, size=16, seed=0)
+    changes = np.full(designs.shape, 9)
+    for number, row, column in np.ndindex(designs.shape):
+        other = designs[number].copy()
+        other[row, column] = 1 - other[row, column]
+        changes[number, row, column] = _interface_length(other) - _interface_length(designs[number])
+    np.testing.assert_array_equal(_lengthening(designs), changes)
 
-    def length(design) -> int:
-        return int(sum(np.abs(np.diff(design, axis=axis)).sum() for axis in (0, 1)))
 
-    for design in np.asarray(designs):
-        changes = np.full(design.shape, np.nan)
-        for row, column in np.ndindex(design.shape):
-            other = design.copy()
-            other[row, column] = 1 - other[row, column]
-            changes[row, column] = length(other) - length(design)
-        np.testing.assert_array_equal(_movable(design), changes <= 0)
-        assert _movable(design).any()
+def test_kriging_gives_known_values_back_and_a_straight_line_between_two() -> None:
+    known = np.array([[[0, 0, 0], [0, 0, 0]], [[1, 1, 0], [1, 1, 0]], [[1, 1, 1], [1, 1, 1]]], dtype=float)
+    values = np.array([1.0, 3.0, -2.0]).reshape(3, 1, 1)
+    np.testing.assert_allclose(_kriged(known, values, known), values, atol=1e-12)
+    quarter = np.array([[[1.0, 0, 0], [0, 0, 0]]])
+    np.testing.assert_allclose(_kriged(known[:2], values[:2], quarter), 1.5, rtol=1e-12)
+    np.testing.assert_allclose(_kriged(known[:1], values[:1], quarter), 1.0, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
