@@ -226,11 +226,15 @@ def _lengthening(designs: np.ndarray) -> np.ndarray:
 
 
 def _kriged(known: np.ndarray, values: np.ndarray, designs: np.ndarray) -> np.ndarray:
-    """Values ``(n, L, S)`` of known designs, interpolated to others by ordinary kriging with a linear variogram."""
+    """Values ``(n, L, S)`` of known designs, interpolated to others by ordinary kriging with a linear variogram.
+
+    Where designs and values allow, that is linear in the pixels of binary designs. The system is singular where one
+    design follows from others, as x + a + b from x, x + a and x + b: then the smallest weights are taken.
+    """
     places, others = known.reshape(len(known), -1), designs.reshape(len(designs), -1)
     between, away = (np.abs(these[:, None] - places).sum(-1) for these in (places, others))
     system = np.block([[between, np.ones((len(known), 1))], [np.ones(len(known)), 0.0]])
-    weights = np.linalg.solve(system, np.column_stack([away, np.ones(len(others))]).T)[:-1]
+    weights = np.linalg.lstsq(system, np.column_stack([away, np.ones(len(others))]).T)[0][:-1]
     return np.einsum("kb,kls->bls", weights, values)
 
 

@@ -133,6 +133,14 @@ def test_kriging_gives_known_values_back_and_a_straight_line_between_two() -> No
     np.testing.assert_allclose(_kriged(known[:1], values[:1], quarter), 1.0, rtol=1e-12)
 
 
+def test_kriging_of_designs_that_depend_on_each_other_gives_what_is_linear_in_the_pixels() -> None:
+    known = np.array([[[0, 0, 0, 0]], [[1, 1, 0, 0]], [[0, 0, 1, 0]], [[1, 1, 1, 0]]], dtype=float)
+    slopes = np.array([[1.0, -3.0], [1.0, -3.0], [4.0, 0.5], [0.0, 0.0]])
+    others = np.array([[[1, 0, 0, 0]], [[0, 1, 1, 0]], [[1, 1, 1, 1]]], dtype=float)
+    values, wanted = ((designs[:, 0] @ slopes + 7)[:, None] for designs in (known, others))
+    np.testing.assert_allclose(_kriged(known, values, others), wanted, rtol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
