@@ -93,7 +93,13 @@ def points(targets: np.ndarray, meaning: dict[str, Any], arguments: Any) -> Call
             arguments.run_dir,
             [files, scheduler, steps, options, arguments.seed, targets.tolist(), arguments.num_designs],
             lambda: designs_for(
-                pipe, targets, arguments.num_designs, seed=arguments.seed, num_inference_steps=steps, **options
+                pipe,
+                targets,
+                arguments.num_designs,
+                seed=arguments.seed,
+                num_inference_steps=steps,
+                meaning=meaning,
+                **options,
             ),
         )
         return summary(errors_of(designs, targets, meaning, arguments.run_dir / "responses", arguments.device))

@@ -62,7 +62,7 @@ def main() -> None:
 
     def latents(scale: float, wanted: np.ndarray, num: int, name: str, steps: int) -> np.ndarray:
         pipe.scheduler = stock_scheduler(name, pipe.scheduler.config)
-        options = {"num_inference_steps": steps, "predictor_guidance_scale": scale}
+        options = {"num_inference_steps": steps, "predictor_guidance_scale": scale, "meaning": meaning}
         return designs_for(pipe, wanted, num, seed=arguments.seed, **options)
 
     figures: dict[str, Any] = {"pixel_training": training}

@@ -40,7 +40,7 @@ _PART = 4
 
 
 def main() -> None:
-    parser = common_arguments(__doc__, "refined_designs", num_targets=64)
+    parser = common_arguments(__doc__, "refined_designs", num_targets=32)
     parser.set_defaults(num_designs=1)
     parser.add_argument("--num_refined", type=int, default=1, help="of a target's designs: those that are nearest")
     parser.add_argument("--num_rounds", type=int, default=7, help="simulations of a refined design after the first")
@@ -65,7 +65,8 @@ def main() -> None:
         path = arguments.run_dir / f"{name}.npz"
         if not path.exists():
             start, targets = time.perf_counter(), stored[chosen]
-            designs = designs_for(pipe, targets, arguments.num_designs, seed=arguments.seed + int(chosen[0]), **options)
+            seed = arguments.seed + int(chosen[0])
+            designs = designs_for(pipe, targets, arguments.num_designs, seed=seed, meaning=meaning, **options)
             if num_refined < arguments.num_designs:
                 designs = nearest_of(designs, targets, num_refined, meaning, arguments.device)
             refined = refine(
@@ -74,7 +75,7 @@ def main() -> None:
                 meaning,
                 pipe.predict_response,
                 num_rounds=arguments.num_rounds,
-                seed=arguments.seed + int(chosen[0]),
+                seed=seed,
                 device=arguments.device,
             )
             found = {"drawn": designs, "refined": refined.designs, "error": refined.error}
@@ -85,22 +86,18 @@ def main() -> None:
     parts = [part(rows[i : i + _PART]) for i in tqdm(range(0, len(rows), _PART), desc="refine", unit="part")]
     drawn, refined, error = (np.concatenate([each[name] for each in parts]) for name in ("drawn", "refined", "error"))
     training_designs = stored_designs(train)
-    simulations = num_refined * arguments.num_rounds + arguments.num_designs
-    nearest = nearest_training_designs(stored[rows], train, simulations)
-    solved = error[np.isfinite(error).all(1)]
-    best = np.where(np.isfinite(error), error, np.inf)[:, -1].reshape(len(rows), -1).min(1)
-    best = best[np.isfinite(best)]
+    best = np.where(np.isfinite(error), error, np.inf).reshape(len(rows), num_refined, -1).min(1)
+    solved = best[np.isfinite(best).all(1)]
     figures = {
         "targets": len(rows),
         "designs_a_target": arguments.num_designs,
         "refined_designs_a_target": num_refined,
-        "simulations_a_target": simulations,
-        "unsolved": len(error) - len(solved),
-        "error_percent_after_simulations": [percent(errors) for errors in solved.T],
-        "best_percent": percent(best),
-        "median_percent": 100 * float(np.median(best)),
-        "worst_percent": 100 * float(best.max()),
-        "best_of_as_many_retrieved_percent": percent(nearest.error.min(1)),
+        "targets_without_a_solved_design": len(best) - len(solved),
+        "simulations_a_target": [arguments.num_designs + num_refined * i for i in range(arguments.num_rounds + 1)],
+        "best_percent": [percent(errors) for errors in solved.T],
+        "best_median_percent": 100 * float(np.median(solved[:, -1])),
+        "best_worst_percent": 100 * float(solved[:, -1].max()),
+        "nearest_training_design_percent": percent(nearest_training_designs(stored[rows], train, 1).error[:, 0]),
         "pixels_changed": float((drawn != refined).mean()),
         "novelty": {
             "drawn": float(novelty(drawn, training_designs).mean()),

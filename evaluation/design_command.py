@@ -51,8 +51,12 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--scheduler", choices=STOCK_SCHEDULERS, default="dpmsolver++")
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=1.0)
-    parser.add_argument("--num_candidates", type=int, default=1, help="for each design; a predictor keeps the best")
-    parser.add_argument("--num_refinements", type=int, default=0, help="times that the last steps are taken again")
+    parser.add_argument(
+        "--num_candidates", type=int, help="for each design; by default 4, or 1 without a predictor to choose by"
+    )
+    parser.add_argument(
+        "--num_refinements", type=int, help="times that the last steps are taken again; by default 2, or 0 likewise"
+    )
     parser.add_argument("--num_rounds", type=int, default=0, help="simulations that bring each design nearer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="such as cuda")
@@ -90,6 +94,9 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
             "num_rounds must be 0, or positive for a checkpoint of binary designs that has a response_predictor, got "
             f"{arguments.num_rounds}"
         )
+    candidates, refinements = (1, 0) if pipe.response_predictor is None else (4, 2)
+    candidates = candidates if arguments.num_candidates is None else arguments.num_candidates
+    refinements = refinements if arguments.num_refinements is None else arguments.num_refinements
     meaning = checked_meaning(pipe.response_encoder.config.meaning)
     names, targets = read_targets(arguments.targets, meaning)
     checked_names(names, len(targets))
@@ -107,8 +114,8 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
         progress=True,
         num_inference_steps=arguments.num_inference_steps,
         guidance_scale=arguments.guidance_scale,
-        num_candidates=arguments.num_candidates,
-        num_refinements=arguments.num_refinements,
+        num_candidates=candidates,
+        num_refinements=refinements,
     )
     device = arguments.device
     if arguments.num_rounds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,16 +98,18 @@ def save_verification_figure(report: VerificationReport, path: Path, *, index: i
                 axes.imshow(designs[best[i]], cmap="gray_r", vmin=0, vmax=1.15)
                 axes.set_title(f"{error[best[i]]:.2%}" if np.isfinite(error[best[i]]) else "not solved", fontsize=8)
         for case, axes in enumerate(np.atleast_1d(bottom.subplots(1, len(cases)))):
-            for i in best[::-1]:
-                style = {"color": "C0", "linewidth": 1.8} if i == best[0] else {"color": "0.7", "linewidth": 0.8}
-                axes.plot(strains[case], response[i, case], label="best design" if i == best[0] else None, **style)
+            if len(best) > 1:
+                axes.plot(strains[case], response[best[1:], case].T, color="0.7", linewidth=0.8)
+                axes.lines[0].set_label("other designs")
+            axes.plot(strains[case], response[best[0], case], "C0", linewidth=1.8, label="best design")
             if report.retrieval is not None:
-                nearest = report.retrieval.response[index, 0, case]
-                axes.plot(strains[case], nearest, "C1--", linewidth=1, label="nearest training design")
+                nearest, label = report.retrieval.response[index, 0, case], report.retrieval.error[index, 0]
+                axes.plot(strains[case], nearest, "C1--", linewidth=1, label=f"nearest training design, {label:.2%}")
             axes.plot(strains[case], np.asarray(report.target[index][case]), "ko", markersize=4, label="target")
             axes.set(xlabel="nominal strain", title=cases[case].replace("_", " "), ylim=(0, None))
         axes = figure.axes[-len(cases)]
-        axes.set_ylabel(report.meaning["quantity"])
+        units = textwrap.fill(report.meaning.get("units", ""), 26)  # which a meaning need not have
+        axes.set_ylabel(f"{report.meaning['quantity']}\n{units}".strip())
         axes.legend(frameon=False, fontsize=7)
         with atomic_write(path) as unfinished:
             figure.savefig(unfinished, format="png", dpi=150)

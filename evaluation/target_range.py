@@ -41,7 +41,7 @@ class OutOfRangeWarning(UserWarning):
 class RangeCheck:
     """How far out T targets lie."""
 
-    p_value: np.ndarray  #: fraction of held-out designs that lie as far out, shape (T,)
+    p_value: np.ndarray  #: twice the smaller one of the two scores, at most 1, shape (T,)
     nearest_error: np.ndarray  #: error of the nearest training design's stored response, shape (T,)
     shape_distance: np.ndarray  #: Mahalanobis distance of the logarithms, shape (T,)
     out_of_range: np.ndarray  #: whether the p-value is below the level, bool, shape (T,)
@@ -90,7 +90,8 @@ class TargetRange:
 
         Args:
             targets: Shape ``(T, L, S)``, NaN where open.
-            level: p-value below which a target lies outside; so many of the targets within are called outside too.
+            level: p-value below which a target lies outside; at most so many of the targets within are called outside
+                too.
             names: Of the targets, for the warning; their numbers by default.
 
         Returns:
@@ -101,7 +102,7 @@ class TargetRange:
                 ``level`` is not in [0, 1].
 
         Warns:
-            OutOfRangeWarning: If a p-value is below ``level``.
+            OutOfRangeWarning: If a p-value is below ``level``, or none can be, there being too few held-out designs.
         """
         wanted = as_array(targets)
         if wanted.ndim != 3 or wanted.shape[1:] != self._training.shape[1:]:
@@ -121,6 +122,13 @@ class TargetRange:
             scores[:, alike] = self._scores(wanted[alike])
             as_far = (heldout[:, None, :] >= scores[:, alike, None]).sum(-1)
             p_values[alike] = np.minimum(1, 2 * (1 + as_far).min(0) / (1 + heldout.shape[1]))
+        if 0 < level <= 2 / (1 + len(self._heldout)):
+            warnings.warn(
+                f"no target can be told to lie outside what the training data can reach at the level {level:g}, which "
+                f"takes {math.floor(2 / level)} solved held-out designs; there are {len(self._heldout)}",
+                OutOfRangeWarning,
+                stacklevel=2,
+            )
         outside = p_values < level
         if outside.any():
             names = [str(index) for index in range(len(wanted))] if names is None else names

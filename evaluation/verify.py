@@ -219,6 +219,11 @@ def checked_question(
             f"designs must have shape (B, H, W), as many for each of {len(wanted)} targets, got {tuple(shape)}"
         )
     response_error(wanted, wanted)  # refuses an unfit target
+    if (wanted < 0).any():
+        raise ValueError(
+            "target must be non-negative, since it belongs to magnitudes of strain, in compression too; got "
+            f"{np.nanmin(wanted):g}"
+        )
     for name, rows in (("dataset", dataset), ("heldout", heldout)):
         if rows is not None and any(response_meaning(rows).get(key) != meaning[key] for key in _MEANING):
             raise ValueError(f"{name} must have responses of the meaning of the target, got another meaning")

@@ -65,6 +65,9 @@ class ClassifierGuidance:
         """Adds the gradient to ``tensors["latents"]`` after a step."""
         if step == 0:
             self._weights = _weights(pipe.scheduler)
+            # some pipelines count the steps from where they begin, others those of all timesteps
+            self._begin = pipe.scheduler.timesteps.tolist().index(float(timestep))
+        step += self._begin
         if step >= len(self._weights):  # the last step ends at clean data
             return {}
         latents = tensors["latents"]
@@ -89,10 +92,13 @@ def _weights(scheduler: Any) -> list[float]:
             "scheduler must evaluate the network once a timestep for classifier guidance, such as VDMScheduler or "
             f"DDIMScheduler, got {type(scheduler).__name__}"
         )
-    alphas_cumprod = scheduler.alphas_cumprod.double().cpu().numpy()
-    with np.errstate(divide="ignore"):  # where no signal is left
-        table = np.log(alphas_cumprod) - np.log1p(-alphas_cumprod)
-    log_snr = np.interp(timesteps, np.arange(len(table)), table)
+    if hasattr(scheduler, "curve"):  # of ours, which keeps the digits that alphas_cumprod loses near 1
+        log_snr = scheduler.curve.at(timesteps)
+    else:
+        alphas_cumprod = scheduler.alphas_cumprod.double().cpu().numpy()
+        with np.errstate(divide="ignore"):  # where no signal is left
+            table = np.log(alphas_cumprod) - np.log1p(-alphas_cumprod)
+        log_snr = np.interp(timesteps, np.arange(len(table)), table)
     share = -np.expm1(-np.diff(log_snr) * (1 if draws_noise else 0.5))
     return (share / (1 + np.exp(log_snr[:-1]))).tolist()
 

@@ -26,7 +26,6 @@ References:
     | https://arxiv.org/abs/2108.01073
 """
 
-import json
 import math
 from typing import Any
 
@@ -35,7 +34,7 @@ from diffusers import DiffusionPipeline
 from diffusers.image_processor import PipelineImageInput
 from torch import Tensor
 
-__all__ = ["PredictorGuidance", "check_predictor"]
+__all__ = ["PredictorGuidance"]
 
 #: The error up to which a wanted response is observed, in standard deviations of the training data.
 _TOLERANCE = 0.03
@@ -45,17 +44,6 @@ _LEAST_LOG_SNR = -2.5
 _REFINEMENT_LOG_SNR = 1.0
 #: Samples whose activations are kept at once.
 _BATCH = 64
-
-
-def check_predictor(predictor: Any, encoder: Any) -> None:
-    """Raises a ``ValueError`` unless a response means the same to a response predictor and a response encoder."""
-    # compared as they are saved, where tuples are lists
-    predicted, wanted = (json.loads(json.dumps(part.config.meaning)) for part in (predictor, encoder))
-    if predicted != wanted:
-        raise ValueError(
-            f"response_predictor must predict the responses that response_encoder was trained for, {wanted}, "
-            f"got one of {predicted}"
-        )
 
 
 class PredictorGuidance(DiffusionPipeline):

@@ -11,7 +11,9 @@ References:
     | https://arxiv.org/abs/2207.12598
 """
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Guidance", "prepare_response"]
+__all__ = ["Guidance", "check_meaning", "prepare_response"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,19 @@ class Guidance:
         entries = tuple(range(1, guided.ndim))
         spread = conditional.std(entries, keepdim=True) / guided.std(entries, keepdim=True)
         return torch.lerp(guided, guided * spread, self.rescale)
+
+
+def check_meaning(name: str, meaning: Mapping[str, Any] | None, encoder: Any) -> None:
+    """Raises a ``ValueError`` that names what has a meaning unless that is what a response encoder was trained for."""
+    # compared as they are saved, where tuples and arrays are lists
+    found, wanted = (
+        json.loads(json.dumps(each, default=lambda array: np.asarray(array).tolist()))
+        for each in (meaning, encoder.config.meaning)
+    )
+    if found != wanted:
+        raise ValueError(
+            f"{name} must be of the responses that response_encoder was trained for, {wanted}, got {found}"
+        )
 
 
 def prepare_response(response: Tensor | np.ndarray | None, batch_size: int, encoder: Any) -> Tensor:

@@ -6,7 +6,8 @@ The corrector leaves the density of a noise level where it is and repairs what t
 .. math:: x \leftarrow x + \delta_t \hat s(x) + \sqrt{2 \delta_t} z, \qquad \delta_t = 2 (r \sigma_t)^2, \quad
     \hat s = -\hat\epsilon / \sigma_t .
 
-This is the step of Song et al. for a signal-to-noise ratio :math:`r` with the norms of noise and score at their
+This is the step of Song et al., without their factor :math:`1 - \beta_i` of nearly one, for a signal-to-noise ratio
+:math:`r` with the norms of noise and score at their
 expected values, :math:`\sqrt D` and :math:`\sqrt D / \sigma_t`: a sample's step then depends neither on its own draw
 nor on its neighbours. Without a predictor the sample is only rescaled from level to level, which is annealed Langevin
 dynamics (Song & Ermon 2019).

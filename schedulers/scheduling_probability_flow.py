@@ -26,12 +26,11 @@ import numpy as np
 import torch
 from diffusers import SchedulerMixin  # by this name in this file pipelines know that it can be loaded
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .log_snr_curve import LogSnrCurve, alpha_sigma, prediction_coefficients
-from .runge_kutta import TABLEAUX, Tableau, adams_weights, noise_level
-from .variance_preserving_scheduler import StepOutput, VariancePreservingScheduler, at_least_single
+from .probability_flow_tableaux import TABLEAUX, Tableau, adams_weights, noise_level
+from .variance_preserving_scheduler import StepOutput, VariancePreservingScheduler, at_least_single, noise_like
 
 __all__ = ["ProbabilityFlowScheduler", "ProbabilityFlowSchedulerOutput"]
 
@@ -76,7 +75,7 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
 
     As in the stock Heun scheduler, ``timesteps`` has an entry for each evaluation of the network. The grid is that of
     ``timestep_spacing`` unless the configuration or the caller gives one: ``"log_snr"`` suits ``"adams_bashforth"``
-    best, and Runge-Kutta methods from about 30 evaluations on. Defaults are those of ``DDPMScheduler``, except that
+    best, and ``"rk4"`` from about 60 evaluations on. Defaults are those of ``DDPMScheduler``, except that
     nothing is clipped unless ``clip_sample`` is set.
 
     Args:
@@ -96,17 +95,17 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
             bounds to where (S_tmin, S_tmax) and with S_noise = 1. For Runge-Kutta methods alone.
         optimized_steps (`dict[str, dict]`, *optional*):
             Number of timesteps, as a string, to what :func:`mechdiffusers.schedulers.optimize_steps` found for it:
-            ``"timesteps"``, which replace ``timestep_spacing`` at that number, and for ``"adams_bashforth"``
-            ``"weights"``, which replace the method's own on the way to clean data.
+            ``"timesteps"``, which replace ``timestep_spacing`` at that number on the way to clean data, and for
+            ``"adams_bashforth"`` ``"weights"``, which replace the method's own.
 
     Raises:
         ValueError: If an argument is none of those.
 
     Example:
-        >>> scheduler = ProbabilityFlowScheduler(solver="heun", timestep_spacing="log_snr")
+        >>> scheduler = ProbabilityFlowScheduler(solver="heun", timestep_spacing="trailing")
         >>> scheduler.set_timesteps(3)
-        >>> scheduler.timesteps.round().tolist()
-        [999.0, 302.0, 302.0, 0.0, 0.0]
+        >>> scheduler.timesteps.tolist()
+        [999.0, 666.0, 666.0, 332.0, 332.0]
 
     References:
         | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021)
@@ -183,7 +182,8 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
         Raises:
             ValueError: If not exactly one of number and grid is given, or it is out of range or order.
         """
-        optimized = (self.config.optimized_steps or {}).get(str(num_inference_steps), {})
+        to_clean = self.config.final_sigmas_type == "zero" and not inverse
+        optimized = (self.config.optimized_steps or {}).get(str(num_inference_steps), {}) if to_clean else {}
         if timesteps is None and optimized:
             num_inference_steps, timesteps = None, optimized["timesteps"]
             self._weights = optimized.get("weights")
@@ -207,7 +207,7 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
         plan: list[_Evaluation] = []
         for step, (start, end) in enumerate(zip(starts, levels[1:], strict=False)):
             next_level = float(self.curve.at(starts[step + 1])) if step + 1 < len(grid) else end
-            if self._weights and to_clean and not first:
+            if self._weights and not first:
                 weights = self._weights[step]
                 plan.append(self._evaluation(start, start, weights, (end, next_level)))
             elif math.isfinite(end) and self.config.solver == _ADAMS:
@@ -332,8 +332,7 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
             if weight != 0:
                 next_sample = next_sample + weight * slope
         if now.churn > 0:
-            draw = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=dtype)
-            next_sample = next_sample + now.churn * draw
+            next_sample = next_sample + now.churn * noise_like(sample, generator)
         if divergence is not None or self._divergences or self._log_density_change is not None:
             self._accumulate(now, index, sample, divergence)
         next_sample, clean = next_sample.to(dtype), clean.to(dtype)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from mechdiffusers.evaluation import stored_responses
 from mechdiffusers.microstructures import build_dataset, random_composites, response_meaning
-from mechdiffusers.models import ResponseEncoder, response_normalisation
+from mechdiffusers.models import ResponseEncoder, ResponsePredictor, response_normalisation
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -24,7 +24,11 @@ def folder(make_pipeline, tmp_path):
     train = build_dataset(designs[20:], output=tmp_path / "data" / "train.parquet", progress=False, **options)
     pipe = make_pipeline(conditional=True)
     normalisation = response_normalisation(torch.from_numpy(stored_responses(train)))
-    pipe.register_modules(response_encoder=ResponseEncoder(6, 8, meaning=response_meaning(train), **normalisation))
+    meaning = response_meaning(train)
+    pipe.register_modules(
+        response_encoder=ResponseEncoder(6, 8, meaning=meaning, **normalisation),
+        response_predictor=ResponsePredictor((4, 8), 1, meaning, **normalisation).eval(),
+    )
     pipe.save_pretrained(tmp_path / "checkpoint")
     return tmp_path
 
@@ -82,12 +86,26 @@ def test_sweeps_have_a_point_for_each_setting(folder):
 
 
 @pytest.mark.slow
+def test_refined_designs_are_measured_and_nothing_is_computed_twice(folder):
+    quick = ["--num_targets", "5", "--num_designs", "3", "--num_refined", "2", "--num_rounds", "2"]
+    quick += ["--num_inference_steps", "2"]
+    first = run(folder, "refined_designs.py", *quick)
+    files = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.np*")}
+    assert run(folder, "refined_designs.py", *quick) == first
+    assert {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.np*")} == files
+    assert first["simulations_a_target"] == [3, 5, 7]
+    best = [each["mean"] for each in first["best_percent"]]
+    assert best == sorted(best, reverse=True)
+    assert best[0] > best[-1]
+
+
+@pytest.mark.slow
 def test_the_pixel_baseline_is_trained_and_measured_beside_the_latent_model(folder):
     quick = ["--minutes", "0.02", "--num_targets", "1", "--num_designs", "2", "--batch_size", "4"]
     quick += ["--ancestral_steps", "4", "--ddim_steps", "2"]
     figures = run(folder, "pixel_baseline.py", *quick)
     assert figures["pixel_training"]["steps"] >= 1
-    for model in ("latent", "pixel"):
+    for model in ("latent", "latent with predictor", "pixel"):
         for sampler in ("4 ancestral steps", "2 DDIM steps"):
             assert figures[f"{model}, {sampler}"]["designs_a_target"] == 2
 

@@ -26,7 +26,10 @@ MAY_IMPORT = {
 TRAVELS = [
     *(path for room in ("pipelines", "models") for path in (ROOT / room).glob("*.py") if path.stem != "__init__"),
     *(ROOT / "schedulers").glob("scheduling_*.py"),
-    *(ROOT / "schedulers" / f"{stem}.py" for stem in ("log_snr_curve", "runge_kutta", "variance_preserving_scheduler")),
+    *(
+        ROOT / "schedulers" / f"{stem}.py"
+        for stem in ("log_snr_curve", "probability_flow_tableaux", "variance_preserving_scheduler")
+    ),
 ]
 
 

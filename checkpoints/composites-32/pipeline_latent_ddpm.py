@@ -31,9 +31,9 @@ from .latent_likelihood import (
 )
 from .latent_prior import LatentPrior
 from .portable_checkpoint import PortableCheckpoint
-from .predictor_guidance import PredictorGuidance, check_predictor
+from .predictor_guidance import PredictorGuidance
 from .probability_flow import ProbabilityFlow
-from .response_conditioning import Guidance, prepare_response
+from .response_conditioning import Guidance, check_meaning, prepare_response
 from .trained_noise_schedule import TrainedNoiseSchedule
 from .variational_likelihood import VariationalLikelihood
 
@@ -104,7 +104,7 @@ class LatentDDPMPipeline(
         super().__init__()
         check_decoder_likelihood(decoder_likelihood, decoder_scale)
         if response_predictor is not None:
-            check_predictor(response_predictor, response_encoder)
+            check_meaning("response_predictor", response_predictor.config.meaning, response_encoder)
         self.register_modules(
             vae=vae,
             unet=unet,
@@ -135,6 +135,7 @@ class LatentDDPMPipeline(
         predictor_guidance_scale: float = 4.0,
         num_candidates: int = 1,
         num_refinements: int = 0,
+        meaning: dict[str, Any] | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""Generates images.
 
@@ -143,8 +144,7 @@ class LatentDDPMPipeline(
                 Number of images without a ``response``.
             response (`torch.Tensor` or `np.ndarray`, *optional*):
                 Wanted responses, shape ``(B, L, S)``, NaN where open. What the entries are, their load cases, strains,
-                quantity and units, is what ``response_encoder.config.meaning`` says: a response of the same shape that
-                means something else is not told from one.
+                quantity and units, is what ``response_encoder.config.meaning`` says.
             num_images_per_response (`int`, defaults to 1):
                 Images for each response; the images of one response are neighbours.
             num_inference_steps (`int`, defaults to 50):
@@ -181,6 +181,9 @@ class LatentDDPMPipeline(
             num_refinements (`int`, defaults to 0):
                 How often the last steps are taken again from what was kept, with new noise for as many candidates; the
                 nearest of these and the image itself is kept. It needs what ``num_candidates`` needs.
+            meaning (`dict`, *optional*):
+                What the entries of ``response`` mean, as ``mechdiffusers.response_meaning`` reads it from a dataset.
+                Numbers do not tell, so that without it only their shape is compared with the checkpoint's.
 
         Returns:
             [`ImagePipelineOutput`], or a tuple of the images.
@@ -213,6 +216,8 @@ class LatentDDPMPipeline(
                 )
         device, dtype = self._execution_device, self.unet.dtype
 
+        if meaning is not None:
+            check_meaning("response", meaning, self.response_encoder)
         responses = prepare_response(response, batch_size, self.response_encoder)
         responses = responses.repeat_interleave(num_images_per_response, dim=0)
         num_images = len(responses)

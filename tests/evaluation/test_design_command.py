@@ -50,6 +50,27 @@ def test_rounds_of_simulations_bring_the_designs_nearer(conditional, composites,
     assert errors[1] != errors[0]
 
 
+def test_a_predictor_chooses_and_refines_where_nothing_else_is_asked_for(conditional, composites, tmp_path):
+    meaning = response_meaning(composites)
+    normalisation = response_normalisation(torch.from_numpy(stored_responses(composites)))
+    conditional.register_modules(response_predictor=ResponsePredictor((4, 8), 1, meaning, **normalisation).eval())
+    conditional.save_pretrained(tmp_path / "checkpoint")
+    write_targets(tmp_path / "t.csv", {"a": stored_responses(composites)[20]}, meaning)
+    designs = {}
+    asked = {
+        "default": [],
+        "same": ["--num_candidates", "4", "--num_refinements", "2"],
+        "neither": ["--num_candidates", "1", "--num_refinements", "0"],
+    }
+    for name, values in asked.items():
+        options = ["--num_designs", "2", "--num_inference_steps", "2", *values]
+        folders = ["--checkpoint", str(tmp_path / "checkpoint"), "--output_dir", str(tmp_path / name)]
+        main([str(tmp_path / "t.csv"), *folders, *options])
+        designs[name] = np.load(tmp_path / name / "designs.npy")
+    np.testing.assert_array_equal(designs["default"], designs["same"])
+    assert (designs["default"] != designs["neither"]).any()
+
+
 def test_rounds_without_a_predictor_are_refused_in_one_sentence(conditional, composites, tmp_path):
     conditional.save_pretrained(tmp_path / "checkpoint")
     arguments = [str(tmp_path / "t.csv"), "--checkpoint", str(tmp_path / "checkpoint"), "--num_rounds", "2"]

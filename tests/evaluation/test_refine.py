@@ -147,6 +147,7 @@ def test_kriging_of_designs_that_depend_on_each_other_gives_what_is_linear_in_th
         ({"designs": np.full((2, 6, 6), 0.5)}, "designs"),
         ({"designs": np.zeros((3, 6, 6))}, "designs"),
         ({"target": np.full((2, 2, 3), 1.0)}, "target"),
+        ({"target": -np.ones(np.shape(MEANING["strains"]))}, "target must be non-negative"),
         ({"num_rounds": 0}, "num_rounds"),
         ({"num_rounds": True}, "num_rounds"),
     ],

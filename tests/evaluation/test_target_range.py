@@ -99,6 +99,15 @@ def test_a_target_out_of_range_is_warned_of_by_its_name_and_one_within_is_not(re
         reach.check(targets[:1])
 
 
+@pytest.mark.parametrize(("num", "tells"), [(199, False), (200, True)])
+def test_too_few_held_out_designs_to_call_anything_out_of_range_are_warned_of(num, tells):
+    reach = TargetRange(curves(300, seed=0), curves(num, seed=1))
+    message = "targets 0 " if tells else f"no target can be told .* takes 200 solved held-out designs; there are {num}"
+    with pytest.warns(OutOfRangeWarning, match=message):
+        check = reach.check(1e3 * curves(1, 3))
+    assert check.out_of_range.item() == tells
+
+
 def test_unsolved_designs_reach_nothing():
     training, heldout = curves(300, seed=0), curves(100, seed=1)
     unsolved = contradictory(training)

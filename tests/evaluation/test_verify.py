@@ -141,6 +141,7 @@ def test_a_report_is_saved_under_fit_names_alone(report, tmp_path):
         ),
         ({"target": np.ones((3, 3))}, r"target must have shape \(T, 2, 3\): the load cases \['uniaxial_extension', "),
         ({"target": np.full((2, 3), np.nan)}, "target must be finite, given somewhere"),
+        ({"target": -np.ones((2, 3))}, "target must be non-negative, since it belongs to magnitudes of strain"),
         ({"meaning": {"load_cases": ["shear"]}}, "meaning must have .* got .'load_cases'."),
         ({"meaning": None}, "meaning must have"),
         ({"names": ["soft", "stiff"]}, "names must be 1 different names of files"),

@@ -84,6 +84,37 @@ def test_guidance_from_no_signal_at_all_is_finite(cls):
     torch.testing.assert_close(guided["latents"], torch.ones(2, 1), rtol=1e-2, atol=0)  # sigma_t^2 k of pure noise
 
 
+def test_guidance_is_finite_where_hardly_any_noise_is_left():
+    scheduler = VDMScheduler(log_snr="linear", log_snr_range=(20.0, -5.0))
+    scheduler.set_timesteps(250)
+    guidance, x = ClassifierGuidance(lambda x, t: -x.square().sum(1)), torch.ones(2, 1)
+    for i, t in enumerate(scheduler.timesteps):
+        assert guidance(SimpleNamespace(scheduler=scheduler), i, t, {"latents": x}).get("latents", x).isfinite().all()
+
+
+@pytest.mark.parametrize("counted_from_the_cut", [True, False])
+def test_a_loop_that_begins_later_is_guided_by_the_weights_of_its_timesteps(counted_from_the_cut):
+    """As in stock pipelines of image to image, which cut the timesteps and count from there."""
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(10)
+    pipe, seen = SimpleNamespace(scheduler=scheduler), []
+
+    def likelihood(x, t):
+        seen.append(float(t))
+        return -x.square().sum(1)
+
+    x = torch.ones(2, 1)
+    whole, cut = ClassifierGuidance(likelihood), ClassifierGuidance(likelihood)
+    expected = [whole(pipe, i, t, {"latents": x})["latents"] for i, t in enumerate(scheduler.timesteps[:-1])][6:]
+    if not counted_from_the_cut:
+        cut(pipe, 0, scheduler.timesteps[0], {"latents": x})
+    seen.clear()
+    for i, t in enumerate(scheduler.timesteps[6:-1]):
+        found = cut(pipe, i if counted_from_the_cut else i + 6, t, {"latents": x})["latents"]
+        assert torch.equal(found, expected[i])
+    assert seen == scheduler.timesteps[7:].tolist()
+
+
 def test_the_pipeline_takes_it(pipe):
     def wanted(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         return -((latents.mean((1, 2, 3)) - 4) ** 2)
@@ -129,7 +160,9 @@ def test_options_of_another_class_in_a_configuration_do_not_change_a_schedulers_
     for scheduler in (DDIMScheduler(), DDIMScheduler.from_config(config)):
         scheduler.set_timesteps(10)
         guidance = ClassifierGuidance(lambda x, t: x.sum(1))
-        weights.append(guidance(SimpleNamespace(scheduler=scheduler), 0, 999, {"latents": torch.zeros(2, 1)}))
+        weights.append(
+            guidance(SimpleNamespace(scheduler=scheduler), 0, scheduler.timesteps[0], {"latents": torch.zeros(2, 1)})
+        )
     assert torch.equal(weights[0]["latents"], weights[1]["latents"])
 
 
@@ -140,10 +173,14 @@ def test_what_cannot_be_guided_is_named():
     scheduler = ProbabilityFlowScheduler(solver="heun")
     scheduler.set_timesteps(4)
     with pytest.raises(ValueError, match="^scheduler must evaluate .* got ProbabilityFlowScheduler"):
-        ClassifierGuidance(log_likelihood)(SimpleNamespace(scheduler=scheduler), 0, 999, {"latents": x})
+        ClassifierGuidance(log_likelihood)(
+            SimpleNamespace(scheduler=scheduler), 0, scheduler.timesteps[0], {"latents": x}
+        )
     scheduler = VDMScheduler()
     scheduler.set_timesteps(4)
     with pytest.raises(
         ValueError, match=r"^log_likelihood must give one number a sample, shape \(2,\), got shape \(2, 1"
     ):
-        ClassifierGuidance(lambda x, t: x)(SimpleNamespace(scheduler=scheduler), 0, 999, {"latents": x})
+        ClassifierGuidance(lambda x, t: x)(
+            SimpleNamespace(scheduler=scheduler), 0, scheduler.timesteps[0], {"latents": x}
+        )

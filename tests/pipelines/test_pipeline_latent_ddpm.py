@@ -255,6 +255,25 @@ def test_a_response_of_another_kind_is_refused(make_pipeline, arguments, message
         make_pipeline(conditional=True)(**arguments)
 
 
+@pytest.mark.parametrize("change", [{"units": "MPa"}, {"load_cases": ["shear", "uniaxial_extension"]}])
+def test_a_response_of_another_meaning_is_refused(make_pipeline, change):
+    pipe = make_pipeline(conditional=True)
+    meaning = {**pipe.response_encoder.config.meaning, **change}
+    with pytest.raises(ValueError, match="^response must be of the responses that response_encoder was trained for"):
+        pipe(response=torch.ones(1, 2, 3), meaning=meaning)
+
+
+def test_a_response_of_the_meaning_of_the_checkpoint_is_taken_in_lists_tuples_and_arrays(make_pipeline):
+    pipe = make_pipeline(conditional=True)
+    meaning = dict(pipe.response_encoder.config.meaning)
+    meaning |= {"load_cases": tuple(meaning["load_cases"]), "strains": np.array(meaning["strains"])}
+    found, expected = (
+        latents_of(pipe, response=torch.ones(2, 2, 3), generator=generators(2), **options)
+        for options in ({"meaning": meaning}, {})
+    )
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_view_of_an_array_is_a_response(make_pipeline):
     pipe = make_pipeline(conditional=True)
     view = np.arange(12.0).reshape(2, 2, 3)[:, ::-1, ::-1]

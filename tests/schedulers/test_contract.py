@@ -85,13 +85,14 @@ def test_defaults_are_those_of_ddpm_except_that_nothing_clips(cls):
 @pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning:numpy")
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("name", VARIANCE_PRESERVING)
-def test_from_config_takes_the_noise_schedule_of_any_stock_scheduler(cls, name):
+def test_from_config_takes_the_noise_schedule_of_any_stock_scheduler(cls, name, tmp_path):
     for options in ({}, {"beta_schedule": "scaled_linear", "beta_end": 0.012, "prediction_type": "v_prediction"}):
         stock = getattr(diffusers, name)(**options)
-        ours = cls.from_config(stock.config)
-        torch.testing.assert_close(ours.alphas_cumprod, stock.alphas_cumprod)
-        assert ours.config.prediction_type == stock.config.prediction_type
-        assert ours.config.clip_sample is False
+        stock.save_pretrained(tmp_path)
+        for ours in (cls.from_config(stock.config), cls.from_pretrained(tmp_path)):
+            torch.testing.assert_close(ours.alphas_cumprod, stock.alphas_cumprod)
+            assert ours.config.prediction_type == stock.config.prediction_type
+            assert ours.config.clip_sample is False
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -156,10 +157,12 @@ def test_a_sample_depends_on_its_own_generator_alone(cls, options):
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("cls", "options"), VARIANTS)
 def test_the_sample_keeps_its_dtype(cls, options, dtype):
-    assert run(cls(**options), torch.randn(2, 3, dtype=dtype)).dtype == dtype
+    end = run(cls(**options), torch.randn(2, 3, dtype=dtype))
+    assert end.dtype == dtype
+    assert end.isfinite().all()
 
 
 @pytest.mark.parametrize(("cls", "options"), VARIANTS)
@@ -380,7 +383,7 @@ def test_a_checkpoint_ships_the_scheduler_and_the_installed_class_loads_it(make_
     again = LatentDDPMPipeline(pipe.vae, pipe.unet, pipe.scheduler, pipe.response_encoder)
     again.save_pretrained(tmp_path)
     stems = {cls.__module__.split(".")[-1], "log_snr_curve", "variance_preserving_scheduler"}
-    stems |= {"runge_kutta"} if cls is ProbabilityFlowScheduler else set()
+    stems |= {"probability_flow_tableaux"} if cls is ProbabilityFlowScheduler else set()
     shipped = {path.name for path in (tmp_path / "scheduler").iterdir()}
     assert shipped == {"scheduler_config.json", *(f"{stem}.py" for stem in stems)}
     loaded = LatentDDPMPipeline.from_pretrained(tmp_path)
@@ -438,6 +441,7 @@ def test_bad_curves_are_named(cls, options, message):
             "optimized_steps must have 1 timesteps under '1' and, for 'adams_bashforth' alone, as many rows",
         ),
         (PredictorCorrectorScheduler, {"predictor": "magic"}, "predictor must be one of"),
+        *((cls, {"clip_sample_range": -1.0}, "clip_sample_range must be positive, got -1.0") for cls in CLASSES),
         (PredictorCorrectorScheduler, {"num_corrector_steps": -1}, "num_corrector_steps must be an integer of at le"),
         (PredictorCorrectorScheduler, {"predictor": "none", "num_corrector_steps": 0}, "num_corrector_steps must be"),
         (PredictorCorrectorScheduler, {"corrector_snr": 1.0}, r"corrector_snr must lie inside \(0, 1\)"),
@@ -485,6 +489,21 @@ def test_bad_steps_are_named(cls):
         scheduler.add_noise(x, x, torch.tensor([3.0, 2.0, 1.0]))
     with pytest.raises(ValueError, match="^noise must have the samples' shape"):
         scheduler.add_noise(x, x[:1], torch.tensor(3.0))
+
+
+@pytest.mark.parametrize("num", [1, 3])
+@pytest.mark.parametrize(
+    "scheduler", [VDMScheduler(), PredictorCorrectorScheduler(), ProbabilityFlowScheduler(s_churn=5.0)]
+)
+def test_as_many_generators_as_samples_are_needed(scheduler, num):
+    generators = [torch.Generator().manual_seed(seed) for seed in range(num)]
+    with pytest.raises(ValueError, match=f"^generator must be one or a list of 2, one a sample, got {num}"):
+        run(scheduler, torch.zeros(2, 3), generators)
+
+
+def test_an_error_of_the_velocity_may_be_a_tensor(tmp_path):
+    VDMScheduler(variance_type="optimal", velocity_error=torch.tensor([0.25, 0.5])).save_pretrained(tmp_path)
+    assert VDMScheduler.from_pretrained(tmp_path).config.velocity_error == [0.25, 0.5]
 
 
 def test_stages_out_of_order_are_refused():

@@ -68,7 +68,7 @@ def noise(num: int, seed: int = 0) -> torch.Tensor:
 
 
 def assert_distributed_as(samples: torch.Tensor, density: GaussianMixture, bias: float = 0.0) -> None:
-    """Mean, covariance and weights agree within 4.5 standard errors (1 in 10^5 a number) and a relative bias."""
+    """Moments, weights and widths agree within 4.5 standard errors (1 in 10^5 a number) and a relative bias."""
     num = len(samples)
     clean = torch.tensor(math.inf)
     truth = density.sample(100_000, torch.Generator().manual_seed(99))
@@ -80,6 +80,30 @@ def assert_distributed_as(samples: torch.Tensor, density: GaussianMixture, bias:
     shares = density.responsibilities(samples, clean)
     error = 4.5 * density.responsibilities(truth, clean).std(0) / math.sqrt(num)
     assert ((shares.mean(0) - density.weights).abs() < error + bias * density.weights).all()
+    # the spread within the components, which is a small part of the covariance
+    found, expected = nearest_component(samples, density), nearest_component(truth, density)
+    error = 4.5 * expected.std() / math.sqrt(num)
+    assert (found.mean() - expected.mean()).abs() < error + 2 * bias * expected.mean()
+
+
+def nearest_component(samples: torch.Tensor, density: GaussianMixture) -> torch.Tensor:
+    """Squared Mahalanobis distance to the component that is nearest by it, shape (B,)."""
+    offset = samples[:, None] - density.means
+    return torch.einsum("bki,kij,bkj->bk", offset, torch.linalg.inv(density.covariances), offset).min(1).values
+
+
+@pytest.mark.parametrize("density", ["mixture", "moons"])
+@pytest.mark.parametrize("width", [0.0, 0.85, 1.0, 1.15])
+def test_what_compares_samples_with_a_density_sees_the_width_of_its_components(density, width):
+    density = DENSITIES[density]
+    samples = density.sample(4000, torch.Generator().manual_seed(0))
+    nearest = density.means[density.responsibilities(samples, torch.tensor(math.inf)).argmax(1)]
+    samples = nearest + width * (samples - nearest)
+    if width == 1:
+        assert_distributed_as(samples, density)
+    else:
+        with pytest.raises(AssertionError):
+            assert_distributed_as(samples, density, bias=0.02)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +119,7 @@ def test_samples_of_an_exact_denoiser_have_the_densitys_moments_and_weights(name
     scheduler.set_timesteps(num)
     # enough of them for noise that is 5 % too small to show
     samples = solve(
-        scheduler, DENSITIES[density], noise(20_000 if density == "gaussian" else 800), torch.manual_seed(1)
+        scheduler, DENSITIES[density], noise(20_000 if density == "gaussian" else 4000), torch.manual_seed(1)
     )
     assert_distributed_as(samples, DENSITIES[density], bias=0.02)
 
@@ -157,7 +181,7 @@ def test_annealed_langevin_dynamics_alone_finds_the_density():
         predictor="none", num_corrector_steps=10, corrector_snr=0.3, timestep_spacing="log_snr"
     )
     scheduler.set_timesteps(80)
-    samples = solve(scheduler, MIXTURE, noise(800), torch.Generator().manual_seed(1))
+    samples = solve(scheduler, MIXTURE, noise(4000), torch.Generator().manual_seed(1))
     assert_distributed_as(samples, MIXTURE, bias=0.08)
 
 
@@ -308,7 +332,7 @@ def test_there_and_back_returns_to_the_start_to_the_solvers_order(solver, order)
 def test_encoded_data_are_the_noise_that_they_come_from():
     scheduler = ProbabilityFlowScheduler(solver="rk4", timestep_spacing="log_snr")
     scheduler.set_timesteps(60, inverse=True)
-    encoded = solve(scheduler, MIXTURE, MIXTURE.sample(800, torch.Generator().manual_seed(0)))
+    encoded = solve(scheduler, MIXTURE, MIXTURE.sample(4000, torch.Generator().manual_seed(0)))
     assert_distributed_as(encoded, GaussianMixture([1.0], [[0.0, 0.0]], [[[1.0, 0.0], [0.0, 1.0]]]), bias=0.01)
 
 
@@ -353,7 +377,7 @@ def test_the_corrector_repairs_a_predictor_that_is_wrong(num_corrector_steps):
     scheduler.set_timesteps(60)
     for i in range(num_corrector_steps, len(scheduler.timesteps), num_corrector_steps + 1):
         scheduler._rows[i] = scheduler._rows[i]._replace(noise_std=0.0)  # a predictor that forgets its noise
-    samples = solve(scheduler, MIXTURE, noise(800), torch.Generator().manual_seed(1))
+    samples = solve(scheduler, MIXTURE, noise(4000), torch.Generator().manual_seed(1))
     if num_corrector_steps:
         assert_distributed_as(samples, MIXTURE, bias=0.08)
     else:

@@ -50,6 +50,27 @@ def test_the_steps_stand_in_the_configuration_beside_those_of_other_numbers(tmp_
     assert not torch.allclose(solve(loaded, x, 5), solve(scheduler, x, 5))
 
 
+@pytest.mark.parametrize(
+    "options", [{"solver": "heun"}, {"log_snr": "cosine"}, {"prediction_type": "v_prediction"}, {"beta_end": 0.03}]
+)
+def test_steps_found_for_one_solver_curve_or_network_are_not_those_of_another(options):
+    found = {"2": {"timesteps": [900.0, 300.0], "weights": [[-1.0], [0.5, -1.0]]}}
+    optimized = ProbabilityFlowScheduler(solver="adams_bashforth", optimized_steps=found)
+    assert ProbabilityFlowScheduler.from_config(optimized.config, **options).config.optimized_steps is None
+    same = ProbabilityFlowScheduler.from_config(optimized.config, solver="adams_bashforth", s_churn=0.0)
+    assert same.config.optimized_steps == found
+
+
+@pytest.mark.parametrize(("options", "inverse"), [({}, True), ({"final_sigmas_type": "sigma_min"}, False)])
+def test_steps_found_for_the_way_to_clean_data_are_not_taken_on_another(options, inverse):
+    found = {"2": {"timesteps": [900.0, 300.0]}}
+    optimized = ProbabilityFlowScheduler(solver="euler", optimized_steps=found, **options)
+    stock = ProbabilityFlowScheduler(solver="euler", **options)
+    for scheduler in (optimized, stock):
+        scheduler.set_timesteps(2, inverse=inverse)
+    assert optimized.timesteps.tolist() == stock.timesteps.tolist()
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_the_velocity_error_of_an_exact_denoiser_is_the_conditional_variance(prediction_type):
     variance = 0.2
