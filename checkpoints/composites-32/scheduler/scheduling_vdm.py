@@ -109,6 +109,8 @@ class VDMScheduler(VariancePreservingScheduler, SchedulerMixin):
         errors = None if velocity_error is None else np.asarray(velocity_error, dtype=np.float64)
         if errors is not None and (errors.ndim != 1 or len(errors) < 2 or not (errors >= 0).all()):
             raise ValueError(f"velocity_error must be at least two non-negative numbers, got {velocity_error!r}")
+        if errors is not None:
+            self.register_to_config(velocity_error=errors.tolist())  # a tensor has no place in JSON
         if variance_type == "optimal" and errors is None:
             raise ValueError("velocity_error must be given for variance_type='optimal', got None")
 

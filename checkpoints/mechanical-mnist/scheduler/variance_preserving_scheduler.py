@@ -17,7 +17,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-__all__ = ["NOISE_SCHEDULE", "LinearStep", "StepOutput", "VariancePreservingScheduler", "at_least_single"]
+__all__ = ["NOISE_SCHEDULE", "LinearStep", "StepOutput", "VariancePreservingScheduler", "at_least_single", "noise_like"]
 
 _PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "score")
 _SPACINGS = ("leading", "linspace", "trailing", "log_snr")
@@ -39,6 +39,8 @@ _SOLVER_OPTIONS = {
     *("solver", "final_sigmas_type", "s_churn", "optimized_steps"),
     *("predictor", "num_corrector_steps", "corrector_snr"),
 }
+#: What the timesteps and weights of ``optimized_steps`` were found for.
+_OPTIMIZED_FOR = {"solver", "log_snr", "log_snr_range"} | NOISE_SCHEDULE - {"timestep_spacing", "steps_offset"}
 
 
 @dataclass
@@ -87,7 +89,7 @@ class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
         """As in diffusers, and the noise schedule is taken over even where it stands at the other class's defaults.
 
         Clipping, a default of ``DDPMScheduler`` that is wrong for latents, is never taken over from a stock scheduler:
-        ask for it by ``clip_sample=True``.
+        ask for it by ``clip_sample=True``. Steps that were optimised for another curve, solver or prediction are left.
 
         Args:
             config: Configuration of a variance-preserving scheduler of ours or of diffusers.
@@ -103,6 +105,10 @@ class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
         config = {key: value for key, value in config.items() if key not in defaults and key != "_use_default_values"}
         if "log_snr" not in config:
             config.pop("clip_sample", None)
+            if config.get("variance_type") is None:  # as the stock DPM-Solvers have it
+                config.pop("variance_type", None)
+        if any(key in kwargs and kwargs[key] != config.get(key) for key in _OPTIMIZED_FOR):
+            config.pop("optimized_steps", None)
         of_siblings = {key: config.pop(key) for key in _SOLVER_OPTIONS - cls._get_init_keys(cls) if key in config}
         made = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
         (made[0] if return_unused_kwargs else made).register_to_config(**of_siblings)
@@ -113,6 +119,8 @@ class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
         config = self.config
         _check_one_of("prediction_type", config.prediction_type, _PREDICTION_TYPES)
         _check_one_of("timestep_spacing", config.timestep_spacing, _SPACINGS)
+        if not config.clip_sample_range > 0:
+            raise ValueError(f"clip_sample_range must be positive, got {config.clip_sample_range!r}")
         self.curve = curve
         alphas_squared = 1 / (1 + np.exp(-curve.at(np.arange(config.num_train_timesteps))))
         #: (T,), as in stock schedulers: what a pipeline compares to see whether a scheduler suits its denoiser.
@@ -287,8 +295,7 @@ class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
         clean = self._clean(wide_sample, wide_output, step.x0_coefficients)
         prev_sample = step.sample_coefficient * wide_sample + step.x0_coefficient * clean
         if step.noise_std > 0:
-            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-            prev_sample = prev_sample + step.noise_std * noise
+            prev_sample = prev_sample + step.noise_std * noise_like(sample, generator)
         prev_sample, clean = prev_sample.to(sample.dtype), clean.to(sample.dtype)
         return StepOutput(prev_sample, clean) if return_dict else (prev_sample, clean)
 
@@ -310,6 +317,13 @@ def _short(values: Any) -> str:
     if isinstance(values, (list, tuple, np.ndarray)) and len(values) > 6:
         return f"[{', '.join(f'{v}' for v in values[:3])}, ..., {', '.join(f'{v}' for v in values[-2:])}]"
     return repr(values)
+
+
+def noise_like(sample: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+    """Standard normal noise for samples ``(B, *)``, of one generator or of one for each sample."""
+    if isinstance(generator, list) and len(generator) != len(sample):
+        raise ValueError(f"generator must be one or a list of {len(sample)}, one a sample, got {len(generator)}")
+    return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
 
 
 def at_least_single(*tensors: Tensor) -> tuple[Tensor, ...]:
