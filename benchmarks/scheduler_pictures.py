@@ -73,7 +73,7 @@ def ancestral(panels: list[Axes]) -> None:
     fine = VDMScheduler(timestep_spacing="log_snr")
     fine.set_timesteps(250)
     states = way(fine, noise())
-    scatter(panels[0], states[-1], "250 steps, and the ways of 3")
+    scatter(panels[0], states[-1], "250 steps, and the paths of 3")
     paths(panels[0], states, 3)
     scatter(panels[1], way(few["fixed_small"], noise())[-1], "10 steps")
     scatter(panels[2], way(few["optimal"], noise())[-1], "10 steps, optimal variance")
@@ -81,11 +81,11 @@ def ancestral(panels: list[Axes]) -> None:
 
 def probability_flow(panels: list[Axes]) -> None:
     scheduler = ProbabilityFlowScheduler(solver="rk4", timestep_spacing="log_snr", final_sigmas_type="sigma_min")
-    scheduler.set_timesteps(60)
+    scheduler.set_timesteps(61)
     states = way(scheduler, noise())
-    scatter(panels[0], states[-1], "60 Runge-Kutta steps, the ways of 12")
+    scatter(panels[0], states[-1], "60 Runge-Kutta steps, the paths of 12")
     paths(panels[0], states, 12)
-    scheduler.set_timesteps(60, inverse=True)
+    scheduler.set_timesteps(61, inverse=True)
     x = MOONS.sample(NUM, torch.Generator().manual_seed(0))
     for t in scheduler.timesteps:
         log_snr = scheduler.curve(t)

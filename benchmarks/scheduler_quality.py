@@ -18,8 +18,9 @@ equal steps of log-SNR (``-log-snr``).
 What is measured is kept in ``--work`` scheduler by scheduler, so that an interrupted run goes on; what another version
 of the schedulers or of this file measured is not taken.
 
-``IPNDMScheduler`` of diffusers has a noise schedule of its own and no prediction type, so that it cannot sample such a
-model; ``PNDMScheduler`` without its Runge-Kutta start is the nearest there is.
+``IPNDMScheduler`` of diffusers has a noise schedule of its own and no prediction type. What it makes of a sample and an
+output, sigma x + alpha v, is the noise of a network that predicts the velocity, so that it samples these models where
+it is given their noise levels.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import PNDMScheduler
+from diffusers import IPNDMScheduler, PNDMScheduler
 from mechdiffusers.evaluation import (
     GaussianMixture,
     sliced_wasserstein_distance,
@@ -55,13 +56,14 @@ from tqdm.auto import tqdm
 
 EVALUATIONS = {"analytic": (4, 8, 16, 32, 64), "checkpoint": (4, 8, 16, 32, 64)}
 OPTIMIZED = {"analytic": (4, 8, 16), "checkpoint": (4, 8, 16)}
-STOCK = ("deis", "dpmsolver++", "dpmsolver++3m", "unipc", "ddim", "heun", "euler-karras", "pndm", "ddpm")
+STOCK = ("deis", "dpmsolver++", "dpmsolver++3m", "unipc", "ddim", "heun", "euler-karras", "pndm", "ipndm", "ddpm")
 #: Stock schedulers in equal steps of log-SNR: the one whose noise schedule they keep, and what it takes.
 STOCK_LOG_SNR: dict[str, tuple[str, dict[str, Any]]] = {
     "deis-3-log-snr": ("deis", {"solver_order": 3, "use_exponential_sigmas": True}),
     "dpmsolver++-log-snr": ("dpmsolver++", {"use_lu_lambdas": True}),
     "dpmsolver++3m-log-snr": ("dpmsolver++3m", {"use_lu_lambdas": True}),
     "unipc-log-snr": ("unipc", {"use_exponential_sigmas": True}),
+    "ipndm-log-snr": ("ipndm", {"timestep_spacing": "log_snr"}),
 }
 LOG_SNR = {"timestep_spacing": "log_snr"}
 OURS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -81,12 +83,42 @@ STOCHASTIC = ("ddpm", "vdm", "vdm-optimal-variance", "predictor-corrector")
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+class IPNDM:
+    """``IPNDMScheduler`` at the noise levels of a model that predicts the velocity."""
+
+    init_noise_sigma = 1.0
+
+    def __init__(self, config: Any, **options: Any):
+        if config["prediction_type"] != "v_prediction":
+            raise ValueError(f"config must have the prediction_type 'v_prediction', got {config['prediction_type']!r}")
+        self._grid = ProbabilityFlowScheduler.from_config(config, solver="euler", **options)
+
+    def set_timesteps(self, num_inference_steps: int) -> None:
+        """Lays the grid."""
+        self._grid.set_timesteps(num_inference_steps)
+        self.timesteps = self._grid.timesteps
+        sigmas = torch.sigmoid(-self._grid.curve(self.timesteps)).sqrt()
+        self._stock = IPNDMScheduler(trained_betas=[*sigmas.tolist(), 0.0])
+        self._stock.set_timesteps(num_inference_steps)
+        self._places = iter(self._stock.timesteps)
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """The sample itself."""
+        return sample
+
+    def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> Any:
+        """The stock step, at the stock scheduler's own name for the timestep."""
+        return self._stock.step(model_output, next(self._places), sample)
+
+
 def make(
     part: str, name: str, config: Any, denoiser: Denoiser, noise: torch.Tensor, clean: Callable[[], torch.Tensor]
 ) -> Any:
     """A scheduler by name; what has to be learned of the denoiser is learned from ``noise`` and ``clean``."""
     if name == "pndm":  # not among our stock schedulers, as it cannot take a network that predicts the sample
         return PNDMScheduler.from_config(config, skip_prk_steps=True)
+    if name.startswith("ipndm"):
+        return IPNDM(config, **STOCK_LOG_SNR.get(name, ("", {}))[1])
     if name in STOCK:
         return stock_scheduler(name, config)
     if name in STOCK_LOG_SNR:
