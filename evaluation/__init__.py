@@ -1,6 +1,7 @@
 """Evaluation: how good generated designs are."""
 
 from mechdiffusers.evaluation.analytic_denoisers import GaussianMixture, two_moons
+from mechdiffusers.evaluation.design import designs_for
 from mechdiffusers.evaluation.novelty import diversity, novelty, stiff_connectivity
 from mechdiffusers.evaluation.out_of_distribution import (
     DESIGN_FAMILIES,
@@ -24,6 +25,7 @@ from mechdiffusers.evaluation.statistics import (
     volume_fraction_distance,
 )
 from mechdiffusers.evaluation.target_range import OutOfRangeWarning, RangeCheck, TargetRange
+from mechdiffusers.evaluation.targets import read_targets, write_targets
 from mechdiffusers.evaluation.verify import VerificationReport, verify
 
 __all__ = [
@@ -37,10 +39,12 @@ __all__ = [
     "TargetRange",
     "VerificationReport",
     "bootstrap_interval",
+    "designs_for",
     "distance_of_means",
     "diversity",
     "nearest_training_designs",
     "novelty",
+    "read_targets",
     "receiver_operating_characteristic",
     "refine",
     "response_error",
@@ -53,4 +57,5 @@ __all__ = [
     "two_point_error",
     "verify",
     "volume_fraction_distance",
+    "write_targets",
 ]

@@ -39,6 +39,9 @@ def designs_for(
 
     Raises:
         ValueError: If ``num_designs`` is no integer of at least 1, or a target or an option does not suit the pipeline.
+
+    Example:
+        >>> designs = designs_for(pipe, targets, 8, num_candidates=4, num_refinements=2)  # doctest: +SKIP
     """
     wanted = torch.as_tensor(targets).float().repeat_interleave(checked_count(num_designs), dim=0)
     drawn = torch.Generator().manual_seed(seed)

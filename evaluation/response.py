@@ -129,12 +129,35 @@ def load_split(folder: Path, split: str) -> Dataset:
 
 
 def stored_responses(dataset: Any) -> np.ndarray:
-    """The responses of a dataset, float64, shape ``(N, L, S)``; a ``ValueError`` if their meaning is lost."""
+    """The responses of a dataset, in the units that its meaning says.
+
+    Args:
+        dataset: A dataset of :func:`mechdiffusers.build_dataset`, one split.
+
+    Returns:
+        Shape ``(N, L, S)``, float64, NaN where a design was not solved.
+
+    Raises:
+        ValueError: If the dataset has no responses, or they came without their meaning.
+
+    Example:
+        >>> targets = stored_responses(heldout)[:4]  # doctest: +SKIP
+    """
     response_meaning(dataset)
     return np.asarray(dataset.select_columns(["response"]).with_format("numpy")[:]["response"], dtype=np.float64)
 
 
 def stored_designs(dataset: Any) -> np.ndarray:
-    """The designs of a dataset in [0, 1], float32, shape ``(N, H, W)``."""
+    """The designs of a dataset.
+
+    Args:
+        dataset: A dataset of :func:`mechdiffusers.build_dataset`, one split.
+
+    Returns:
+        Shape ``(N, H, W)``, float32, in [0, 1]: 0 is the soft phase, 1 the stiff one.
+
+    Example:
+        >>> verify(stored_designs(heldout)[:4], targets, meaning)  # doctest: +SKIP
+    """
     levels = np.asarray(dataset.select_columns(["image"]).with_format("numpy")[:]["image"])
     return designs_of(levels).astype(np.float32)

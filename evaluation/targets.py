@@ -81,7 +81,25 @@ def read_targets(path: str | os.PathLike[str], meaning: Mapping[str, Any]) -> tu
 
 
 def write_targets(path: str | os.PathLike[str], targets: Mapping[str, np.ndarray], meaning: Mapping[str, Any]) -> None:
-    """Writes targets, shape ``(L, S)`` each, by name, as :func:`read_targets` reads them; what is open is left out."""
+    """Writes targets as :func:`read_targets` reads them, to six digits.
+
+    Args:
+        path: The CSV file; its folder is made if need be.
+        targets: Curves by the name of the target, shape ``(L, S)`` each, NaN where open, which is left out.
+        meaning: What the curves mean, as :func:`mechdiffusers.response_meaning` has it.
+
+    Raises:
+        ValueError: If a target has another shape than the meaning's strains.
+
+    Example:
+        >>> write_targets("targets.csv", {"soft": stored_responses(dataset)[0]}, meaning)  # doctest: +SKIP
+    """
+    strains = np.asarray(meaning["strains"])
+    for name, target in targets.items():
+        if np.shape(target) != strains.shape:
+            raise ValueError(
+                f"targets must have the shape {strains.shape} of the strains, got {np.shape(target)} for {name!r}"
+            )
     with atomic_write(Path(path)) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["target", "load_case", "strain", meaning["quantity"]])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from mechdiffusers import LatentDDPMPipeline, verify
-from mechdiffusers.evaluation.targets import read_targets
+from mechdiffusers.evaluation import read_targets
 from mechdiffusers.schedulers import stock_scheduler
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

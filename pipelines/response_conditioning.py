@@ -38,6 +38,10 @@ class Guidance:
     Raises:
         ValueError: If a number is outside its range.
 
+    Example:
+        >>> Guidance(scale=2.0, stop=0.8).acts_at(39, 50)
+        True
+
     References:
         | Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion Models
           (Kynkäänniemi et al., 2024), on the interval

@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mechdiffusers.evaluation import stored_responses
+from mechdiffusers.evaluation import read_targets, stored_responses, write_targets
 from mechdiffusers.evaluation.design_command import main
-from mechdiffusers.evaluation.targets import read_targets, write_targets
 from mechdiffusers.microstructures import build_dataset, random_composites, response_meaning
 from mechdiffusers.models import ResponsePredictor, response_normalisation
 from PIL import Image

@@ -1,5 +1,9 @@
 import inspect
 import math
+import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -50,6 +54,19 @@ def assert_bayes_rule(scheduler, steps: int, guidance_scale: float, bias: float)
     assert x.mean().item() == pytest.approx(mean, abs=4.5 * spread / math.sqrt(num) + bias)
     if steps > 50:  # few steps are too narrow
         assert x.std().item() == pytest.approx(spread, abs=4.5 * spread / math.sqrt(2 * num) + bias)
+
+
+@pytest.mark.slow
+def test_the_released_checkpoint_is_guided_to_a_volume_fraction_that_it_was_never_told(tmp_path):
+    example = Path(__file__).parents[2] / "examples" / "03_guide_by_volume_fraction.py"
+    command = [sys.executable, str(example), "--steps", "300", "--volume_fraction", "0.3", "--output_dir", "guided"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"(free|guided): volume fraction (\S+) \+- (\S+), wanted 0.300", done.stderr)
+    (_, free, wide), (_, guided, narrow) = found
+    assert abs(float(free) - 0.5) < 0.12  # 16 samples, three standard errors
+    assert float(narrow) < float(wide) / 2
+    assert abs(float(guided) - 0.3) < 0.06
 
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0])

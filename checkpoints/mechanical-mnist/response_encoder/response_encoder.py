@@ -36,6 +36,10 @@ def response_normalisation(response: Tensor) -> dict[str, list[list[float]]]:
 
     Raises:
         ValueError: If an entry is unknown of all designs.
+
+    Example:
+        >>> normalisation = response_normalisation(torch.rand(100, 2, 6))
+        >>> encoder = ResponseEncoder(16, meaning=meaning, **normalisation)  # doctest: +SKIP
     """
     values = response.double().numpy()
     if unknown := np.argwhere(np.isnan(values).all(0)).tolist():
