@@ -29,8 +29,10 @@ from mechdiffusers.evaluation import (
     response_error,
     stored_designs,
     stored_responses,
+    verify,
 )
 from mechdiffusers.evaluation.design import designs_for
+from mechdiffusers.evaluation.plots import save_verification_figure
 from mechdiffusers.evaluation.response import load_split
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.pipelines import LatentDDPMPipeline
@@ -43,6 +45,7 @@ def main() -> None:
     # runs/mechanical_mnist is where the checkpoint is trained
     parser.set_defaults(num_designs=10, run_dir=Path("runs/mechanical_mnist_benchmark"))
     add_sampling(parser)
+    parser.add_argument("--figure", type=Path, help="picture of the first target")
     arguments = parser.parse_args()
 
     train, heldout = load_split(arguments.dataset, "train"), load_split(arguments.dataset, "heldout")
@@ -76,6 +79,9 @@ def main() -> None:
     }
     if pipe.response_predictor is not None:
         figures["predictor_error_percent"] = percent(response_error(pipe.predict_response(originals).numpy(), targets))
+    if arguments.figure:
+        first = verify(designs[:num], targets[0], meaning, dataset=train, binary=False, device=arguments.device)
+        save_verification_figure(first, arguments.figure, name="energy of a held-out digit")
     record(figures, arguments.output)
 
 

@@ -60,8 +60,9 @@ def test_inverse_design_is_measured_and_nothing_is_computed_twice(folder):
 
 @pytest.mark.slow
 def test_designs_for_published_energies_stand_beside_random_and_nearest_training_designs(folder):
-    quick = ["--num_targets", "4", "--num_designs", "3", "--num_inference_steps", "2"]
+    quick = ["--num_targets", "4", "--num_designs", "3", "--num_inference_steps", "2", "--figure", "first.png"]
     first = run(folder, "mechanical_mnist.py", *quick)
+    assert (folder / "first.png").exists()
     files = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.np*")}
     assert run(folder, "mechanical_mnist.py", *quick) == first
     assert {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.np*")} == files
