@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mechdiffusers.evaluation.design import checked_count, designs_for
@@ -57,7 +58,8 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--num_refinements", type=int, help="times that the last steps are taken again; by default 2, or 0 likewise"
     )
-    parser.add_argument("--num_rounds", type=int, default=0, help="simulations that bring each design nearer")
+    parser.add_argument("--num_rounds", type=int, default=0, help="simulations that bring a refined design nearer")
+    parser.add_argument("--num_refined", type=int, default=2, help="of a target's designs: those that are nearest")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="such as cuda")
     arguments = parser.parse_args(args)
@@ -97,6 +99,7 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
     candidates, refinements = (1, 0) if pipe.response_predictor is None else (4, 2)
     candidates = candidates if arguments.num_candidates is None else arguments.num_candidates
     refinements = refinements if arguments.num_refinements is None else arguments.num_refinements
+    num_refined = checked_count(arguments.num_refined, "num_refined")
     meaning = checked_meaning(pipe.response_encoder.config.meaning)
     names, targets = read_targets(arguments.targets, meaning)
     checked_names(names, len(targets))
@@ -117,13 +120,13 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
         num_candidates=candidates,
         num_refinements=refinements,
     )
-    device = arguments.device
+    shown: dict[str, Any] = {"device": arguments.device, "progress": True}
     if arguments.num_rounds:
+        nearest = verify(designs, targets, meaning, **shown).rank <= num_refined
         rounds = {"num_rounds": arguments.num_rounds, "seed": arguments.seed}
-        designs = refine(
-            designs, targets, meaning, pipe.predict_response, **rounds, device=device, progress=True
-        ).designs
-    report = verify(designs, targets, meaning, **stored, names=names, binary=binary, device=device, progress=True)
+        refined = refine(designs[nearest], targets, meaning, pipe.predict_response, **rounds, **shown)
+        designs[nearest] = refined.designs
+    report = verify(designs, targets, meaning, **stored, names=names, binary=binary, **shown)
     return report, names
 
 
