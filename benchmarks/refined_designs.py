@@ -67,13 +67,13 @@ def main() -> None:
             start, targets = time.perf_counter(), stored[chosen]
             seed = arguments.seed + int(chosen[0])
             designs = designs_for(pipe, targets, arguments.num_designs, seed=seed, meaning=meaning, **options)
-            if num_refined < arguments.num_designs:
-                designs = nearest_of(designs, targets, num_refined, meaning, arguments.device)
+            designs, response = nearest_of(designs, targets, num_refined, meaning, arguments.device)
             refined = refine(
                 designs,
                 targets,
                 meaning,
                 pipe.predict_response,
+                response=response,
                 num_rounds=arguments.num_rounds,
                 seed=seed,
                 device=arguments.device,
@@ -116,13 +116,15 @@ def main() -> None:
     record(figures, arguments.output)
 
 
-def nearest_of(designs: np.ndarray, targets: np.ndarray, num: int, meaning: dict[str, Any], device: str) -> np.ndarray:
-    """The ``num`` designs of each target, shape ``(T num, H, W)``, that are nearest to it by finite elements."""
+def nearest_of(
+    designs: np.ndarray, targets: np.ndarray, num: int, meaning: dict[str, Any], device: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ``num`` designs of each target that are nearest to it by finite elements, and their responses."""
     per_target = len(designs) // len(targets)
     response = simulated_response(designs, meaning, device)
     error = response_error(response, np.repeat(targets, per_target, axis=0)).reshape(-1, per_target)
     order = np.argsort(error, axis=1)[:, :num] + per_target * np.arange(len(targets))[:, None]
-    return designs[order.ravel()]
+    return designs[order.ravel()], response[order.ravel()]
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "--num_refinements", type=int, help="times that the last steps are taken again; by default 2, or 0 likewise"
     )
     parser.add_argument("--num_rounds", type=int, default=0, help="simulations that bring a refined design nearer")
-    parser.add_argument("--num_refined", type=int, default=2, help="of a target's designs: those that are nearest")
+    parser.add_argument("--num_refined", type=int, default=2, help="of a target's designs: the nearest, which are kept")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="such as cuda")
     arguments = parser.parse_args(args)
@@ -122,10 +122,10 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
     )
     shown: dict[str, Any] = {"device": arguments.device, "progress": True}
     if arguments.num_rounds:
-        nearest = verify(designs, targets, meaning, **shown).rank <= num_refined
-        rounds = {"num_rounds": arguments.num_rounds, "seed": arguments.seed}
-        refined = refine(designs[nearest], targets, meaning, pipe.predict_response, **rounds, **shown)
-        designs[nearest] = refined.designs
+        drawn = verify(designs, targets, meaning, **shown)
+        nearest = drawn.rank <= num_refined
+        rounds = {"response": drawn.response[nearest], "num_rounds": arguments.num_rounds, "seed": arguments.seed}
+        designs = refine(designs[nearest], targets, meaning, pipe.predict_response, **rounds, **shown).designs
     report = verify(designs, targets, meaning, **stored, names=names, binary=binary, **shown)
     return report, names
 

@@ -67,6 +67,7 @@ def refine(
     meaning: Mapping[str, Any],
     predict: Predictor,
     *,
+    response: np.ndarray | Tensor | None = None,
     num_rounds: int = 7,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -81,6 +82,8 @@ def refine(
         target: Shape ``(T, L, S)``, or ``(L, S)`` for one; NaN where open.
         meaning: Of the response, as :func:`.verify` takes it.
         predict: Predicts responses of designs, as ``pipe.predict_response`` does.
+        response: Of the designs by finite elements where that is known, as ``report.response`` of :func:`.verify`,
+            shape ``(B, L, S)``; they are not simulated again then.
         num_rounds: Simulations of each design after the first, at least 1.
         seed: Of all random choices; those of a design do not depend on the designs after it.
         device: Where to simulate; by default on the CPU.
@@ -91,7 +94,7 @@ def refine(
 
     Raises:
         ValueError: If the designs are not binary or do not divide among the targets, if the target does not fit the
-            meaning, or ``num_rounds`` is no integer of at least 1.
+            meaning or the response the designs, or ``num_rounds`` is no integer of at least 1.
 
     Example:
         >>> refined = refine(designs, target, meaning, pipe.predict_response)  # doctest: +SKIP
@@ -106,7 +109,9 @@ def refine(
     def simulated(chosen: np.ndarray) -> np.ndarray:
         return simulated_response(chosen, meaning, device=device)
 
-    found = simulated(array)
+    found = simulated(array) if response is None else as_array(response)
+    if found.shape != (len(array), *wanted.shape[1:]):
+        raise ValueError(f"response must have shape {(len(array), *wanted.shape[1:])}, got {found.shape}")
     rngs = (np.random.default_rng([seed, i]) for i in range(len(array)))
     chains = [_Chain(*each) for each in zip(array.copy(), found, wanted, rngs, strict=True)]
     errors = [[chain.error for chain in chains]]

@@ -75,7 +75,7 @@ class ProbabilityFlowScheduler(VariancePreservingScheduler, SchedulerMixin):
 
     As in the stock Heun scheduler, ``timesteps`` has an entry for each evaluation of the network. The grid is that of
     ``timestep_spacing`` unless the configuration or the caller gives one: ``"log_snr"`` suits ``"adams_bashforth"``
-    best, and ``"rk4"`` from about 60 evaluations on. Defaults are those of ``DDPMScheduler``, except that
+    best, and ``"rk4"`` from about 30 evaluations on. Defaults are those of ``DDPMScheduler``, except that
     nothing is clipped unless ``clip_sample`` is set.
 
     Args:

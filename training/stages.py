@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -20,8 +19,6 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 __all__ = ["check_stages", "run_stages"]
-
-logger = logging.getLogger(__name__)
 
 
 def run_stages(config: TrainingConfig, designs: Designs) -> LatentDDPMPipeline:
@@ -57,7 +54,6 @@ def run_stages(config: TrainingConfig, designs: Designs) -> LatentDDPMPipeline:
         pipe.register_modules(response_predictor=predictor)
     if accelerator.is_main_process:
         pipe.save_pretrained(output_dir / "pipeline")
-        logger.info("the pipeline is in %s", output_dir / "pipeline")
     accelerator.wait_for_everyone()
     return pipe
 

@@ -70,6 +70,7 @@ def train(config: TrainingConfig) -> LatentDDPMPipeline:
         copy_start(start, Path(config.output_dir))  # with what it starts from, the folder is this run's for good
         process.wait_for_everyone()
         pipe = run_stages(config, designs)
+        logger.info("the pipeline is in %s", Path(config.output_dir) / "pipeline")
         if repo_id is not None:
             again = "the run itself is complete, --resume_from_checkpoint latest --push_to_hub true publishes it again"
             with _failures_explained(again):

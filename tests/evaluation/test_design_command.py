@@ -49,24 +49,24 @@ def test_rounds_of_simulations_bring_the_designs_nearer(conditional, composites,
     assert errors[1] != errors[0]
 
 
-def test_the_nearest_designs_alone_are_refined(conditional, composites, tmp_path):
+def test_the_nearest_design_alone_is_refined_and_kept(conditional, composites, tmp_path):
     meaning = response_meaning(composites)
     normalisation = response_normalisation(torch.from_numpy(stored_responses(composites)))
     conditional.register_modules(response_predictor=ResponsePredictor((4, 8), 1, meaning, **normalisation).eval())
     conditional.save_pretrained(tmp_path / "checkpoint")
     curves = dict(zip(("a", "b"), stored_responses(composites)[[20, 21]], strict=True))
     write_targets(tmp_path / "t.csv", curves, meaning)
-    found = []
+    errors = []
     for rounds in ("0", "2"):
         options = ["--num_designs", "3", "--num_inference_steps", "2", "--num_rounds", rounds, "--num_refined", "1"]
         folders = ["--checkpoint", str(tmp_path / "checkpoint"), "--output_dir", str(tmp_path / rounds)]
         main([str(tmp_path / "t.csv"), *folders, *options])
         rows = list(csv.DictReader((tmp_path / rounds / "verification.csv").open()))
-        found.append((np.load(tmp_path / rounds / "designs.npy"), [row["rank"] for row in rows]))
-    (drawn, ranks), (refined, _) = found
-    changed = (drawn != refined).any((1, 2))
-    assert changed.any()
-    assert all(rank == "1" for rank, each in zip(ranks, changed, strict=True) if each)
+        errors.append(np.array([float(row["error"]) for row in rows]).reshape(2, -1))
+    drawn, refined = errors
+    assert (drawn.shape, refined.shape) == ((2, 3), (2, 1))
+    assert (refined[:, 0] <= drawn.min(1)).all()
+    assert (refined[:, 0] < drawn.min(1)).any()
 
 
 def test_a_predictor_chooses_and_refines_where_nothing_else_is_asked_for(conditional, composites, tmp_path):

@@ -1,5 +1,7 @@
 """Refinement by simulating one design after the other, with the simulator itself as an exact or a biased predictor."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
@@ -39,6 +41,21 @@ def test_the_errors_that_come_back_are_those_of_the_designs_and_never_grow(quest
     np.testing.assert_allclose(refined.error[:, -1], response_error(exact(refined.designs), targets), rtol=1e-9)
     assert (np.diff(refined.error) <= 0).all()
     assert (refined.error[:, -1] < 0.5 * refined.error[:, 0]).all()
+
+
+def test_what_is_known_of_the_designs_is_not_simulated_again(question, monkeypatch) -> None:
+    designs, targets = question
+    known, expected = exact(designs), refine(designs, targets, MEANING, exact, num_rounds=2)
+    simulated = []
+
+    def counted(chosen, *arguments, **options):
+        simulated.append(len(chosen))
+        return simulated_response(chosen, *arguments, **options)
+
+    monkeypatch.setattr(import_module("mechdiffusers.evaluation.refine"), "simulated_response", counted)
+    refined = refine(designs, targets, MEANING, exact, response=known, num_rounds=2)
+    np.testing.assert_array_equal(refined.designs, expected.designs)
+    assert simulated == [2, 2]
 
 
 def test_what_a_predictor_is_always_wrong_by_does_not_matter(question) -> None:
@@ -147,6 +164,7 @@ def test_kriging_of_designs_that_depend_on_each_other_gives_what_is_linear_in_th
         ({"designs": np.full((2, 6, 6), 0.5)}, "designs"),
         ({"designs": np.zeros((3, 6, 6))}, "designs"),
         ({"target": np.full((2, 2, 3), 1.0)}, "target"),
+        ({"response": np.ones((2, 1, 3))}, r"response must have shape \(2, "),
         ({"target": -np.ones(np.shape(MEANING["strains"]))}, "target must be non-negative"),
         ({"num_rounds": 0}, "num_rounds"),
         ({"num_rounds": True}, "num_rounds"),
