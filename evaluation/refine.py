@@ -118,9 +118,9 @@ def refine(
     for _ in tqdm(range(num_rounds), desc="refine", unit="round", disable=not progress):
         tried = [(chain, near) for chain in chains if (near := chain.neighbour(predict)) is not None]
         if tried:
-            responses = simulated(np.stack([design for _, design in tried]))
-            for (chain, design), response in zip(tried, responses, strict=True):
-                chain.learn(design, response)
+            answers = simulated(np.stack([design for _, design in tried]))
+            for (chain, design), answer in zip(tried, answers, strict=True):
+                chain.learn(design, answer)
         errors.append([chain.error for chain in chains])
     refined, error = np.stack([chain.design for chain in chains]), np.array(errors).T
     if isinstance(designs, Tensor):
