@@ -1,9 +1,10 @@
 """Error of designs against number of steps, guidance scale and number of training designs.
 
-    python benchmarks/inverse_design_sweeps.py checkpoints/composites-32 --trained_on 1000=runs/on_1000/pipeline
+    python benchmarks/inverse_design_sweeps.py checkpoints/composites-32 --trained_on 750=runs/predictor_of_750/pipeline
 
-Every point is 8 designs for each of 32 held-out targets, by finite elements, the same random numbers for all points.
-All is kept in --run_dir; the same command goes on after an interruption.
+Every point is 8 designs for each of 32 held-out targets, by finite elements, one candidate a design, the same random
+numbers for all points. ``predictor_of_fewer.py`` makes checkpoints for --trained_on. All is kept in --run_dir; the same
+command goes on after an interruption.
 """
 
 from collections.abc import Callable, Mapping
@@ -40,7 +41,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="*", default=[4, 8, 16, 32, 64, 128, 1000])
     parser.add_argument("--schedulers", nargs="*", default=[*OURS, "ddpm", "ddim", "dpmsolver++", "unipc"])
     parser.add_argument("--guidance_scales", type=float, nargs="*", default=[0.5, 1.0, 1.5, 2.0, 3.0, 5.0])
-    parser.add_argument("--trained_on", nargs="*", default=[], help="NUMBER=CHECKPOINT, trained on so many designs")
+    parser.add_argument(
+        "--trained_on", nargs="*", default=[], help="NUMBER=CHECKPOINT, its predictor trained on so many"
+    )
     parser.add_argument("--scheduler", default="dpmsolver++", help="of guidance and of the number of training designs")
     parser.add_argument("--num_inference_steps", type=int, default=50, help="likewise")
     parser.add_argument("--figure", type=Path)
@@ -117,12 +120,16 @@ def save_figure(figures: dict[str, Any], path: Path) -> None:
     draw(guidance, figures["guidance_scale"], "best of a target", "best_percent")
     draw(size, figures["training_designs"], "best of a target", "best_percent")
     draw(size, figures["retrieval"], "nearest training design", "best_percent")
-    for axes, label in ((steps, "steps"), (guidance, "guidance scale"), (size, "training designs")):
+    for axes, label in ((steps, "steps"), (guidance, "guidance scale"), (size, "designs the predictor learned from")):
         axes.set(xlabel=label, yscale="log")
         axes.legend(frameon=False, fontsize=7)
-    for axes in (steps, size):
+    for axes, places in ((steps, next(iter(figures["steps"].values()))), (size, figures["training_designs"])):
         axes.set_xscale("log")
-    steps.set_ylabel("error of the response in per cent")
+        axes.set_xticks(list(places), labels=[str(place) for place in places])
+    steps.set(ylabel="error of the response in per cent")
+    steps.set_yticks([4, 6, 10, 20, 40], labels=["4", "6", "10", "20", "40"])
+    for axes in (steps, guidance, size):
+        axes.minorticks_off()
     figure.savefig(path, dpi=150)
 
 
