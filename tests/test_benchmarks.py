@@ -80,7 +80,7 @@ def test_sweeps_have_a_point_for_each_setting(folder):
     quick = ["--num_targets", "2", "--num_designs", "2", "--steps", "2", "3", "--num_inference_steps", "2"]
     quick += ["--guidance_scales", "1", "2", "--trained_on", "20=checkpoint", "--figure", "sweeps.png"]
     figures = run(folder, "inverse_design_sweeps.py", *quick)
-    assert {"vdm", "probability-flow", "predictor-corrector", "ddpm"} <= figures["steps"].keys()
+    assert {"vdm", "adams-bashforth", "predictor-corrector", "ddpm"} <= figures["steps"].keys()
     assert all(found.keys() == {"2", "3"} for found in figures["steps"].values())
     assert figures["guidance_scale"].keys() == {"1.0", "2.0"}
     assert (folder / "sweeps.png").exists()
