@@ -39,8 +39,8 @@ OURS: dict[str, tuple[Any, dict[str, Any]]] = {
 def main() -> None:
     parser = common_arguments(__doc__, "inverse_design_sweeps", num_targets=32)
     parser.set_defaults(run_dir=Path("runs/inverse_design"))  # some points are simulated there already
-    parser.add_argument("--steps", type=int, nargs="*", default=[4, 8, 16, 32, 64, 128, 1000])
-    parser.add_argument("--schedulers", nargs="*", default=[*OURS, "ddpm", "ddim", "dpmsolver++", "unipc"])
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 16, 32, 64, 128, 1000])
+    parser.add_argument("--schedulers", nargs="+", default=[*OURS, "ddpm", "ddim", "dpmsolver++", "unipc"])
     parser.add_argument("--guidance_scales", type=float, nargs="*", default=[0.5, 1.0, 1.5, 2.0, 3.0, 5.0])
     parser.add_argument(
         "--trained_on", nargs="*", default=[], help="NUMBER=CHECKPOINT, its predictor trained on so many"

@@ -4,11 +4,11 @@
 
 The denoiser has the configuration of the checkpoint's, at the size of the designs instead of that of their latents, and
 its encoder of responses; noise schedule and prediction type are the checkpoint's too. The loop is that of the diffusers
-tutorials: Adam, a warm-up, moving averages of the weights; a tenth of the responses is dropped, and half of the designs
-are turned by 180 degrees, which leaves their responses as they are. Its samples are clipped to [-1, 1], as is usual on
-pixels. Error and time at 1,000 ancestral steps and at 20 DDIM steps of three: the pixel model, the checkpoint's
-denoiser by itself, and that with the checkpoint's predictor, which was trained beside it. One candidate a design, no
-classifier-free guidance. What is trained and simulated is kept in --run_dir.
+tutorials: AdamW, a warm-up, moving averages of the weights; a tenth of the responses is dropped, and half of the
+designs are turned by 180 degrees, which leaves their responses as they are. Its samples are clipped to [-1, 1], as is
+usual on pixels. Error and time at 1,000 ancestral steps and at 20 DDIM steps of three: the pixel model, the
+checkpoint's denoiser by itself, and that with the checkpoint's predictor, which was trained beside it. One candidate a
+design, no classifier-free guidance. What is trained and simulated is kept in --run_dir.
 """
 
 import json

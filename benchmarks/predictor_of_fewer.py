@@ -34,6 +34,8 @@ def main() -> None:
     config = replace(config, output_dir=str(output_dir), resume_from_checkpoint="latest")
     config = replace(config, mixed_precision=precision_of(config.mixed_precision))
     everything = load_designs(replace(config, num_train_designs=None)).num_train
+    if number > everything:
+        parser.error(f"num_train_designs must be at most the {everything} of the dataset, got {number}")
     config = replace(config, predictor_steps=round(config.predictor_steps * number / everything))
     designs = load_designs(config)
     responses = torch.stack([response for _, response in designs.train])

@@ -122,7 +122,7 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
     )
     shown: dict[str, Any] = {"device": arguments.device, "progress": True}
     if arguments.num_rounds:
-        drawn = verify(designs, targets, meaning, **shown)
+        drawn = verify(designs, targets, meaning, **stored, names=names, **shown)  # warns before it refines
         nearest = drawn.rank <= num_refined
         rounds = {"response": drawn.response[nearest], "num_rounds": arguments.num_rounds, "seed": arguments.seed}
         designs = refine(designs[nearest], targets, meaning, pipe.predict_response, **rounds, **shown).designs

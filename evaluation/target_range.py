@@ -41,7 +41,7 @@ class OutOfRangeWarning(UserWarning):
 class RangeCheck:
     """How far out T targets lie."""
 
-    p_value: np.ndarray  #: twice the smaller one of the two scores, at most 1, shape (T,)
+    p_value: np.ndarray  #: twice the smaller p-value of the two scores, at most 1, shape (T,)
     nearest_error: np.ndarray  #: error of the nearest training design's stored response, shape (T,)
     shape_distance: np.ndarray  #: Mahalanobis distance of the logarithms, shape (T,)
     out_of_range: np.ndarray  #: whether the p-value is below the level, bool, shape (T,)

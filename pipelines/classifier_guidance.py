@@ -60,14 +60,17 @@ class ClassifierGuidance:
             raise ValueError(f"guidance_scale must be a non-negative number, got {guidance_scale!r}")
         self.log_likelihood = log_likelihood
         self.guidance_scale = guidance_scale
+        self._timesteps: list[float] | None = None
 
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adds the gradient to ``tensors["latents"]`` after a step."""
-        if step == 0:
-            self._weights = _weights(pipe.scheduler)
-            # some pipelines count the steps from where they begin, others those of all timesteps
-            self._begin = pipe.scheduler.timesteps.tolist().index(float(timestep))
-        step += self._begin
+        timesteps = pipe.scheduler.timesteps.tolist()
+        if step == 0 or timesteps != self._timesteps:
+            self._weights, self._timesteps = _weights(pipe.scheduler), timesteps
+        # some pipelines count the steps from where they begin, others those of all timesteps
+        if float(timestep) not in timesteps:
+            raise ValueError(f"timestep must be one of the scheduler's, {timesteps}, got {float(timestep):g}")
+        step = timesteps.index(float(timestep))
         if step >= len(self._weights):  # the last step ends at clean data
             return {}
         latents = tensors["latents"]

@@ -84,13 +84,15 @@ def check_meaning(name: str, meaning: Mapping[str, Any] | None, encoder: Any) ->
     """Raises a ``ValueError`` that names what has a meaning unless that is what a response encoder was trained for."""
     # compared as they are saved, where tuples and arrays are lists
     found, wanted = (
-        json.loads(json.dumps(each, default=lambda array: np.asarray(array).tolist()))
+        json.loads(json.dumps(each or {}, default=lambda array: array.tolist()))
         for each in (meaning, encoder.config.meaning)
     )
-    if found != wanted:
-        raise ValueError(
-            f"{name} must be of the responses that response_encoder was trained for, {wanted}, got {found}"
-        )
+    for key in sorted(found.keys() | wanted.keys()):
+        if found.get(key) != wanted.get(key):
+            raise ValueError(
+                f"{name} must have the meaning that response_encoder was trained for, got another {key}: "
+                f"{found.get(key)}, not {wanted.get(key)}"
+            )
 
 
 def prepare_response(response: Tensor | np.ndarray | None, batch_size: int, encoder: Any) -> Tensor:

@@ -73,3 +73,9 @@ def test_unfit_tables_are_refused_with_the_place(tmp_path, text, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="^targets must be a CSV file that can be read, got .*nowhere.csv"):
         read_targets(tmp_path / "nowhere.csv", MEANING)
+
+
+def test_targets_of_another_shape_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match=r"^targets must have the shape .* of the strains, got \(2,\) for 'a'"):
+        write_targets(tmp_path / "t.csv", {"a": np.ones(2)}, MEANING)
+    assert not (tmp_path / "t.csv").exists()

@@ -123,13 +123,13 @@ def test_a_loop_that_begins_later_is_guided_by_the_weights_of_its_timesteps(coun
     x = torch.ones(2, 1)
     whole, cut = ClassifierGuidance(likelihood), ClassifierGuidance(likelihood)
     expected = [whole(pipe, i, t, {"latents": x})["latents"] for i, t in enumerate(scheduler.timesteps[:-1])][6:]
-    if not counted_from_the_cut:
-        cut(pipe, 0, scheduler.timesteps[0], {"latents": x})
     seen.clear()
     for i, t in enumerate(scheduler.timesteps[6:-1]):
         found = cut(pipe, i if counted_from_the_cut else i + 6, t, {"latents": x})["latents"]
         assert torch.equal(found, expected[i])
     assert seen == scheduler.timesteps[7:].tolist()
+    with pytest.raises(ValueError, match="^timestep must be one of the scheduler's, .* got 123"):
+        cut(pipe, 3, 123, {"latents": x})
 
 
 def test_the_pipeline_takes_it(pipe):

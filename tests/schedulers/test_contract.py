@@ -442,6 +442,7 @@ def test_bad_curves_are_named(cls, options, message):
         ),
         (PredictorCorrectorScheduler, {"predictor": "magic"}, "predictor must be one of"),
         *((cls, {"clip_sample_range": -1.0}, "clip_sample_range must be positive, got -1.0") for cls in CLASSES),
+        *((cls, {"clip_sample_range": None}, "clip_sample_range must be positive, got None") for cls in CLASSES),
         (PredictorCorrectorScheduler, {"num_corrector_steps": -1}, "num_corrector_steps must be an integer of at le"),
         (PredictorCorrectorScheduler, {"predictor": "none", "num_corrector_steps": 0}, "num_corrector_steps must be"),
         (PredictorCorrectorScheduler, {"corrector_snr": 1.0}, r"corrector_snr must lie inside \(0, 1\)"),
@@ -502,7 +503,8 @@ def test_as_many_generators_as_samples_are_needed(scheduler, num):
 
 
 def test_an_error_of_the_velocity_may_be_a_tensor(tmp_path):
-    VDMScheduler(variance_type="optimal", velocity_error=torch.tensor([0.25, 0.5])).save_pretrained(tmp_path)
+    error = torch.tensor([0.25, 0.5], requires_grad=True)
+    VDMScheduler(variance_type="optimal", velocity_error=error).save_pretrained(tmp_path)
     assert VDMScheduler.from_pretrained(tmp_path).config.velocity_error == [0.25, 0.5]
 
 

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -51,14 +52,24 @@ def test_the_steps_stand_in_the_configuration_beside_those_of_other_numbers(tmp_
 
 
 @pytest.mark.parametrize(
-    "options", [{"solver": "heun"}, {"log_snr": "cosine"}, {"prediction_type": "v_prediction"}, {"beta_end": 0.03}]
+    "options",
+    [
+        {"solver": "heun"},
+        {"log_snr": "cosine"},
+        {"log_snr": [9.0, -5.0]},
+        {"prediction_type": "v_prediction"},
+        {"beta_end": 0.03},
+        {"trained_betas": np.full(1000, 0.01)},
+    ],
 )
 def test_steps_found_for_one_solver_curve_or_network_are_not_those_of_another(options):
     found = {"2": {"timesteps": [900.0, 300.0], "weights": [[-1.0], [0.5, -1.0]]}}
     optimized = ProbabilityFlowScheduler(solver="adams_bashforth", optimized_steps=found)
     assert ProbabilityFlowScheduler.from_config(optimized.config, **options).config.optimized_steps is None
-    same = ProbabilityFlowScheduler.from_config(optimized.config, solver="adams_bashforth", s_churn=0.0)
-    assert same.config.optimized_steps == found
+    same = {"solver": "adams_bashforth", "beta_end": 0.02, "trained_betas": None, "log_snr_range": [13.3, -5.0]}
+    assert ProbabilityFlowScheduler.from_config(optimized.config, **same).config.optimized_steps == found
+    by_default = ProbabilityFlowScheduler(optimized_steps={"2": {"timesteps": [900.0, 300.0]}})
+    assert ProbabilityFlowScheduler.from_config(by_default.config, solver="heun").config.optimized_steps
 
 
 @pytest.mark.parametrize(("options", "inverse"), [({}, True), ({"final_sigmas_type": "sigma_min"}, False)])

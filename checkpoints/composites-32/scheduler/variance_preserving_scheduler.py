@@ -101,13 +101,13 @@ class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
         """
         if not isinstance(config, Mapping):
             return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
-        defaults = set(config.get("_use_default_values", ())) - NOISE_SCHEDULE
+        given, defaults = config, set(config.get("_use_default_values", ())) - NOISE_SCHEDULE
         config = {key: value for key, value in config.items() if key not in defaults and key != "_use_default_values"}
         if "log_snr" not in config:
             config.pop("clip_sample", None)
             if config.get("variance_type") is None:  # as the stock DPM-Solvers have it
                 config.pop("variance_type", None)
-        if any(key in kwargs and kwargs[key] != config.get(key) for key in _OPTIMIZED_FOR):
+        if any(key in kwargs and not np.array_equal(kwargs[key], given.get(key)) for key in _OPTIMIZED_FOR):
             config.pop("optimized_steps", None)
         of_siblings = {key: config.pop(key) for key in _SOLVER_OPTIONS - cls._get_init_keys(cls) if key in config}
         made = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
@@ -119,7 +119,7 @@ class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
         config = self.config
         _check_one_of("prediction_type", config.prediction_type, _PREDICTION_TYPES)
         _check_one_of("timestep_spacing", config.timestep_spacing, _SPACINGS)
-        if not config.clip_sample_range > 0:
+        if config.clip_sample_range is None or not config.clip_sample_range > 0:
             raise ValueError(f"clip_sample_range must be positive, got {config.clip_sample_range!r}")
         self.curve = curve
         alphas_squared = 1 / (1 + np.exp(-curve.at(np.arange(config.num_train_timesteps))))

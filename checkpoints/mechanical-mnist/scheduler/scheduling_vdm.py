@@ -106,6 +106,8 @@ class VDMScheduler(VariancePreservingScheduler, SchedulerMixin):
         self._start_on(LogSnrCurve.of_config(self.config))
         if variance_type not in _VARIANCE_TYPES:
             raise ValueError(f"variance_type must be one of {_VARIANCE_TYPES}, got {variance_type!r}")
+        if isinstance(velocity_error, Tensor):
+            velocity_error = velocity_error.detach().cpu().numpy()
         errors = None if velocity_error is None else np.asarray(velocity_error, dtype=np.float64)
         if errors is not None and (errors.ndim != 1 or len(errors) < 2 or not (errors >= 0).all()):
             raise ValueError(f"velocity_error must be at least two non-negative numbers, got {velocity_error!r}")
