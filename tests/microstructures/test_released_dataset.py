@@ -29,7 +29,8 @@ def test_the_designs_are_those_of_the_generator_the_heldout_ones_first(splits):
     designs, parameters = random_composites(sum(len(splits[name]) for name in SPLITS), size=32, seed=0)
     np.testing.assert_array_equal(np.concatenate([images_of(splits[name]) for name in SPLITS]), designs)
     for column, values in parameters.items():
-        np.testing.assert_array_equal(np.concatenate([splits[name][column] for name in SPLITS]), values)
+        # processors differ in the last digit of exp and log
+        np.testing.assert_allclose(np.concatenate([splits[name][column] for name in SPLITS]), values, rtol=1e-14)
 
 
 @pytest.mark.parametrize("split", SPLITS)
