@@ -107,7 +107,8 @@ class VariancePreservingScheduler(SchedulerMixin, ConfigMixin):
             config.pop("clip_sample", None)
             if config.get("variance_type") is None:  # as the stock DPM-Solvers have it
                 config.pop("variance_type", None)
-        if any(key in kwargs and not np.array_equal(kwargs[key], given.get(key)) for key in _OPTIMIZED_FOR):
+        named = _OPTIMIZED_FOR & kwargs.keys()
+        if not all(np.array_equal(np.asarray(kwargs[key]), np.asarray(given.get(key))) for key in named):
             config.pop("optimized_steps", None)
         of_siblings = {key: config.pop(key) for key in _SOLVER_OPTIONS - cls._get_init_keys(cls) if key in config}
         made = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
