@@ -32,11 +32,17 @@ def test_the_command_line_leaves_a_table_and_a_picture_of_each_target(conditiona
         assert f"{min(float(row['error']) for row in rows if row['target'] == name):.2%}" in caplog.text
 
 
+def save_with_predictor(pipe, dataset, folder: Path) -> dict:
+    """Saves a checkpoint whose predictor has random weights; returns what its responses mean."""
+    meaning = response_meaning(dataset)
+    normalisation = response_normalisation(torch.from_numpy(stored_responses(dataset)))
+    pipe.register_modules(response_predictor=ResponsePredictor((4, 8), 1, meaning, **normalisation).eval())
+    pipe.save_pretrained(folder)
+    return meaning
+
+
 def test_rounds_of_simulations_bring_the_designs_nearer(conditional, composites, tmp_path, caplog):
-    meaning = response_meaning(composites)
-    normalisation = response_normalisation(torch.from_numpy(stored_responses(composites)))
-    conditional.register_modules(response_predictor=ResponsePredictor((4, 8), 1, meaning, **normalisation).eval())
-    conditional.save_pretrained(tmp_path / "checkpoint")
+    meaning = save_with_predictor(conditional, composites, tmp_path / "checkpoint")
     write_targets(tmp_path / "t.csv", {"a": stored_responses(composites)[20]}, meaning)
     errors = []
     for rounds in ("0", "2"):
@@ -50,10 +56,7 @@ def test_rounds_of_simulations_bring_the_designs_nearer(conditional, composites,
 
 
 def test_the_nearest_design_alone_is_refined_and_kept(conditional, composites, tmp_path):
-    meaning = response_meaning(composites)
-    normalisation = response_normalisation(torch.from_numpy(stored_responses(composites)))
-    conditional.register_modules(response_predictor=ResponsePredictor((4, 8), 1, meaning, **normalisation).eval())
-    conditional.save_pretrained(tmp_path / "checkpoint")
+    meaning = save_with_predictor(conditional, composites, tmp_path / "checkpoint")
     curves = dict(zip(("a", "b"), stored_responses(composites)[[20, 21]], strict=True))
     write_targets(tmp_path / "t.csv", curves, meaning)
     errors = []
@@ -70,10 +73,7 @@ def test_the_nearest_design_alone_is_refined_and_kept(conditional, composites, t
 
 
 def test_a_predictor_chooses_and_refines_where_nothing_else_is_asked_for(conditional, composites, tmp_path):
-    meaning = response_meaning(composites)
-    normalisation = response_normalisation(torch.from_numpy(stored_responses(composites)))
-    conditional.register_modules(response_predictor=ResponsePredictor((4, 8), 1, meaning, **normalisation).eval())
-    conditional.save_pretrained(tmp_path / "checkpoint")
+    meaning = save_with_predictor(conditional, composites, tmp_path / "checkpoint")
     write_targets(tmp_path / "t.csv", {"a": stored_responses(composites)[20]}, meaning)
     designs = {}
     asked = {
