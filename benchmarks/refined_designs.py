@@ -1,35 +1,32 @@
-r"""How near do designs come that are simulated one after the other, and how plausible do they stay?
+"""How near do designs come that are chosen by their shape and refined, and how plausible do they stay?
 
-    python benchmarks/refined_designs.py checkpoints/composites-32 --num_candidates 4 --num_refinements 2
-    python benchmarks/refined_designs.py checkpoints/composites-32 --num_candidates 4 --num_refinements 2 \
-        --num_designs 8 --num_refined 2 --num_rounds 8 --output benchmarks/refined_designs_best_of_8.json
+    python benchmarks/refined_designs.py checkpoints/composites-32
 
-The first takes one design for each held-out target and seven rounds of ``mechdiffusers.refine``: eight simulations a
-target, as many as the best of eight designs takes in ``inverse_design.py``, beside which these figures stand. The
-second simulates eight designs and goes on with the two that are nearest, 24 simulations a target. Parts of four targets
-are kept in --run_dir, so that the same command goes on after an interruption, and a second one may share the work.
+Of 64 candidates for each held-out target, drawn without looking at their predicted responses, the two are taken whose
+curves are nearest in shape by first-order elements; ``mechdiffusers.refine`` goes on with these. With three rounds that
+is eight simulations at the dataset's order for a target, as many as the best of eight designs takes in
+``inverse_design.py``. Parts of four targets are kept in --run_dir, so that the same command goes on after an
+interruption, and a second one may share the work.
 """
 
 import hashlib
 import json
 import time
-from typing import Any
 
 import numpy as np
 from candidates import add_sampling, bound, common_arguments, fingerprint, percent, sampling
 from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.evaluation import (
+    nearest_in_shape,
     nearest_training_designs,
     novelty,
     refine,
-    response_error,
     stored_designs,
     stored_responses,
 )
 from mechdiffusers.evaluation.design import designs_for
 from mechdiffusers.evaluation.response import load_split
 from mechdiffusers.microstructures import response_meaning
-from mechdiffusers.microstructures.build_dataset.parts import simulated_response
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.schedulers import stock_scheduler
 from record import record
@@ -41,9 +38,10 @@ _PART = 4
 
 def main() -> None:
     parser = common_arguments(__doc__, "refined_designs", num_targets=32)
-    parser.set_defaults(num_designs=1)
-    parser.add_argument("--num_refined", type=int, default=1, help="of a target's designs: those that are nearest")
-    parser.add_argument("--num_rounds", type=int, default=7, help="simulations of a refined design after the first")
+    parser.set_defaults(num_designs=64)
+    parser.add_argument("--num_refined", type=int, default=2, help="of a target's designs: those nearest in shape")
+    parser.add_argument("--num_rounds", type=int, default=3, help="simulations of a refined design after the first")
+    parser.add_argument("--num_coarse_rounds", type=int, default=5, help="with first-order elements, in each round")
     add_sampling(parser)
     arguments = parser.parse_args()
     num_refined = arguments.num_refined
@@ -58,7 +56,8 @@ def main() -> None:
     pipe.scheduler = stock_scheduler(arguments.scheduler, pipe.scheduler.config)
     options = sampling(arguments)
     recipe = [fingerprint(arguments.checkpoint), arguments.scheduler, options, arguments.num_designs]
-    recipe += [arguments.num_refined, arguments.num_rounds, arguments.seed]
+    rounds = {"num_rounds": arguments.num_rounds, "num_coarse_rounds": arguments.num_coarse_rounds}
+    recipe += [num_refined, rounds, arguments.seed]
 
     def part(chosen: np.ndarray) -> dict[str, np.ndarray]:
         name = hashlib.sha256(json.dumps([*recipe, chosen.tolist()]).encode()).hexdigest()[:32]
@@ -67,64 +66,52 @@ def main() -> None:
             start, targets = time.perf_counter(), stored[chosen]
             seed = arguments.seed + int(chosen[0])
             designs = designs_for(pipe, targets, arguments.num_designs, seed=seed, meaning=meaning, **options)
-            designs, response = nearest_of(designs, targets, num_refined, meaning, arguments.device)
-            refined = refine(
-                designs,
-                targets,
-                meaning,
-                pipe.predict_response,
-                response=response,
-                num_rounds=arguments.num_rounds,
-                seed=seed,
-                device=arguments.device,
-            )
-            found = {"drawn": designs, "refined": refined.designs, "error": refined.error}
+            drawn = time.perf_counter()
+            few = nearest_in_shape(designs, targets, meaning, num_refined, device=arguments.device)
+            chosen_at = time.perf_counter()
+            refined = refine(few, targets, meaning, pipe.predict_response, **rounds, seed=seed, device=arguments.device)
+            end = time.perf_counter()
+            found = {"chosen": few, "refined": refined.designs, "error": refined.error}
+            found["seconds"] = np.diff([start, drawn, chosen_at, end])
             with atomic_write(path) as unfinished, unfinished.open("wb") as file:
-                np.savez_compressed(file, seconds=time.perf_counter() - start, **found)
+                np.savez_compressed(file, **found)
         return dict(np.load(path))
 
     parts = [part(rows[i : i + _PART]) for i in tqdm(range(0, len(rows), _PART), desc="refine", unit="part")]
-    drawn, refined, error = (np.concatenate([each[name] for each in parts]) for name in ("drawn", "refined", "error"))
+    chosen, refined, error = (np.concatenate([each[name] for each in parts]) for name in ("chosen", "refined", "error"))
     training_designs = stored_designs(train)
     best = np.where(np.isfinite(error), error, np.inf).reshape(len(rows), num_refined, -1).min(1)
     solved = best[np.isfinite(best).all(1)]
+    seconds = sum(each["seconds"] for each in parts) / len(rows)
     figures = {
         "targets": len(rows),
         "designs_a_target": arguments.num_designs,
         "refined_designs_a_target": num_refined,
         "targets_without_a_solved_design": len(best) - len(solved),
-        "simulations_a_target": [arguments.num_designs + num_refined * i for i in range(arguments.num_rounds + 1)],
+        "simulations_a_target": [num_refined * (1 + i) for i in range(arguments.num_rounds + 1)],
+        "coarse_simulations_a_target": arguments.num_designs
+        + num_refined * (1 + arguments.num_rounds * arguments.num_coarse_rounds),
         "best_percent": [percent(errors) for errors in solved.T],
+        "best_percent_of_each_target": [round(100 * value, 3) for value in solved[:, -1].tolist()],
         "best_median_percent": 100 * float(np.median(solved[:, -1])),
         "best_worst_percent": 100 * float(solved[:, -1].max()),
         "nearest_training_design_percent": percent(nearest_training_designs(stored[rows], train, 1).error[:, 0]),
-        "pixels_changed": float((drawn != refined).mean()),
+        "pixels_changed": float((chosen != refined).mean()),
         "novelty": {
-            "drawn": float(novelty(drawn, training_designs).mean()),
+            "chosen": float(novelty(chosen, training_designs).mean()),
             "refined": float(novelty(refined, training_designs).mean()),
             "heldout_designs": float(novelty(stored_designs(heldout.select(rows)), training_designs).mean()),
         },
         "bound": {
-            "drawn": bound(pipe, drawn, arguments.seed),
+            "chosen": bound(pipe, chosen, arguments.seed),
             "refined": bound(pipe, refined, arguments.seed),
             "heldout_designs": bound(pipe, stored_designs(heldout.select(rows)), arguments.seed),
         },
-        "seconds_a_target": float(sum(each["seconds"] for each in parts) / len(rows)),
+        "seconds_a_target": dict(zip(("drawing", "choosing", "refining"), seconds.tolist(), strict=True)),
         "scheduler": arguments.scheduler,
         **options,
     }
     record(figures, arguments.output)
-
-
-def nearest_of(
-    designs: np.ndarray, targets: np.ndarray, num: int, meaning: dict[str, Any], device: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """The ``num`` designs of each target that are nearest to it by finite elements, and their responses."""
-    per_target = len(designs) // len(targets)
-    response = simulated_response(designs, meaning, device)
-    error = response_error(response, np.repeat(targets, per_target, axis=0)).reshape(-1, per_target)
-    order = np.argsort(error, axis=1)[:, :num] + per_target * np.arange(len(targets))[:, None]
-    return designs[order.ravel()], response[order.ravel()]
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from mechdiffusers.evaluation.response import (
     stored_designs,
     stored_responses,
 )
+from mechdiffusers.evaluation.shape import nearest_in_shape, shape_error
 from mechdiffusers.evaluation.statistics import (
     bootstrap_interval,
     distance_of_means,
@@ -42,12 +43,14 @@ __all__ = [
     "designs_for",
     "distance_of_means",
     "diversity",
+    "nearest_in_shape",
     "nearest_training_designs",
     "novelty",
     "read_targets",
     "receiver_operating_characteristic",
     "refine",
     "response_error",
+    "shape_error",
     "sliced_wasserstein_distance",
     "stiff_connectivity",
     "stored_designs",

@@ -57,8 +57,8 @@ def designs_for(
     return np.concatenate(images)
 
 
-def checked_count(num: int, name: str = "num_designs") -> int:
-    """``num``, if it is an integer of at least 1, else a ``ValueError`` that names the argument."""
-    if isinstance(num, bool) or not isinstance(num, (int, np.integer)) or num < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {num!r}")
+def checked_count(num: int, name: str = "num_designs", least: int = 1) -> int:
+    """``num``, if it is an integer of at least ``least``, else a ``ValueError`` that names the argument."""
+    if isinstance(num, bool) or not isinstance(num, (int, np.integer)) or num < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {num!r}")
     return int(num)

@@ -16,6 +16,7 @@ import numpy as np
 from mechdiffusers.evaluation.design import checked_count, designs_for
 from mechdiffusers.evaluation.refine import refine
 from mechdiffusers.evaluation.response import load_split
+from mechdiffusers.evaluation.shape import nearest_in_shape
 from mechdiffusers.evaluation.targets import read_targets
 from mechdiffusers.evaluation.verify import (
     VerificationReport,
@@ -48,18 +49,22 @@ def main(args: Sequence[str] | None = None) -> None:
         "--dataset", type=Path, help="folder of train.parquet and heldout.parquet: retrieval, novelty, reach"
     )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/design"))
-    parser.add_argument("--num_designs", type=int, default=8, help="for each target")
+    parser.add_argument("--num_designs", type=int, help="drawn for each target; by default 8, or 64 with rounds")
     parser.add_argument("--scheduler", choices=STOCK_SCHEDULERS, default="dpmsolver++")
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=1.0)
     parser.add_argument(
-        "--num_candidates", type=int, help="for each design; by default 4, or 1 without a predictor to choose by"
+        "--num_candidates",
+        type=int,
+        help="for each design; by default 4, or 1 with rounds or without a predictor to choose by",
     )
     parser.add_argument(
         "--num_refinements", type=int, help="times that the last steps are taken again; by default 2, or 0 likewise"
     )
-    parser.add_argument("--num_rounds", type=int, default=0, help="simulations that bring a refined design nearer")
-    parser.add_argument("--num_refined", type=int, default=2, help="of a target's designs: the nearest, which are kept")
+    parser.add_argument(
+        "--num_rounds", type=int, default=0, help="of simulations, by which the designs nearest in shape are refined"
+    )
+    parser.add_argument("--num_refined", type=int, default=2, help="with rounds: the designs of a target that are kept")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="such as cuda")
     arguments = parser.parse_args(args)
@@ -96,10 +101,14 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
             "num_rounds must be 0, or positive for a checkpoint of binary designs that has a response_predictor, got "
             f"{arguments.num_rounds}"
         )
-    candidates, refinements = (1, 0) if pipe.response_predictor is None else (4, 2)
+    num_designs = 64 if arguments.num_rounds else 8
+    num_designs = checked_count(num_designs if arguments.num_designs is None else arguments.num_designs)
+    candidates, refinements = (1, 0) if pipe.response_predictor is None or arguments.num_rounds else (4, 2)
     candidates = candidates if arguments.num_candidates is None else arguments.num_candidates
     refinements = refinements if arguments.num_refinements is None else arguments.num_refinements
     num_refined = checked_count(arguments.num_refined, "num_refined")
+    if arguments.num_rounds and num_refined > num_designs:
+        raise ValueError(f"num_refined must be at most num_designs={num_designs}, got {num_refined}")
     meaning = checked_meaning(pipe.response_encoder.config.meaning)
     names, targets = read_targets(arguments.targets, meaning)
     checked_names(names, len(targets))
@@ -107,12 +116,13 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
     if arguments.dataset is not None:
         splits = {"dataset": "train", "heldout": "heldout"}
         stored = {name: load_split(arguments.dataset, split) for name, split in splits.items()}
-    shape = (len(targets) * checked_count(arguments.num_designs), *image_size(pipe.vae))
+    kept = num_refined if arguments.num_rounds else num_designs
+    shape = (len(targets) * kept, *image_size(pipe.vae))
     checked_question(targets, meaning, shape, **stored)  # what cannot be verified is not generated
     designs = designs_for(
         pipe,
         targets,
-        arguments.num_designs,
+        num_designs,
         seed=arguments.seed,
         progress=True,
         num_inference_steps=arguments.num_inference_steps,
@@ -122,10 +132,9 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
     )
     shown: dict[str, Any] = {"device": arguments.device, "progress": True}
     if arguments.num_rounds:
-        drawn = verify(designs, targets, meaning, **stored, names=names, **shown)  # warns before it refines
-        nearest = drawn.rank <= num_refined
-        rounds = {"response": drawn.response[nearest], "num_rounds": arguments.num_rounds, "seed": arguments.seed}
-        designs = refine(designs[nearest], targets, meaning, pipe.predict_response, **rounds, **shown).designs
+        designs = nearest_in_shape(designs, targets, meaning, num_refined, **shown)
+        rounds = {"num_rounds": arguments.num_rounds, "seed": arguments.seed}
+        designs = refine(designs, targets, meaning, pipe.predict_response, **rounds, **shown).designs
     report = verify(designs, targets, meaning, **stored, names=names, binary=binary, **shown)
     return report, names
 

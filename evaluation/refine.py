@@ -11,29 +11,30 @@ known, what the prediction lacks between them is interpolated by ordinary krigin
 variogram is the number of pixels in which two designs differ. Among many neighbours the one that should be nearest to
 the target is simulated, and is the design to go on from if it is nearer indeed.
 
-A neighbour has the other phase in some pixels at the interface, which is no longer in the end than that of the design
-given: without that, designs grow rough, which they are not likely to be. The pixels are chosen as in matching pursuit
-(Mallat and Zhang 1993), though each with the coefficient one: one after the other, the pixel whose own change of the
-prediction takes most of what is left to the target.
+Space mapping serves once more where first-order elements stand for the meaning's own. They are too stiff, but by nearly
+the same factor for a design and its neighbours. So a chain of coarse simulations goes for the target
+
+.. math:: y^*_1 = y^* \, f_1(x) / f(x),
+
+for some rounds, and only where it arrives is simulated as the meaning says, which gives the next factor.
 
 References:
     | Space mapping: the state of the art (Bandler et al., 2004)
     | https://doi.org/10.1109/TMTT.2003.820904
     | Statistics for Spatial Data (Cressie, 1993)
     | https://doi.org/10.1002/9781119115151
-    | Matching pursuits with time-frequency dictionaries (Mallat & Zhang, 1993)
-    | https://doi.org/10.1109/78.258082
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from mechdiffusers.evaluation.design import checked_count
+from mechdiffusers.evaluation.interface_flips import Predictor, interface_length, sets_of_flips
 from mechdiffusers.evaluation.response import as_array, response_error
 from mechdiffusers.evaluation.verify import check_binary, checked_question
 from mechdiffusers.microstructures.build_dataset.parts import simulated_response
@@ -42,15 +43,9 @@ from tqdm.auto import tqdm
 
 __all__ = ["RefinedDesigns", "refine"]
 
-#: Predictor of responses ``(B, L, S)`` for designs ``(B, H, W)``, as ``pipe.predict_response``.
-Predictor = Callable[[np.ndarray], "np.ndarray | Tensor"]
-
-#: Times that neighbours of neighbours are looked at before one is simulated.
+#: Times that neighbours of neighbours are looked at before one is simulated as the meaning says; once is enough before
+#: a coarse simulation, which takes less time than that.
 _SEARCHES = 2
-#: Pixels whose own change is predicted, and sets of them that are predicted together, in each.
-_PIXELS, _SETS = 128, 48
-#: The most pixels of a set, and the share of the pixels that it may choose from, for the sets to differ.
-_LARGEST, _SHARE = 8, 0.4
 
 
 @dataclass
@@ -68,7 +63,8 @@ def refine(
     predict: Predictor,
     *,
     response: np.ndarray | Tensor | None = None,
-    num_rounds: int = 7,
+    num_rounds: int = 3,
+    num_coarse_rounds: int = 5,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool = False,
@@ -85,6 +81,9 @@ def refine(
         response: Of the designs by finite elements where that is known, as ``report.response`` of :func:`.verify`,
             shape ``(B, L, S)``; they are not simulated again then.
         num_rounds: Simulations of each design after the first, at least 1.
+        num_coarse_rounds: Simulations with first-order elements in each round, to find out what to simulate as the
+            meaning says. 0 leaves that to the predictor alone. Where the meaning has first-order elements itself,
+            nothing is coarser, and there are none.
         seed: Of all random choices; those of a design do not depend on the designs after it.
         device: Where to simulate; by default on the CPU.
         progress: Whether to show a progress bar.
@@ -94,7 +93,8 @@ def refine(
 
     Raises:
         ValueError: If the designs are not binary or do not divide among the targets, if the target does not fit the
-            meaning or the response the designs, or ``num_rounds`` is no integer of at least 1.
+            meaning or the response the designs, or if ``num_rounds`` is no integer of at least 1 or
+            ``num_coarse_rounds`` of at least 0.
 
     Example:
         >>> refined = refine(designs, target, meaning, pipe.predict_response)  # doctest: +SKIP
@@ -104,23 +104,28 @@ def refine(
     meaning, targets = checked_question(target, meaning, array.shape)
     check_binary(array)
     num_rounds = checked_count(num_rounds, "num_rounds")
+    num_coarse_rounds = checked_count(num_coarse_rounds, "num_coarse_rounds", least=0)
     wanted = np.repeat(targets, len(array) // len(targets), axis=0)
-
-    def simulated(chosen: np.ndarray) -> np.ndarray:
-        return simulated_response(chosen, meaning, device=device)
-
-    found = simulated(array) if response is None else as_array(response)
+    found = simulated_response(array, meaning, device) if response is None else as_array(response)
     if found.shape != (len(array), *wanted.shape[1:]):
         raise ValueError(f"response must have shape {(len(array), *wanted.shape[1:])}, got {found.shape}")
-    rngs = (np.random.default_rng([seed, i]) for i in range(len(array)))
-    chains = [_Chain(*each) for each in zip(array.copy(), found, wanted, rngs, strict=True)]
+
+    chains = _chains(array, found, wanted, seed)
     errors = [[chain.error for chain in chains]]
+    coarse, below = {**meaning, "element_order": 1}, []
+    if num_coarse_rounds and meaning["element_order"] > 1:
+        known = np.where(np.isnan(found), np.nan, simulated_response(array, coarse, device))
+        aims = wanted * _ratio(known, found)
+        below = _chains(array, known, np.where(np.isnan(aims), wanted, aims), seed)
     for _ in tqdm(range(num_rounds), desc="refine", unit="round", disable=not progress):
-        tried = [(chain, near) for chain in chains if (near := chain.neighbour(predict)) is not None]
-        if tried:
-            answers = simulated(np.stack([design for _, design in tried]))
-            for (chain, design), answer in zip(tried, answers, strict=True):
-                chain.learn(design, answer)
+        if below:
+            for _ in range(num_coarse_rounds):
+                _simulate(below, [chain.neighbour(predict, 1) for chain in below], coarse, device)
+            _simulate(chains, [chain.design for chain in below], meaning, device)
+            for each, chain in zip(below, chains, strict=True):
+                each.aim_at(chain.wanted * _ratio(each.response, chain.known[each.design.tobytes()]))
+        else:
+            _simulate(chains, [chain.neighbour(predict, _SEARCHES) for chain in chains], meaning, device)
         errors.append([chain.error for chain in chains])
     refined, error = np.stack([chain.design for chain in chains]), np.array(errors).T
     if isinstance(designs, Tensor):
@@ -128,35 +133,29 @@ def refine(
     return RefinedDesigns(refined.astype(designs.dtype), error)
 
 
-@dataclass
 class _Chain:
     """The nearest design so far of those that were simulated one after the other, and what they taught."""
 
-    design: np.ndarray  #: shape (H, W)
-    response: np.ndarray  #: by finite elements, shape (L, S)
-    wanted: np.ndarray  #: the target, same shape, NaN where open
-    rng: np.random.Generator
+    def __init__(self, design: np.ndarray, response: np.ndarray, wanted: np.ndarray, rng: np.random.Generator) -> None:
+        self.design, self.response, self.wanted = design, response, wanted  # shapes (H, W) and twice (L, S)
+        self.known = {design.tobytes(): response}
+        self._rng, self._solved, self._longest = rng, [(design, response)], interface_length(design)
+        self.error = self._error(response)
 
-    def __post_init__(self) -> None:
-        self.error = self._error(self.response)
-        self._known = {self.design.tobytes()}
-        self._solved = [(self.design, self.response)]
-        self._longest = _interface_length(self.design)
-
-    def neighbour(self, predict: Predictor) -> np.ndarray | None:
+    def neighbour(self, predict: Predictor, num_searches: int) -> np.ndarray | None:
         """The design near by that should be nearest to the target and was not simulated; ``None`` if there is none."""
         if not np.isfinite(self.error):
             return None
         known, responses = (np.stack(each) for each in zip(*self._solved, strict=True))
-        lacking = responses - _predicted(predict, known)
+        lacking = responses - as_array(predict(known))
         nearest, least, expected_of_it = None, np.inf, self.response
-        for _ in range(_SEARCHES):
+        for _ in range(num_searches):
             start = self.design if nearest is None else nearest
-            found = _sets_of_flips(start, expected_of_it, self.wanted, self._longest, predict, self.rng)
-            found = [design for design in found if design.tobytes() not in self._known]
+            found = sets_of_flips(start, expected_of_it, self.wanted, self._longest, predict, self._rng)
+            found = [design for design in found if design.tobytes() not in self.known]
             if not found:
                 break
-            expected = _predicted(predict, np.stack(found)) + _kriged(known, lacking, np.stack(found))
+            expected = as_array(predict(np.stack(found))) + _kriged(known, lacking, np.stack(found))
             error = response_error(expected, self.wanted)
             if error.min() < least:
                 least, nearest, expected_of_it = error.min(), found[error.argmin()], expected[error.argmin()]
@@ -164,70 +163,48 @@ class _Chain:
 
     def learn(self, design: np.ndarray, response: np.ndarray) -> None:
         """Takes in what a simulation says of a neighbour, and moves there if it is nearer."""
-        self._known.add(design.tobytes())
+        self.known[design.tobytes()] = response
         error = self._error(response)
         if np.isfinite(error):
             self._solved.append((design, response))
         if error < self.error:
             self.design, self.response, self.error = design, response, error
 
+    def aim_at(self, wanted: np.ndarray) -> None:
+        """Goes for another target, from the known design that is nearest to it; not where parts of it are missing."""
+        if np.isfinite(self.error) and (np.isnan(wanted) == np.isnan(self.wanted)).all():
+            self.wanted = wanted
+            self.error, nearest = min((self._error(response), i) for i, (_, response) in enumerate(self._solved))
+            self.design, self.response = self._solved[nearest]
+
     def _error(self, response: np.ndarray) -> float:
         return float(response_error(response[None], self.wanted)[0])
 
 
-def _sets_of_flips(
-    design: np.ndarray,
-    expected: np.ndarray,
-    wanted: np.ndarray,
-    longest: int,
-    predict: Predictor,
-    rng: np.random.Generator,
-) -> list[np.ndarray]:
-    """Neighbours of a design, with a set of pixels of the other phase each and an interface up to ``longest``."""
-    pixels = np.flatnonzero(_lengthening(design) < _lengthening(np.zeros_like(design)))  # some neighbour is another
-    if not len(pixels):
-        return []
-    pixels = rng.choice(pixels, min(_PIXELS, len(pixels)), replace=False)
-    flipped = np.repeat(design.reshape(1, -1), len(pixels), axis=0)
-    flipped[np.arange(len(pixels)), pixels] = 1 - flipped[np.arange(len(pixels)), pixels]
-    given = ~np.isnan(wanted)
-    scale = np.where(given, wanted, 0.0)
-    scale = np.where(given, 1 / np.linalg.norm(scale, axis=-1, keepdims=True).clip(1e-300), 0.0)
-    before = _predicted(predict, design[None])
-    effect = ((_predicted(predict, flipped.reshape(-1, *design.shape)) - before) * scale).reshape(len(pixels), -1)
-    left = np.repeat((np.where(given, wanted - expected, 0.0) * scale).reshape(1, -1), _SETS, axis=0)
-
-    # all sets at once: shape (sets, pixels); adding pixel j to set i changes |left|^2 by |effect|^2 - 2 left . effect
-    free, sizes = rng.random((_SETS, len(pixels))) < _SHARE, rng.integers(1, _LARGEST + 1, _SETS)
-    found = np.repeat(design[None], _SETS, axis=0)
-    flat, room = found.reshape(_SETS, -1), np.full(_SETS, longest - _interface_length(design))
-    for step in range(_LARGEST):
-        longer = _lengthening(found).reshape(_SETS, -1)[:, pixels]
-        gain = np.where(free & (longer <= room[:, None]), (effect**2).sum(1) - 2 * left @ effect.T, np.inf)
-        rows = np.flatnonzero((gain.min(1) < 0) & (step < sizes))
-        pixel = gain.argmin(1)[rows]
-        free[rows, pixel] = False
-        flat[rows, pixels[pixel]] = 1 - flat[rows, pixels[pixel]]
-        room[rows] -= longer[rows, pixel]
-        left[rows] -= effect[pixel]
-    return [each for each in np.unique(found, axis=0) if (each != design).any()]
+def _chains(designs: np.ndarray, response: np.ndarray, wanted: np.ndarray, seed: int) -> list[_Chain]:
+    """A chain for each design."""
+    rngs = (np.random.default_rng([seed, i]) for i in range(len(designs)))
+    return [_Chain(*each) for each in zip(designs, response, wanted, rngs, strict=True)]
 
 
-def _interface_length(design: np.ndarray) -> int:
-    """Sides that pixels of different phases share."""
-    return int((design[1:] != design[:-1]).sum() + (design[:, 1:] != design[:, :-1]).sum())
+def _simulate(
+    chains: Sequence[_Chain],
+    designs: Sequence[np.ndarray | None],
+    meaning: Mapping[str, Any],
+    device: str | torch.device | None,
+) -> None:
+    """Simulates a design for each chain that has one, unless it knows that."""
+    pairs = zip(chains, designs, strict=True)
+    tried = [(chain, design) for chain, design in pairs if design is not None and design.tobytes() not in chain.known]
+    if tried:
+        answers = simulated_response(np.stack([design for _, design in tried]), meaning, device)
+        for (chain, design), answer in zip(tried, answers, strict=True):
+            chain.learn(design, answer)
 
 
-def _lengthening(designs: np.ndarray) -> np.ndarray:
-    """How much longer the interface of designs ``(..., H, W)`` is where that pixel alone changes, same shape."""
-    padded = np.pad(designs, [(0, 0)] * (designs.ndim - 2) + [(1, 1), (1, 1)], constant_values=np.nan)
-    around = (
-        padded[..., :-2, 1:-1],
-        padded[..., 2:, 1:-1],
-        padded[..., 1:-1, :-2],
-        padded[..., 1:-1, 2:],
-    )
-    return np.sum([(near == designs).astype(int) - (near == 1 - designs) for near in around], axis=0)
+def _ratio(coarse: np.ndarray, fine: np.ndarray) -> np.ndarray:
+    """Of responses, 1 where there is none, as at no strain."""
+    return np.divide(coarse, fine, out=np.ones_like(fine), where=fine != 0)
 
 
 def _kriged(known: np.ndarray, values: np.ndarray, designs: np.ndarray) -> np.ndarray:
@@ -241,8 +218,3 @@ def _kriged(known: np.ndarray, values: np.ndarray, designs: np.ndarray) -> np.nd
     system = np.block([[between, np.ones((len(known), 1))], [np.ones(len(known)), 0.0]])
     weights = np.linalg.lstsq(system, np.column_stack([away, np.ones(len(others))]).T)[0][:-1]
     return np.einsum("kb,kls->bls", weights, values)
-
-
-def _predicted(predict: Predictor, designs: np.ndarray) -> np.ndarray:
-    """Predictions as float64 arrays."""
-    return as_array(predict(designs))

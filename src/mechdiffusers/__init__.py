@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mechdiffusers.evaluation import (
         TargetRange,
         VerificationReport,
+        nearest_in_shape,
         nearest_training_designs,
         refine,
         response_error,
@@ -41,6 +42,7 @@ _ROOMS = {
     "VerificationReport": "mechdiffusers.evaluation",
     "build_dataset": "mechdiffusers.microstructures",
     "load_mechanical_mnist": "mechdiffusers.microstructures",
+    "nearest_in_shape": "mechdiffusers.evaluation",
     "nearest_training_designs": "mechdiffusers.evaluation",
     "random_composites": "mechdiffusers.microstructures",
     "refine": "mechdiffusers.evaluation",
@@ -64,6 +66,7 @@ __all__ = [
     "__version__",
     "build_dataset",
     "load_mechanical_mnist",
+    "nearest_in_shape",
     "nearest_training_designs",
     "random_composites",
     "refine",

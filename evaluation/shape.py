@@ -1,0 +1,89 @@
+r"""Which designs have curves of the wanted shape, whatever their height: the ones worth refining.
+
+A few pixels can change how stiff a design is in each load case, but hardly the shape of its curves. What a curve
+:math:`y` is wrong by in shape is what no factor takes away,
+
+.. math:: \min_s \|s \, y - y^*\|_2 / \|y^*\|_2,
+
+the mean over load cases being the shape error of a design. First-order elements tell it well: they are too stiff, but
+by nearly the same factor all along a curve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from mechdiffusers.evaluation.design import checked_count
+from mechdiffusers.evaluation.response import as_array, response_error
+from mechdiffusers.evaluation.verify import checked_question
+from mechdiffusers.microstructures.build_dataset.parts import simulated_response
+from torch import Tensor
+
+__all__ = ["nearest_in_shape", "shape_error"]
+
+
+def shape_error(response: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Relative error of responses, each load case of which is scaled by what makes its own least.
+
+    Args:
+        response: Shape ``(B, L, S)``, NaN where not solved.
+        target: Shape ``(B, L, S)``, or ``(L, S)`` for one target of all; NaN where open.
+
+    Returns:
+        Shape ``(B,)``, at most the :func:`.response_error`, NaN where that is.
+
+    Raises:
+        ValueError: As :func:`.response_error` does.
+
+    Example:
+        >>> float(shape_error(np.full((1, 2, 3), 7.0), np.ones((2, 3)))[0])
+        0.0
+    """
+    found, wanted = np.broadcast_arrays(as_array(response), as_array(target))
+    both, square = (np.where(np.isnan(wanted), 0.0, found * other).sum(-1, keepdims=True) for other in (wanted, found))
+    return response_error(found * np.divide(both, square, out=np.ones_like(square), where=square != 0), wanted)
+
+
+def nearest_in_shape(
+    designs: np.ndarray | Tensor,
+    target: np.ndarray | Tensor,
+    meaning: Mapping[str, Any],
+    num_designs: int = 2,
+    *,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+) -> np.ndarray | Tensor:
+    """Chooses the designs whose curves are nearest in shape to a target, by simulations with first-order elements.
+
+    Args:
+        designs: Shape ``(B, H, W)``, in [0, 1]; with T targets, B / T for each, those of a target neighbours.
+        target: Shape ``(T, L, S)``, or ``(L, S)`` for one; NaN where open.
+        meaning: Of the response, as :func:`.verify` takes it.
+        num_designs: How many to choose for each target.
+        device: Where to simulate; by default on the CPU.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Shape ``(T * num_designs, H, W)``, of the kind of ``designs``; those of a target are neighbours, the nearest
+        first. A design that the solver cannot follow comes last.
+
+    Raises:
+        ValueError: If the designs do not divide among the targets, the target does not fit the meaning, or
+            ``num_designs`` is no integer from 1 to the designs of a target.
+
+    Example:
+        >>> few = nearest_in_shape(designs, targets, meaning, 2)  # doctest: +SKIP
+        >>> refined = refine(few, targets, meaning, pipe.predict_response)  # doctest: +SKIP
+    """
+    array = as_array(designs)
+    meaning, wanted = checked_question(target, meaning, array.shape)
+    per_target = len(array) // len(wanted)
+    if checked_count(num_designs) > per_target:
+        raise ValueError(f"num_designs must be at most the {per_target} designs of a target, got {num_designs}")
+    response = simulated_response(array, {**meaning, "element_order": 1}, device, progress)
+    error = shape_error(response, np.repeat(wanted, per_target, axis=0)).reshape(len(wanted), per_target)
+    order = np.argsort(error, axis=1, kind="stable")[:, :num_designs]  # NaN comes last
+    return designs[(order + per_target * np.arange(len(wanted))[:, None]).ravel()]
