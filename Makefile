@@ -7,7 +7,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses logical --dist worksteal
 
 demo: .venv/installed
 	$(BIN)/mechdiffusers-design examples/targets.csv --checkpoint checkpoints/composites-32 \
-		--dataset data/composites-32 --output_dir runs/demo
+		--dataset data/composites-32 --num_rounds 3 --output_dir runs/demo
 
 quick: .venv/installed
 	$(BIN)/accelerate launch training/train.py --config training/configs/quick.yaml --resume_from_checkpoint latest

@@ -1,6 +1,7 @@
 """Evaluation: how good generated designs are."""
 
 from mechdiffusers.evaluation.analytic_denoisers import GaussianMixture, two_moons
+from mechdiffusers.evaluation.curve_shape import curve_shape_error, nearest_in_curve_shape
 from mechdiffusers.evaluation.design import designs_for
 from mechdiffusers.evaluation.novelty import diversity, novelty, stiff_connectivity
 from mechdiffusers.evaluation.out_of_distribution import (
@@ -16,7 +17,6 @@ from mechdiffusers.evaluation.response import (
     stored_designs,
     stored_responses,
 )
-from mechdiffusers.evaluation.shape import nearest_in_shape, shape_error
 from mechdiffusers.evaluation.statistics import (
     bootstrap_interval,
     distance_of_means,
@@ -40,17 +40,17 @@ __all__ = [
     "TargetRange",
     "VerificationReport",
     "bootstrap_interval",
+    "curve_shape_error",
     "designs_for",
     "distance_of_means",
     "diversity",
-    "nearest_in_shape",
+    "nearest_in_curve_shape",
     "nearest_training_designs",
     "novelty",
     "read_targets",
     "receiver_operating_characteristic",
     "refine",
     "response_error",
-    "shape_error",
     "sliced_wasserstein_distance",
     "stiff_connectivity",
     "stored_designs",

@@ -9,14 +9,16 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mechdiffusers.evaluation.curve_shape import nearest_in_curve_shape
 from mechdiffusers.evaluation.design import checked_count, designs_for
 from mechdiffusers.evaluation.refine import refine
-from mechdiffusers.evaluation.response import load_split
-from mechdiffusers.evaluation.shape import nearest_in_shape
+from mechdiffusers.evaluation.response import load_split, stored_responses
+from mechdiffusers.evaluation.target_range import TargetRange
 from mechdiffusers.evaluation.targets import read_targets
 from mechdiffusers.evaluation.verify import (
     VerificationReport,
@@ -49,22 +51,27 @@ def main(args: Sequence[str] | None = None) -> None:
         "--dataset", type=Path, help="folder of train.parquet and heldout.parquet: retrieval, novelty, reach"
     )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/design"))
-    parser.add_argument("--num_designs", type=int, help="drawn for each target; by default 8, or 64 with rounds")
+    parser.add_argument("--num_designs", type=int, help="drawn for each target; by default 8, or 64 with --num_rounds")
     parser.add_argument("--scheduler", choices=STOCK_SCHEDULERS, default="dpmsolver++")
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=1.0)
     parser.add_argument(
         "--num_candidates",
         type=int,
-        help="for each design; by default 4, or 1 with rounds or without a predictor to choose by",
+        help="for each design; by default 4, or 1 with --num_rounds or without a predictor to choose by",
     )
     parser.add_argument(
-        "--num_refinements", type=int, help="times that the last steps are taken again; by default 2, or 0 likewise"
+        "--num_refinements",
+        type=int,
+        help="times that the last steps are taken again; by default 2, or 0 with --num_rounds or without a predictor",
     )
     parser.add_argument(
-        "--num_rounds", type=int, default=0, help="of simulations, by which the designs nearest in shape are refined"
+        "--num_rounds",
+        type=int,
+        default=0,
+        help="keep and refine the designs whose curves are nearest in shape, by so many simulations of each",
     )
-    parser.add_argument("--num_refined", type=int, default=2, help="with rounds: the designs of a target that are kept")
+    parser.add_argument("--num_refined", type=int, default=2, help="with --num_rounds: designs of a target to keep")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="such as cuda")
     arguments = parser.parse_args(args)
@@ -107,6 +114,7 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
     candidates = candidates if arguments.num_candidates is None else arguments.num_candidates
     refinements = refinements if arguments.num_refinements is None else arguments.num_refinements
     num_refined = checked_count(arguments.num_refined, "num_refined")
+    checked_count(arguments.seed, "seed", least=0)
     if arguments.num_rounds and num_refined > num_designs:
         raise ValueError(f"num_refined must be at most num_designs={num_designs}, got {num_refined}")
     meaning = checked_meaning(pipe.response_encoder.config.meaning)
@@ -119,6 +127,10 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
     kept = num_refined if arguments.num_rounds else num_designs
     shape = (len(targets) * kept, *image_size(pipe.vae))
     checked_question(targets, meaning, shape, **stored)  # what cannot be verified is not generated
+    reach = None
+    if stored:
+        train, heldout = stored_responses(stored["dataset"]), stored_responses(stored["heldout"])
+        reach = TargetRange(train, heldout).check(targets, names=names)  # warns before anything is generated
     designs = designs_for(
         pipe,
         targets,
@@ -132,11 +144,11 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
     )
     shown: dict[str, Any] = {"device": arguments.device, "progress": True}
     if arguments.num_rounds:
-        designs = nearest_in_shape(designs, targets, meaning, num_refined, **shown)
+        few = nearest_in_curve_shape(designs, targets, meaning, num_refined, **shown)
         rounds = {"num_rounds": arguments.num_rounds, "seed": arguments.seed}
-        designs = refine(designs, targets, meaning, pipe.predict_response, **rounds, **shown).designs
-    report = verify(designs, targets, meaning, **stored, names=names, binary=binary, **shown)
-    return report, names
+        designs = refine(few, targets, meaning, pipe.predict_response, **rounds, **shown).designs
+    report = verify(designs, targets, meaning, dataset=stored.get("dataset"), binary=binary, **shown)
+    return replace(report, reach=reach), names
 
 
 def _table(report: VerificationReport, names: Sequence[str]) -> str:

@@ -6,17 +6,18 @@ its neighbours,
 
 .. math:: f(x') \approx f(x) + p(x') - p(x),
 
-which is the response correction of space mapping (Bandler et al. 2004, on output space mapping). With several designs
+which is the response correction of output space mapping (Bandler et al. 2004). With several designs
 known, what the prediction lacks between them is interpolated by ordinary kriging (Cressie 1993, section 3.2), whose
 variogram is the number of pixels in which two designs differ. Among many neighbours the one that should be nearest to
 the target is simulated, and is the design to go on from if it is nearer indeed.
 
-Space mapping serves once more where first-order elements stand for the meaning's own. They are too stiff, but by nearly
-the same factor for a design and its neighbours. So a chain of coarse simulations goes for the target
+A correction of that kind, by a factor, serves once more where first-order elements stand for those of the meaning.
+Their responses :math:`f_1` are too stiff, but by nearly the same factor for a design and its neighbours. So a chain of
+coarse simulations goes for the target
 
-.. math:: y^*_1 = y^* \, f_1(x) / f(x),
+.. math:: y^*_1 = y^* \, f_1(x) / f(x)
 
-for some rounds, and only where it arrives is simulated as the meaning says, which gives the next factor.
+for some steps, and only where it arrives is simulated at the order of the meaning, which gives the next factor.
 
 References:
     | Space mapping: the state of the art (Bandler et al., 2004)
@@ -43,8 +44,8 @@ from tqdm.auto import tqdm
 
 __all__ = ["RefinedDesigns", "refine"]
 
-#: Times that neighbours of neighbours are looked at before one is simulated as the meaning says; once is enough before
-#: a coarse simulation, which takes less time than that.
+#: Times that neighbours of neighbours are looked at before one is simulated at the order of the meaning; once is enough
+#: before a coarse simulation, which takes less time than that.
 _SEARCHES = 2
 
 
@@ -64,14 +65,15 @@ def refine(
     *,
     response: np.ndarray | Tensor | None = None,
     num_rounds: int = 3,
-    num_coarse_rounds: int = 5,
+    num_coarse_steps: int = 5,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool = False,
 ) -> RefinedDesigns:
     """Changes a few pixels of binary designs, so that their response by finite elements comes nearer to the target.
 
-    Every design is a chain of its own, of ``num_rounds + 1`` simulations at the most.
+    Every design is a chain of its own, of up to ``num_rounds + 1`` simulations at the element order of the meaning and
+    ``num_rounds * num_coarse_steps + 1`` with first-order elements.
 
     Args:
         designs: Shape ``(B, H, W)``, 0 or 1; with T targets, B / T for each, those of a target neighbours.
@@ -79,22 +81,22 @@ def refine(
         meaning: Of the response, as :func:`.verify` takes it.
         predict: Predicts responses of designs, as ``pipe.predict_response`` does.
         response: Of the designs by finite elements where that is known, as ``report.response`` of :func:`.verify`,
-            shape ``(B, L, S)``; they are not simulated again then.
-        num_rounds: Simulations of each design after the first, at least 1.
-        num_coarse_rounds: Simulations with first-order elements in each round, to find out what to simulate as the
-            meaning says. 0 leaves that to the predictor alone. Where the meaning has first-order elements itself,
-            nothing is coarser, and there are none.
-        seed: Of all random choices; those of a design do not depend on the designs after it.
+            shape ``(B, L, S)``; they are not simulated again at that order then.
+        num_rounds: Simulations of each design at the order of the meaning after the first, at least 1.
+        num_coarse_steps: Simulations with first-order elements before each of them, which find out what is worth it. 0
+            leaves that to the predictor alone. Where the meaning has first-order elements itself, nothing is coarser,
+            and there are none: more rounds make up for it.
+        seed: Of all random choices, at least 0; those of a design do not depend on the designs after it.
         device: Where to simulate; by default on the CPU.
         progress: Whether to show a progress bar.
 
     Returns:
-        The designs and how their errors fell. One that the solver cannot follow stays as it is.
+        The designs and how their errors fell. One that the solver cannot follow, at either order, stays as it is.
 
     Raises:
         ValueError: If the designs are not binary or do not divide among the targets, if the target does not fit the
-            meaning or the response the designs, or if ``num_rounds`` is no integer of at least 1 or
-            ``num_coarse_rounds`` of at least 0.
+            meaning or the response the designs, or if ``num_rounds`` is no integer of at least 1, or
+            ``num_coarse_steps`` or ``seed`` none of at least 0.
 
     Example:
         >>> refined = refine(designs, target, meaning, pipe.predict_response)  # doctest: +SKIP
@@ -104,7 +106,8 @@ def refine(
     meaning, targets = checked_question(target, meaning, array.shape)
     check_binary(array)
     num_rounds = checked_count(num_rounds, "num_rounds")
-    num_coarse_rounds = checked_count(num_coarse_rounds, "num_coarse_rounds", least=0)
+    num_coarse_steps = checked_count(num_coarse_steps, "num_coarse_steps", least=0)
+    seed = checked_count(seed, "seed", least=0)
     wanted = np.repeat(targets, len(array) // len(targets), axis=0)
     found = simulated_response(array, meaning, device) if response is None else as_array(response)
     if found.shape != (len(array), *wanted.shape[1:]):
@@ -113,20 +116,24 @@ def refine(
     chains = _chains(array, found, wanted, seed)
     errors = [[chain.error for chain in chains]]
     coarse, below = {**meaning, "element_order": 1}, []
-    if num_coarse_rounds and meaning["element_order"] > 1:
+    if num_coarse_steps and meaning["element_order"] > 1:
         known = np.where(np.isnan(found), np.nan, simulated_response(array, coarse, device))
         aims = wanted * _ratio(known, found)
         below = _chains(array, known, np.where(np.isnan(aims), wanted, aims), seed)
-    for _ in tqdm(range(num_rounds), desc="refine", unit="round", disable=not progress):
-        if below:
-            for _ in range(num_coarse_rounds):
+    steps = num_coarse_steps if below else 0
+    with tqdm(total=num_rounds * (steps + 1), desc="refine", unit="step", disable=not progress) as bar:
+        for _ in range(num_rounds):
+            for _ in range(steps):
                 _simulate(below, [chain.neighbour(predict, 1) for chain in below], coarse, device)
-            _simulate(chains, [chain.design for chain in below], meaning, device)
-            for each, chain in zip(below, chains, strict=True):
-                each.aim_at(chain.wanted * _ratio(each.response, chain.known[each.design.tobytes()]))
-        else:
-            _simulate(chains, [chain.neighbour(predict, _SEARCHES) for chain in chains], meaning, device)
-        errors.append([chain.error for chain in chains])
+                bar.update()
+            if below:
+                _simulate(chains, [chain.design for chain in below], meaning, device)
+                for each, chain in zip(below, chains, strict=True):
+                    each.aim_at(chain.wanted * _ratio(each.response, chain.known[each.design.tobytes()]))
+            else:
+                _simulate(chains, [chain.neighbour(predict, _SEARCHES) for chain in chains], meaning, device)
+            bar.update()
+            errors.append([chain.error for chain in chains])
     refined, error = np.stack([chain.design for chain in chains]), np.array(errors).T
     if isinstance(designs, Tensor):
         return RefinedDesigns(torch.from_numpy(refined).to(designs.dtype), torch.from_numpy(error))
@@ -171,11 +178,18 @@ class _Chain:
             self.design, self.response, self.error = design, response, error
 
     def aim_at(self, wanted: np.ndarray) -> None:
-        """Goes for another target, from the known design that is nearest to it; not where parts of it are missing."""
-        if np.isfinite(self.error) and (np.isnan(wanted) == np.isnan(self.wanted)).all():
+        """Goes for another target from the known design that is nearest to it.
+
+        Where parts of that target are missing, as the design gave no factor for them, the chain leaves the design.
+        """
+        if not np.isfinite(self.error):
+            return
+        if (np.isnan(wanted) == np.isnan(self.wanted)).all():
             self.wanted = wanted
-            self.error, nearest = min((self._error(response), i) for i, (_, response) in enumerate(self._solved))
-            self.design, self.response = self._solved[nearest]
+        elif len(self._solved) > 1:
+            self._solved = [(design, response) for design, response in self._solved if design is not self.design]
+        self.error, nearest = min((self._error(response), i) for i, (_, response) in enumerate(self._solved))
+        self.design, self.response = self._solved[nearest]
 
     def _error(self, response: np.ndarray) -> float:
         return float(response_error(response[None], self.wanted)[0])

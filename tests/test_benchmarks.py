@@ -89,12 +89,13 @@ def test_sweeps_have_a_point_for_each_setting(folder):
 @pytest.mark.slow
 def test_refined_designs_are_measured_and_nothing_is_computed_twice(folder):
     quick = ["--num_targets", "5", "--num_designs", "3", "--num_refined", "2", "--num_rounds", "2"]
-    quick += ["--num_inference_steps", "2"]
+    quick += ["--num_coarse_steps", "2", "--num_inference_steps", "2"]
     first = run(folder, "refined_designs.py", *quick)
     files = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.np*")}
     assert run(folder, "refined_designs.py", *quick) == first
     assert {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.np*")} == files
-    assert first["simulations_a_target"] == [3, 5, 7]
+    assert first["simulations_a_target"] == [2, 4, 6]
+    assert first["coarse_simulations_a_target"] == 3 + 2 * (1 + 2 * 2)
     best = [each["mean"] for each in first["best_percent"]]
     assert best == sorted(best, reverse=True)
     assert best[0] > best[-1]

@@ -5,7 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mechdiffusers.evaluation import read_targets, stored_responses, write_targets
+from mechdiffusers.evaluation import (
+    OutOfRangeWarning,
+    nearest_in_curve_shape,
+    read_targets,
+    stored_designs,
+    stored_responses,
+    write_targets,
+)
 from mechdiffusers.evaluation.design_command import main
 from mechdiffusers.microstructures import build_dataset, random_composites, response_meaning
 from mechdiffusers.models import ResponsePredictor, response_normalisation
@@ -41,35 +48,81 @@ def save_with_predictor(pipe, dataset, folder: Path) -> dict:
     return meaning
 
 
-def test_rounds_of_simulations_bring_the_designs_nearer(conditional, composites, tmp_path, caplog):
+def drawn_and_refined(dataset, pipe, folder: Path, num_designs: int, *options: str) -> list[dict[str, np.ndarray]]:
+    """What the command line leaves for two targets, without rounds of simulations and with two, of the same draws."""
+    meaning = save_with_predictor(pipe, dataset, folder / "checkpoint")
+    curves = dict(zip(("a", "b"), stored_responses(dataset)[[20, 21]], strict=True))
+    write_targets(folder / "t.csv", curves, meaning)
+    found = []
+    for rounds in (["0", "--num_candidates", "1", "--num_refinements", "0"], ["2", *options]):
+        drawn = ["--num_designs", str(num_designs), "--num_inference_steps", "2", "--num_rounds", *rounds]
+        folders = ["--checkpoint", str(folder / "checkpoint"), "--output_dir", str(folder / rounds[0])]
+        main([str(folder / "t.csv"), *folders, *drawn])
+        rows = list(csv.DictReader((folder / rounds[0] / "verification.csv").open()))
+        errors = np.array([float(row["error"]) for row in rows]).reshape(2, -1)
+        found.append({"designs": np.load(folder / rounds[0] / "designs.npy"), "error": errors})
+    return found
+
+
+def test_rounds_of_simulations_bring_the_designs_nearer(conditional, composites, tmp_path):
+    drawn, refined = drawn_and_refined(composites, conditional, tmp_path, 2)
+    assert refined["error"].shape == (2, 2)
+    assert (np.sort(refined["error"]) <= np.sort(drawn["error"]) + 1e-9).all()
+    assert (refined["error"].min(1) < drawn["error"].min(1)).any()
+
+
+def test_the_design_nearest_in_curve_shape_alone_is_refined_and_kept(conditional, composites, tmp_path):
+    drawn, refined = drawn_and_refined(composites, conditional, tmp_path, 3, "--num_refined", "1")
+    targets = stored_responses(composites)[[20, 21]]
+    chosen = nearest_in_curve_shape(drawn["designs"], targets, response_meaning(composites), 1)
+    same = (chosen[:, None] == drawn["designs"].reshape(2, 3, *chosen.shape[1:])).all((2, 3))
+    assert same.any(1).all()
+    start = np.take_along_axis(drawn["error"], same.argmax(1)[:, None], 1)
+    assert refined["error"].shape == start.shape
+    assert (refined["error"] <= start + 1e-9).all()
+    assert (refined["error"] < start - 1e-3).any()
+    away = (refined["designs"][:, None] != drawn["designs"].reshape(2, 3, *chosen.shape[1:])).mean((2, 3))
+    np.testing.assert_array_equal(away.argmin(1), same.argmax(1))
+
+
+class StoppedError(Exception):
+    """In place of the designs."""
+
+
+def test_by_default_eight_designs_are_drawn_of_chosen_candidates_or_64_to_choose_from(
+    conditional, composites, tmp_path, monkeypatch
+):
+    def stopped(pipe, targets, num_designs, **options):
+        raise StoppedError(num_designs, options["num_candidates"], options["num_refinements"])
+
+    monkeypatch.setattr(import_module("mechdiffusers.evaluation.design_command"), "designs_for", stopped)
     meaning = save_with_predictor(conditional, composites, tmp_path / "checkpoint")
     write_targets(tmp_path / "t.csv", {"a": stored_responses(composites)[20]}, meaning)
-    errors = []
-    for rounds in ("0", "2"):
-        options = ["--num_designs", "2", "--num_inference_steps", "2", "--num_rounds", rounds]
-        folders = ["--checkpoint", str(tmp_path / "checkpoint"), "--output_dir", str(tmp_path / rounds)]
-        main([str(tmp_path / "t.csv"), *folders, *options])
-        rows = list(csv.DictReader((tmp_path / rounds / "verification.csv").open()))
-        errors.append([float(row["error"]) for row in rows])
-    assert (np.array(errors[1]) <= errors[0]).all()
-    assert errors[1] != errors[0]
+    arguments = [str(tmp_path / "t.csv"), "--checkpoint", str(tmp_path / "checkpoint")]
+    for rounds, expected in ((["--num_rounds", "3"], (64, 1, 0)), ([], (8, 4, 2))):
+        with pytest.raises(StoppedError) as stop:
+            main([*arguments, *rounds])
+        assert stop.value.args == expected
 
 
-def test_the_nearest_design_alone_is_refined_and_kept(conditional, composites, tmp_path):
-    meaning = save_with_predictor(conditional, composites, tmp_path / "checkpoint")
-    curves = dict(zip(("a", "b"), stored_responses(composites)[[20, 21]], strict=True))
-    write_targets(tmp_path / "t.csv", curves, meaning)
-    errors = []
-    for rounds in ("0", "2"):
-        options = ["--num_designs", "3", "--num_inference_steps", "2", "--num_rounds", rounds, "--num_refined", "1"]
-        folders = ["--checkpoint", str(tmp_path / "checkpoint"), "--output_dir", str(tmp_path / rounds)]
-        main([str(tmp_path / "t.csv"), *folders, *options])
-        rows = list(csv.DictReader((tmp_path / rounds / "verification.csv").open()))
-        errors.append(np.array([float(row["error"]) for row in rows]).reshape(2, -1))
-    drawn, refined = errors
-    assert (drawn.shape, refined.shape) == ((2, 3), (2, 1))
-    assert (refined[:, 0] <= drawn.min(1) + 1e-9).all()
-    assert (refined[:, 0] < drawn.min(1) - 0.01).any()
+def test_what_cannot_be_told_of_the_range_is_warned_of_once_and_before_anything_is_drawn(
+    conditional, composites, tmp_path, monkeypatch
+):
+    warned_before = []
+
+    def drawn(pipe, targets, num_designs, **options):
+        warned_before.extend(warned.list)
+        return np.repeat(stored_designs(composites)[:1], len(targets) * num_designs, axis=0)
+
+    monkeypatch.setattr(import_module("mechdiffusers.evaluation.design_command"), "designs_for", drawn)
+    conditional.save_pretrained(tmp_path / "checkpoint")
+    composites.select(range(16)).to_parquet(tmp_path / "train.parquet")
+    composites.select(range(16, 24)).to_parquet(tmp_path / "heldout.parquet")
+    write_targets(tmp_path / "t.csv", {"a": stored_responses(composites)[20]}, response_meaning(composites))
+    folders = ["--checkpoint", str(tmp_path / "checkpoint"), "--dataset", str(tmp_path)]
+    with pytest.warns(OutOfRangeWarning) as warned:
+        main([str(tmp_path / "t.csv"), *folders, "--num_designs", "1", "--output_dir", str(tmp_path / "out")])
+    assert len(warned_before) == len(warned.list) == 1
 
 
 def test_a_predictor_chooses_and_refines_where_nothing_else_is_asked_for(conditional, composites, tmp_path):
@@ -95,6 +148,13 @@ def test_rounds_without_a_predictor_are_refused_in_one_sentence(conditional, com
     arguments = [str(tmp_path / "t.csv"), "--checkpoint", str(tmp_path / "checkpoint"), "--num_rounds", "2"]
     with pytest.raises(SystemExit, match="^error: num_rounds must be 0, or positive for a checkpoint of binary"):
         main(arguments)
+
+
+def test_more_refined_than_drawn_are_refused_in_one_sentence(conditional, composites, tmp_path):
+    save_with_predictor(conditional, composites, tmp_path / "checkpoint")
+    arguments = [str(tmp_path / "t.csv"), "--checkpoint", str(tmp_path / "checkpoint"), "--num_rounds", "2"]
+    with pytest.raises(SystemExit, match="^error: num_refined must be at most num_designs=3, got 4"):
+        main([*arguments, "--num_designs", "3", "--num_refined", "4"])
 
 
 def test_a_checkpoint_without_responses_is_refused_in_one_sentence(pipe, tmp_path):

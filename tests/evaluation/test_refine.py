@@ -22,6 +22,9 @@ MEANING = {
 }
 
 
+FINER = {**MEANING, "element_order": 2}
+
+
 def exact(designs):
     return simulated_response(designs, MEANING)
 
@@ -73,17 +76,9 @@ def predictor():
     return predict
 
 
-@pytest.fixture(scope="module")
-def finer():
-    """Designs, targets and a meaning of second-order elements."""
-    designs, _ = random_composites(4, size=6, seed=3)
-    meaning = {**MEANING, "element_order": 2}
-    designs = np.asarray(designs, dtype=np.float64)
-    return designs[:2], simulated_response(designs[2:], meaning), meaning
-
-
-def test_coarse_simulations_bring_designs_nearer_by_as_few_of_the_meaning(finer, monkeypatch) -> None:
-    designs, targets, meaning = finer
+def test_coarse_simulations_bring_designs_nearer_by_as_few_of_the_meaning(question, monkeypatch) -> None:
+    designs = question[0]
+    targets = simulated_response(np.asarray(random_composites(4, size=6, seed=3)[0][2:], dtype=np.float64), FINER)
     simulated = {1: 0, 2: 0}
 
     def counted(chosen, asked, *arguments):
@@ -91,46 +86,69 @@ def test_coarse_simulations_bring_designs_nearer_by_as_few_of_the_meaning(finer,
         return simulated_response(chosen, asked, *arguments)
 
     monkeypatch.setattr(import_module("mechdiffusers.evaluation.refine"), "simulated_response", counted)
-    refined = refine(designs, targets, meaning, exact, num_rounds=1, num_coarse_rounds=4)
+    refined = refine(designs, targets, FINER, exact, num_rounds=1, num_coarse_steps=4)
     assert simulated[2] <= 2 * (1 + 1)
     assert 2 < simulated[1] <= 2 * (1 + 4)
-    np.testing.assert_allclose(
-        refined.error[:, -1], response_error(simulated_response(refined.designs, meaning), targets), rtol=1e-9
-    )
+    of_them = simulated_response(refined.designs.astype(np.float64), FINER)
+    np.testing.assert_allclose(refined.error[:, -1], response_error(of_them, targets), rtol=1e-9)
     assert (np.diff(refined.error) <= 0).all()
-    without = refine(designs, targets, meaning, exact, num_rounds=1, num_coarse_rounds=0)
+    without = refine(designs, targets, FINER, exact, num_rounds=1, num_coarse_steps=0)
     assert refined.error[:, -1].mean() < 0.5 * without.error[:, -1].mean()
+
+
+class Simulator:
+    """Stands for the simulator: responses of first-order elements times a factor of each load case at each order."""
+
+    def __init__(self, monkeypatch, coarse=1.0, fine=1.0, lost=lambda order, design: False) -> None:
+        self.factor, self.lost = {1: np.broadcast_to(coarse, (2, 1)), 2: np.broadcast_to(fine, (2, 1))}, lost
+        self.simulated = {1: [], 2: []}
+        monkeypatch.setattr(import_module("mechdiffusers.evaluation.refine"), "simulated_response", self)
+
+    def __call__(self, designs, asked, *_):
+        order = asked["element_order"]
+        self.simulated[order] += [design.tobytes() for design in designs]
+        lost = np.array([self.lost(order, design) for design in designs])
+        return np.where(lost[:, None, None], np.nan, exact(designs) * self.factor[order])
 
 
 def test_what_first_order_elements_are_always_wrong_by_does_not_matter(question, predictor, monkeypatch) -> None:
     designs, targets = question
-    known = exact(designs)
-
-    def refined(factor):
-        def simulated(chosen, asked, *_):
-            return exact(chosen) * (factor if asked["element_order"] == 1 else 1)
-
-        monkeypatch.setattr(import_module("mechdiffusers.evaluation.refine"), "simulated_response", simulated)
-        finer = {**MEANING, "element_order": 2}
-        options = {"response": known, "num_rounds": 1, "num_coarse_rounds": 3}
-        return refine(designs, targets, finer, lambda chosen: predictor(chosen) * factor, **options)
-
-    right, wrong = refined(1.0), refined(1.5)
+    options = {"response": exact(designs), "num_rounds": 1, "num_coarse_steps": 3}
+    Simulator(monkeypatch)
+    right = refine(designs, targets, FINER, predictor, **options)
+    factor = np.array([[1.5], [0.7]])
+    Simulator(monkeypatch, coarse=factor)
+    wrong = refine(designs, targets, FINER, lambda chosen: predictor(chosen) * factor, **options)
     np.testing.assert_array_equal(wrong.designs, right.designs)
     np.testing.assert_allclose(wrong.error, right.error, rtol=1e-9)
     assert (right.error[:, 1] < 0.5 * right.error[:, 0]).all()
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_a_design_that_is_not_solved_stays(finer, predictor, order) -> None:
-    designs, targets, meaning = finer
-    meaning = {**meaning, "element_order": order}
-    response = simulated_response(designs, meaning)
-    response[0, 0, 0] = np.nan
-    refined = refine(designs, targets, meaning, predictor, response=response, num_rounds=1, num_coarse_rounds=1)
+def test_a_design_that_is_not_solved_at_either_order_stays(question, predictor, monkeypatch, order) -> None:
+    designs, targets = question
+    start = designs[0].astype(np.float64)
+    simulator = Simulator(monkeypatch, lost=lambda at, design: at == order and (design == start).all())
+    refined = refine(designs, targets, FINER, predictor, num_rounds=1, num_coarse_steps=2)
     np.testing.assert_array_equal(refined.designs[0], designs[0])
-    assert np.isnan(refined.error[0]).all()
     assert refined.error[1, 1] < refined.error[1, 0]
+    assert len(simulator.simulated[2]) == 2 + 1  # a neighbour of the other one alone
+    if order == 2:
+        assert np.isnan(refined.error[0]).all()
+    else:
+        assert refined.error[0, 0] == refined.error[0, 1]
+
+
+def test_a_chain_leaves_a_design_that_is_not_solved_at_the_order_of_the_meaning(
+    question, predictor, monkeypatch
+) -> None:
+    designs, targets = question
+    start = designs[0].astype(np.float64)
+    simulator = Simulator(monkeypatch, lost=lambda order, design: order == 2 and (design != start).any())
+    refined = refine(designs[:1], targets[0], FINER, predictor, num_rounds=3, num_coarse_steps=1)
+    np.testing.assert_array_equal(refined.designs[0], designs[0])
+    assert (refined.error == refined.error[0, 0]).all()
+    assert len(set(simulator.simulated[2])) == len(simulator.simulated[2]) == 1 + 3
 
 
 def test_what_a_predictor_is_always_wrong_by_does_not_matter(question) -> None:
@@ -140,18 +158,23 @@ def test_what_a_predictor_is_always_wrong_by_does_not_matter(question) -> None:
     np.testing.assert_array_equal(biased.designs, right.designs)
 
 
-def test_a_design_does_not_depend_on_those_after_it_and_tensors_come_back_as_tensors(question) -> None:
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_design_does_not_depend_on_those_after_it_and_tensors_come_back_as_tensors(
+    question, predictor, order
+) -> None:
     designs, targets = question
-    both = refine(torch.from_numpy(designs), torch.from_numpy(targets), MEANING, exact, num_rounds=1, seed=5)
-    alone = refine(designs[:1], targets[0], MEANING, exact, num_rounds=1, seed=5)
+    meaning, options = {**MEANING, "element_order": order}, {"num_rounds": 1, "num_coarse_steps": 2}
+    both = refine(torch.from_numpy(designs), torch.from_numpy(targets), meaning, predictor, **options, seed=5)
+    alone = refine(designs[:1], targets[0], meaning, predictor, **options, seed=5)
     assert isinstance(both.designs, torch.Tensor)
     assert isinstance(both.error, torch.Tensor)
     np.testing.assert_array_equal(both.designs[0], alone.designs[0])
-    other = refine(designs[:1], targets[0], MEANING, exact, num_rounds=1, seed=6)
+    other = refine(designs[:1], targets[0], meaning, predictor, **options, seed=6)
     assert (other.designs != alone.designs).any()
 
 
-def test_what_a_target_leaves_open_counts_for_nothing(question) -> None:
+@pytest.mark.parametrize("meaning", [MEANING, FINER], ids=["first order", "coarse steps"])
+def test_what_a_target_leaves_open_counts_for_nothing(question, meaning) -> None:
     designs, targets = question
     open_target = targets[0].copy()
     open_target[1] = np.nan
@@ -161,8 +184,9 @@ def test_what_a_target_leaves_open_counts_for_nothing(question) -> None:
         response[:, 1] = np.random.default_rng(0).normal(size=response[:, 1].shape)
         return response
 
-    refined = refine(designs[:1], open_target, MEANING, of_one_case_alone, num_rounds=1)
-    same = refine(designs[:1], open_target, MEANING, exact, num_rounds=1)
+    options = {"num_rounds": 1, "num_coarse_steps": 2}
+    refined = refine(designs[:1], open_target, meaning, of_one_case_alone, **options)
+    same = refine(designs[:1], open_target, meaning, exact, **options)
     np.testing.assert_array_equal(refined.designs, same.designs)
 
 
@@ -243,7 +267,8 @@ def test_kriging_of_designs_that_depend_on_each_other_gives_what_is_linear_in_th
         ({"target": -np.ones(np.shape(MEANING["strains"]))}, "target must be non-negative"),
         ({"num_rounds": 0}, "num_rounds"),
         ({"num_rounds": True}, "num_rounds"),
-        ({"num_coarse_rounds": -1}, "num_coarse_rounds must be an integer of at least 0, got -1"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
+        ({"num_coarse_steps": -1}, "num_coarse_steps must be an integer of at least 0, got -1"),
     ],
 )
 def test_bad_input_is_named(question, change, named) -> None:

@@ -6,7 +6,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
-from mechdiffusers.evaluation import nearest_in_shape, response_error, shape_error
+from mechdiffusers.evaluation import curve_shape_error, nearest_in_curve_shape, response_error
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.microstructures.build_dataset.parts import simulated_response
 from scipy.optimize import minimize_scalar
@@ -29,7 +29,7 @@ def curves(num: int, seed: int = 0) -> np.ndarray:
 def test_the_height_of_a_load_case_is_no_error_of_its_shape():
     target = curves(5)
     heights = np.random.default_rng(1).uniform(0.1, 10, (5, 2, 1))
-    np.testing.assert_allclose(shape_error(heights * target, target), 0, atol=1e-15)
+    np.testing.assert_allclose(curve_shape_error(heights * target, target), 0, atol=1e-15)
 
 
 def test_no_factor_takes_away_more():
@@ -40,19 +40,25 @@ def test_no_factor_takes_away_more():
         least[i] += minimize_scalar(lambda s, y=y, wanted=wanted: np.sum((s * y - wanted) ** 2)).fun ** 0.5 / (
             2 * np.linalg.norm(wanted)
         )
-    np.testing.assert_allclose(shape_error(response, target), least, rtol=1e-9)
-    assert (shape_error(response, target) < response_error(response, target)).all()
-    np.testing.assert_allclose(shape_error(response, target[2])[2], least[2], rtol=1e-9)
+    np.testing.assert_allclose(curve_shape_error(response, target), least, rtol=1e-9)
+    assert (curve_shape_error(response, target) < response_error(response, target)).all()
+    np.testing.assert_allclose(curve_shape_error(response, target[2])[2], least[2], rtol=1e-9)
 
 
 def test_what_a_target_leaves_open_has_no_shape_and_what_is_not_solved_has_no_error():
     response, target = curves(3, seed=1), curves(3)
     target[0, 1], target[1, :, 2] = math.nan, math.nan
     response[0, 1], response[2, 0, 1] = math.nan, math.nan
-    found = shape_error(response, target)
-    np.testing.assert_allclose(found[:1], shape_error(response[:1, :1], target[:1, :1]))
-    np.testing.assert_allclose(found[1:2], shape_error(response[1:2, :, :2], target[1:2, :, :2]))
+    found = curve_shape_error(response, target)
+    np.testing.assert_allclose(found[:1], curve_shape_error(response[:1, :1], target[:1, :1]))
+    np.testing.assert_allclose(found[1:2], curve_shape_error(response[1:2, :, :2], target[1:2, :, :2]))
     assert math.isnan(found[2])
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 3), (1, 2, 3), (3,), (2, 4)])
+def test_a_target_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match=r"target must have the shape \(B, L, S\) or \(L, S\)"):
+        curve_shape_error(curves(3), np.ones(shape))
 
 
 @pytest.fixture(scope="module")
@@ -62,26 +68,36 @@ def designs() -> np.ndarray:
 
 def test_first_order_elements_tell_the_shape_though_not_the_height(designs):
     fine, coarse = (simulated_response(designs, {**MEANING, "element_order": order}) for order in (2, 1))
-    assert shape_error(coarse, fine).mean() < 0.1 * response_error(coarse, fine).mean()
+    assert curve_shape_error(coarse, fine).mean() < 0.1 * response_error(coarse, fine).mean()
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
-def test_the_nearest_in_shape_comes_first_however_high_its_curves(designs, kind):
+def test_the_nearest_in_curve_shape_comes_first_however_high_its_curves(designs, kind):
     response = simulated_response(designs, {**MEANING, "element_order": 1})
     targets = response[[2, 3]] * np.array([[[3.0], [0.2]], [[0.5], [4.0]]])
-    chosen = nearest_in_shape(kind(designs), targets, MEANING, 2)
+    chosen = nearest_in_curve_shape(kind(designs), targets, MEANING, 2)
     assert type(chosen) is type(kind(designs))
     np.testing.assert_array_equal(np.asarray(chosen)[0], designs[2])
     np.testing.assert_array_equal(np.asarray(chosen)[2], designs[3])  # each target has three of them
-    errors = shape_error(response[:3], targets[0])
+    errors = curve_shape_error(response[:3], targets[0])
     np.testing.assert_array_equal(np.asarray(chosen)[1], designs[np.argsort(errors)[1]])
+
+
+def test_of_equal_shapes_the_nearest_in_height_comes_first(designs):
+    meaning = {**MEANING, "strains": [[0.1]] * 2}
+    response = simulated_response(designs, {**meaning, "element_order": 1})
+    target = 1.01 * response[4]
+    chosen = nearest_in_curve_shape(designs, target, meaning, len(designs))
+    order = np.argsort(response_error(response, target))
+    assert order[0] == 4
+    np.testing.assert_array_equal(chosen, designs[order])
 
 
 def test_a_design_that_is_not_solved_comes_last(designs, monkeypatch):
     known = simulated_response(designs, {**MEANING, "element_order": 1})
     known[0, 0, 2] = math.nan
-    monkeypatch.setattr(import_module("mechdiffusers.evaluation.shape"), "simulated_response", lambda *_: known)
-    chosen = nearest_in_shape(designs, known[1], MEANING, len(designs))
+    monkeypatch.setattr(import_module("mechdiffusers.evaluation.curve_shape"), "simulated_response", lambda *_: known)
+    chosen = nearest_in_curve_shape(designs, known[1], MEANING, len(designs))
     np.testing.assert_array_equal(chosen[[0, -1]], designs[[1, 0]])
 
 
@@ -97,4 +113,4 @@ def test_a_design_that_is_not_solved_comes_last(designs, monkeypatch):
 def test_bad_input_is_named(designs, change, named):
     arguments = {"designs": designs, "target": np.ones((2, 2, 3)), "num_designs": 1, **change}
     with pytest.raises(ValueError, match=named):
-        nearest_in_shape(meaning=MEANING, **arguments)
+        nearest_in_curve_shape(meaning=MEANING, **arguments)

@@ -22,10 +22,10 @@ from mechdiffusers.evaluation.verify import checked_question
 from mechdiffusers.microstructures.build_dataset.parts import simulated_response
 from torch import Tensor
 
-__all__ = ["nearest_in_shape", "shape_error"]
+__all__ = ["curve_shape_error", "nearest_in_curve_shape"]
 
 
-def shape_error(response: np.ndarray, target: np.ndarray) -> np.ndarray:
+def curve_shape_error(response: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Relative error of responses, each load case of which is scaled by what makes its own least.
 
     Args:
@@ -39,15 +39,16 @@ def shape_error(response: np.ndarray, target: np.ndarray) -> np.ndarray:
         ValueError: As :func:`.response_error` does.
 
     Example:
-        >>> float(shape_error(np.full((1, 2, 3), 7.0), np.ones((2, 3)))[0])
+        >>> float(curve_shape_error(np.full((1, 2, 3), 7.0), np.ones((2, 3)))[0])
         0.0
     """
-    found, wanted = np.broadcast_arrays(as_array(response), as_array(target))
+    found, wanted = as_array(response), as_array(target)
+    response_error(found, wanted)  # refuses what does not fit
     both, square = (np.where(np.isnan(wanted), 0.0, found * other).sum(-1, keepdims=True) for other in (wanted, found))
     return response_error(found * np.divide(both, square, out=np.ones_like(square), where=square != 0), wanted)
 
 
-def nearest_in_shape(
+def nearest_in_curve_shape(
     designs: np.ndarray | Tensor,
     target: np.ndarray | Tensor,
     meaning: Mapping[str, Any],
@@ -57,6 +58,8 @@ def nearest_in_shape(
     progress: bool = False,
 ) -> np.ndarray | Tensor:
     """Chooses the designs whose curves are nearest in shape to a target, by simulations with first-order elements.
+
+    Of equal shapes, as all are where a target gives one point for each load case, the nearest in height come first.
 
     Args:
         designs: Shape ``(B, H, W)``, in [0, 1]; with T targets, B / T for each, those of a target neighbours.
@@ -68,14 +71,14 @@ def nearest_in_shape(
 
     Returns:
         Shape ``(T * num_designs, H, W)``, of the kind of ``designs``; those of a target are neighbours, the nearest
-        first. A design that the solver cannot follow comes last.
+        first. A design that the solver cannot follow with first-order elements comes last.
 
     Raises:
         ValueError: If the designs do not divide among the targets, the target does not fit the meaning, or
             ``num_designs`` is no integer from 1 to the designs of a target.
 
     Example:
-        >>> few = nearest_in_shape(designs, targets, meaning, 2)  # doctest: +SKIP
+        >>> few = nearest_in_curve_shape(designs, targets, meaning, 2)  # doctest: +SKIP
         >>> refined = refine(few, targets, meaning, pipe.predict_response)  # doctest: +SKIP
     """
     array = as_array(designs)
@@ -84,6 +87,9 @@ def nearest_in_shape(
     if checked_count(num_designs) > per_target:
         raise ValueError(f"num_designs must be at most the {per_target} designs of a target, got {num_designs}")
     response = simulated_response(array, {**meaning, "element_order": 1}, device, progress)
-    error = shape_error(response, np.repeat(wanted, per_target, axis=0)).reshape(len(wanted), per_target)
-    order = np.argsort(error, axis=1, kind="stable")[:, :num_designs]  # NaN comes last
+    asked = np.repeat(wanted, per_target, axis=0)
+    errors = [
+        measure(response, asked).reshape(len(wanted), per_target) for measure in (response_error, curve_shape_error)
+    ]
+    order = np.lexsort([errors[0], errors[1].round(12)], axis=1)[:, :num_designs]  # NaN comes last
     return designs[(order + per_target * np.arange(len(wanted))[:, None]).ravel()]
