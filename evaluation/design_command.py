@@ -69,9 +69,12 @@ def main(args: Sequence[str] | None = None) -> None:
         "--num_rounds",
         type=int,
         default=0,
-        help="keep and refine the designs whose curves are nearest in shape, by so many simulations of each",
+        help="of refining the designs whose curves are nearest in shape, which are kept: in each, five simulations with "
+        "first-order elements and one at the checkpoint's order",
     )
-    parser.add_argument("--num_refined", type=int, default=2, help="with --num_rounds: designs of a target to keep")
+    parser.add_argument(
+        "--num_refined", type=int, help="with --num_rounds: designs of a target to refine and keep; by default 2"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="such as cuda")
     arguments = parser.parse_args(args)
@@ -113,7 +116,9 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
     candidates, refinements = (1, 0) if pipe.response_predictor is None or arguments.num_rounds else (4, 2)
     candidates = candidates if arguments.num_candidates is None else arguments.num_candidates
     refinements = refinements if arguments.num_refinements is None else arguments.num_refinements
-    num_refined = checked_count(arguments.num_refined, "num_refined")
+    if arguments.num_refined is not None and not arguments.num_rounds:
+        raise ValueError(f"num_refined must come with num_rounds of at least 1, got {arguments.num_refined} without")
+    num_refined = checked_count(2 if arguments.num_refined is None else arguments.num_refined, "num_refined")
     checked_count(arguments.seed, "seed", least=0)
     if arguments.num_rounds and num_refined > num_designs:
         raise ValueError(f"num_refined must be at most num_designs={num_designs}, got {num_refined}")

@@ -150,6 +150,13 @@ def test_rounds_without_a_predictor_are_refused_in_one_sentence(conditional, com
         main(arguments)
 
 
+def test_designs_to_refine_without_rounds_are_refused_in_one_sentence(conditional, composites, tmp_path):
+    save_with_predictor(conditional, composites, tmp_path / "checkpoint")
+    arguments = [str(tmp_path / "t.csv"), "--checkpoint", str(tmp_path / "checkpoint"), "--num_refined", "3"]
+    with pytest.raises(SystemExit, match="^error: num_refined must come with num_rounds of at least 1, got 3 without"):
+        main(arguments)
+
+
 def test_more_refined_than_drawn_are_refused_in_one_sentence(conditional, composites, tmp_path):
     save_with_predictor(conditional, composites, tmp_path / "checkpoint")
     arguments = [str(tmp_path / "t.csv"), "--checkpoint", str(tmp_path / "checkpoint"), "--num_rounds", "2"]
