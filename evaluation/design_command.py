@@ -69,8 +69,8 @@ def main(args: Sequence[str] | None = None) -> None:
         "--num_rounds",
         type=int,
         default=0,
-        help="of refining the designs whose curves are nearest in shape, which are kept: in each, five simulations with "
-        "first-order elements and one at the checkpoint's order",
+        help="of refining the designs whose curves are nearest in shape, each of five simulations with first-order "
+        "elements and one at the checkpoint's order",
     )
     parser.add_argument(
         "--num_refined", type=int, help="with --num_rounds: designs of a target to refine and keep; by default 2"
