@@ -1,6 +1,6 @@
 """How near do designs come that are chosen by the shape of their curves and refined, and how plausible do they stay?
 
-    python benchmarks/refined_designs.py checkpoints/composites-32
+    python benchmarks/refined_designs.py checkpoints/composites-32 --num_targets 64
 
 For each held-out target 64 designs are drawn, guided by the predictor but not chosen by it. The two whose curves are
 nearest in shape by first-order elements are taken, and ``mechdiffusers.refine`` goes on with these. With three rounds

@@ -1,8 +1,8 @@
-"""Time and memory of a command, such as the main job or a training.
+"""Time and memory of a command, such as a training.
 
 For example, everything being installed::
 
-    python benchmarks/timed.py --output benchmarks/demo.json make demo
+    python benchmarks/timed.py --output benchmarks/quick.json make quick
 """
 
 import argparse

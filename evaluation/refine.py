@@ -6,10 +6,10 @@ its neighbours,
 
 .. math:: f(x') \approx f(x) + p(x') - p(x),
 
-which is the response correction of output space mapping (Bandler et al. 2004). With several designs
-known, what the prediction lacks between them is interpolated by ordinary kriging (Cressie 1993, section 3.2), whose
-variogram is the number of pixels in which two designs differ. Among many neighbours the one that should be nearest to
-the target is simulated, and is the design to go on from if it is nearer indeed.
+which is the response correction of output space mapping (Bandler et al. 2004). With several designs known, what the
+prediction lacks between them is interpolated by ordinary kriging (Cressie 1993, section 3.2), whose variogram is the
+number of pixels in which two designs differ. Among many neighbours the one that should be nearest to the target is
+simulated, and is the design to go on from if it is nearer indeed.
 
 A correction of that kind, by a factor, serves once more where first-order elements stand for those of the meaning.
 Their responses :math:`f_1` are too stiff, but by nearly the same factor for a design and its neighbours. So a chain of
