@@ -71,6 +71,8 @@ def save_statistics_figure(sets: Mapping[str, np.ndarray], path: Path) -> None:
 def save_verification_figure(report: VerificationReport, path: Path, *, index: int = 0, name: str = "") -> None:
     """Writes the best designs for a target with their errors, and their curves beside the target's.
 
+    If the report has a retrieval, the nearest training design stands beside them.
+
     Args:
         report: A verification.
         path: File to write, ending in ``.png``; its folder is made if need be.
@@ -91,25 +93,28 @@ def save_verification_figure(report: VerificationReport, path: Path, *, index: i
         outside = report.reach is not None and report.reach.out_of_range[index]
         remark = ", outside what the training data can reach" if outside else ""
         figure.suptitle(f"{name}: best of {per_target} has an error of {error[best[0]]:.2%}{remark}".lstrip(": "))
-        for i, axes in enumerate(np.atleast_1d(top.subplots(1, _SHOWN))):
+        shown = [(designs[i], f"{error[i]:.2%}" if np.isfinite(error[i]) else "not solved", "black") for i in best]
+        if report.retrieval is not None:
+            shown.append((report.retrieval.designs[index, 0], f"known: {report.retrieval.error[index, 0]:.2%}", "C1"))
+        for axes, (design, says, color) in zip(np.atleast_1d(top.subplots(1, len(shown))), shown, strict=True):
+            axes.imshow(design, cmap="gray_r", vmin=0, vmax=1.15)
+            axes.set_title(says, fontsize=8, color=color)
             axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(i < len(best))
-            if i < len(best):
-                axes.imshow(designs[best[i]], cmap="gray_r", vmin=0, vmax=1.15)
-                axes.set_title(f"{error[best[i]]:.2%}" if np.isfinite(error[best[i]]) else "not solved", fontsize=8)
+            axes.spines[:].set(visible=True, color=color)
         for case, axes in enumerate(np.atleast_1d(bottom.subplots(1, len(cases)))):
             if len(best) > 1:
                 axes.plot(strains[case], response[best[1:], case].T, color="0.7", linewidth=0.8)
                 axes.lines[0].set_label("other designs")
             axes.plot(strains[case], response[best[0], case], "C0", linewidth=1.8, label="best design")
             if report.retrieval is not None:
-                nearest, label = report.retrieval.response[index, 0, case], report.retrieval.error[index, 0]
-                axes.plot(strains[case], nearest, "C1--", linewidth=1, label=f"nearest training design, {label:.2%}")
+                nearest = report.retrieval.response[index, 0, case]
+                axes.plot(strains[case], nearest, "C1--", linewidth=1, label="known: the nearest training design")
             axes.plot(strains[case], np.asarray(report.target[index][case]), "ko", markersize=4, label="target")
             axes.set(xlabel="nominal strain", title=cases[case].replace("_", " "), ylim=(0, None))
         axes = figure.axes[-len(cases)]
-        units = textwrap.fill(report.meaning.get("units", ""), 26)  # which a meaning need not have
-        axes.set_ylabel(f"{report.meaning['quantity']}\n{units}".strip())
+        units = report.meaning.get("units")  # which a meaning need not have
+        label = report.meaning["quantity"] + (f" ({units})" if units else "")
+        axes.set_ylabel(textwrap.fill(label, 32))
         axes.legend(frameon=False, fontsize=7)
         with atomic_write(path) as unfinished:
             figure.savefig(unfinished, format="png", dpi=150)
