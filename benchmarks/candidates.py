@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,22 @@ def summary(errors: np.ndarray) -> dict[str, Any]:
         "best_median_percent": 100 * float(np.median(best)),
         "unsolved": int(np.isnan(errors).sum()),
     }
+
+
+def best_of(errors: np.ndarray) -> dict[int, dict[str, float]]:
+    """Least of 1, 2, 4, ... errors of each row ``(T, n)`` in per cent, its mean over all ways to draw them from the row.
+
+    Of m sorted errors, the i-th from 0 is the least of k in as many ways as the others are drawn from the m - 1 - i above.
+    """
+    found = {}
+    for k in (2**i for i in range(errors.shape[1].bit_length())):
+        of_rows = []
+        for row in errors:
+            solved = np.sort(row[np.isfinite(row)])
+            ways = [math.comb(len(solved) - 1 - i, k - 1) for i in range(len(solved))]
+            of_rows.append(np.average(solved, weights=ways) if len(solved) >= k else np.nan)
+        found[k] = percent(np.array(of_rows)[np.isfinite(of_rows)])
+    return found
 
 
 def bound(

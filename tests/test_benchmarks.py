@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mechdiffusers.evaluation import stored_responses
@@ -44,8 +45,7 @@ def run(folder: Path, script: str, *arguments: str, checkpoint: bool = True) -> 
 
 @pytest.mark.slow
 def test_inverse_design_is_measured_and_nothing_is_computed_twice(folder):
-    quick = ["--num_targets", "5", "--num_designs", "3", "--num_targets_many", "2", "--num_designs_many", "4"]
-    quick += ["--num_inference_steps", "2", "--num_timed", "1"]
+    quick = ["--num_targets", "5", "--num_designs", "3", "--num_inference_steps", "2", "--num_timed", "1"]
     first = run(folder, "inverse_design.py", *quick)
     files = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.np*")}
     second = run(folder, "inverse_design.py", *quick)
@@ -54,8 +54,20 @@ def test_inverse_design_is_measured_and_nothing_is_computed_twice(folder):
     second.pop("from_target_to_verified")
     assert first == second
     assert first["designs"]["designs_a_target"] == 3
-    assert first["many_designs"]["designs_a_target"] == 4
+    of_one, of_two = (first["designs"]["best_of_percent"][number]["mean"] for number in ("1", "2"))
+    assert of_one == pytest.approx(first["designs"]["single_percent"]["mean"])
+    assert first["designs"]["best_percent"]["mean"] < of_two < of_one
     assert first["retrieval"]["best_percent"]["mean"] < first["retrieval"]["single_percent"]["mean"]
+
+
+def test_the_least_of_some_errors_is_expected_as_of_numbers_drawn_from_1_to_n(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from candidates import best_of
+
+    errors = np.random.default_rng(0).permuted(np.tile(np.arange(1.0, 13.0), (3, 1)), axis=1)
+    found = best_of(np.pad(errors, [(0, 0), (0, 1)], constant_values=np.nan))  # what is not solved does not count
+    assert {k: each["mean"] for k, each in found.items()} == pytest.approx({k: 1300 / (k + 1) for k in (1, 2, 4, 8)})
+    assert all(each["standard_error"] < 1e-12 for each in found.values())
 
 
 @pytest.mark.slow
