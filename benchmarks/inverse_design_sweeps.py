@@ -1,8 +1,9 @@
-"""Error of designs against number of steps, guidance scale and number of training designs.
+r"""Error of designs against number of steps, guidance scale and number of training designs.
 
-    python benchmarks/inverse_design_sweeps.py checkpoints/composites-32 --trained_on 750=runs/predictor_of_750/pipeline
+    python benchmarks/inverse_design_sweeps.py checkpoints/composites-32 --num_targets 16 --num_designs 2 \
+      --trained_on 750=runs/predictor_of_750/pipeline 6000=checkpoints/composites-32
 
-Every point is 8 designs for each of 32 held-out targets, by finite elements, one candidate a design, the same random
+Every point is as many designs for as many held-out targets, by finite elements, one candidate a design, the same random
 numbers for all points. ``predictor_of_fewer.py`` makes checkpoints for --trained_on. All is kept in --run_dir; the same
 command goes on after an interruption.
 """

@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +28,7 @@ def record(figures: dict[str, Any], path: Path) -> None:
     content = {
         "figures": figures,
         "command": f"python benchmarks/{Path(sys.argv[0]).name} {arguments}".strip(),
+        "commit": _commit(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "machine": {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count()},
         "torch_threads": torch.get_num_threads(),
@@ -33,6 +36,14 @@ def record(figures: dict[str, Any], path: Path) -> None:
     with atomic_write(path) as unfinished:
         unfinished.write_text(json.dumps(content, indent=2) + "\n")
     sys.stdout.write(json.dumps(figures, indent=2) + "\n")
+
+
+def _commit() -> str | None:
+    """Of the repository, ``-dirty`` where files differ from it; ``None`` where there is none."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def _processor() -> str:

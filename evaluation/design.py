@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mechdiffusers.evaluation.response import as_array
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -28,7 +29,7 @@ def designs_for(
 
     Args:
         pipe: A pipeline with a response, such as :class:`mechdiffusers.LatentDDPMPipeline`.
-        targets: Shape ``(T, L, S)``, in the units of the checkpoint, NaN where open.
+        targets: Shape ``(T, L, S)``, or ``(L, S)`` for one, in the units of the checkpoint, NaN where open.
         num_designs: For each target, at least 1.
         seed: Of all random numbers.
         progress: Whether to show a progress bar.
@@ -43,7 +44,8 @@ def designs_for(
     Example:
         >>> designs = designs_for(pipe, targets, 8, num_candidates=4, num_refinements=2)  # doctest: +SKIP
     """
-    wanted = torch.as_tensor(targets).float().repeat_interleave(checked_count(num_designs), dim=0)
+    each = torch.from_numpy(as_array(targets).copy()).float()  # a copy, since torch takes no view that runs backwards
+    wanted = (each[None] if each.ndim == 2 else each).repeat_interleave(checked_count(num_designs), dim=0)
     drawn = torch.Generator().manual_seed(seed)
     seeds = torch.randint(2**62, (len(wanted),), generator=drawn).tolist()
     images = []

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from mechdiffusers.evaluation.curve_shape import nearest_in_curve_shape
 from mechdiffusers.evaluation.design import checked_count, designs_for
 from mechdiffusers.evaluation.refine import refine
@@ -51,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "--dataset", type=Path, help="folder of train.parquet and heldout.parquet: retrieval, novelty, reach"
     )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/design"))
-    parser.add_argument("--num_designs", type=int, help="drawn for each target; by default 8, or 64 with --num_rounds")
+    parser.add_argument("--num_designs", type=int, help="drawn for each target; by default 8, or 128 with --num_rounds")
     parser.add_argument("--scheduler", choices=STOCK_SCHEDULERS, default="dpmsolver++")
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=1.0)
@@ -90,6 +91,10 @@ def main(args: Sequence[str] | None = None) -> None:
 def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str]]:
     """Everything from the file of targets to the report."""
     try:
+        torch.empty(0, device=arguments.device)
+    except (AssertionError, RuntimeError) as error:  # the former where torch is built without it
+        raise ValueError(f"device must be one that torch has here, got {arguments.device!r}: {error}") from error
+    try:
         pipe = LatentDDPMPipeline.from_pretrained(arguments.checkpoint).to(arguments.device)
     except OSError as error:
         raise ValueError(
@@ -111,7 +116,7 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
             "num_rounds must be 0, or positive for a checkpoint of binary designs that has a response_predictor, got "
             f"{arguments.num_rounds}"
         )
-    num_designs = 64 if arguments.num_rounds else 8
+    num_designs = 128 if arguments.num_rounds else 8
     num_designs = checked_count(num_designs if arguments.num_designs is None else arguments.num_designs)
     candidates, refinements = (1, 0) if pipe.response_predictor is None or arguments.num_rounds else (4, 2)
     candidates = candidates if arguments.num_candidates is None else arguments.num_candidates

@@ -92,7 +92,8 @@ def save_verification_figure(report: VerificationReport, path: Path, *, index: i
         top, bottom = halves
         outside = report.reach is not None and report.reach.out_of_range[index]
         remark = ", outside what the training data can reach" if outside else ""
-        figure.suptitle(f"{name}: best of {per_target} has an error of {error[best[0]]:.2%}{remark}".lstrip(": "))
+        says = f"has an error of {error[best[0]]:.2%}" if np.isfinite(error[best[0]]) else "is not solved"
+        figure.suptitle(f"{name}: best of {per_target} {says}{remark}".lstrip(": "))
         shown = [(designs[i], f"{error[i]:.2%}" if np.isfinite(error[i]) else "not solved", "black") for i in best]
         if report.retrieval is not None:
             shown.append((report.retrieval.designs[index, 0], f"known: {report.retrieval.error[index, 0]:.2%}", "C1"))

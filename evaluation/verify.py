@@ -29,6 +29,7 @@ from mechdiffusers.evaluation.response import (
     stored_responses,
 )
 from mechdiffusers.evaluation.target_range import RangeCheck, TargetRange
+from mechdiffusers.mechanics.load_cases import load_case
 from mechdiffusers.mechanics.materials import CompressibleNeoHookean
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.microstructures.build_dataset.parts import simulated_response
@@ -282,6 +283,15 @@ def checked_meaning(meaning: Mapping[str, Any] | None) -> dict[str, Any]:
             f"meaning must have load cases, and strains of shape (L, S), a row for each, got {cases!r} and "
             f"{meaning['strains']!r}"
         )
+    for case in cases:
+        try:
+            load_case(case)
+        except ValueError as error:
+            raise ValueError(f"meaning must have load cases that are known: {error}") from None
+    if not strains.size or not np.isfinite(strains).all() or (np.diff(strains, prepend=0.0) <= 0).any():
+        raise ValueError(f"meaning must have positive, finite and increasing strains, got {meaning['strains']!r}")
+    if meaning["element_order"] not in (1, 2):
+        raise ValueError(f"meaning must have the element_order 1 or 2, got {meaning['element_order']!r}")
     return {**meaning, "load_cases": list(cases), "strains": strains.tolist()}
 
 

@@ -80,11 +80,17 @@ class Guidance:
         return torch.lerp(guided, guided * spread, self.rescale)
 
 
-def check_meaning(name: str, meaning: Mapping[str, Any] | None, encoder: Any) -> None:
+def check_meaning(name: str, meaning: Mapping[str, Any], encoder: Any) -> None:
     """Raises a ``ValueError`` that names what has a meaning unless that is what a response encoder was trained for."""
+    if encoder.config.meaning is None:
+        raise ValueError(f"{name} must be None: this checkpoint was trained without responses")
+    if not isinstance(meaning, Mapping):
+        raise ValueError(
+            f"{name} must have a meaning as mechdiffusers.response_meaning reads it from a dataset, got {meaning!r}"
+        )
     # compared as they are saved, where tuples and arrays are lists
     found, wanted = (
-        json.loads(json.dumps(each or {}, default=lambda array: array.tolist()))
+        json.loads(json.dumps(each, default=lambda array: array.tolist()))
         for each in (meaning, encoder.config.meaning)
     )
     for key in sorted(found.keys() | wanted.keys()):

@@ -47,3 +47,10 @@ def test_a_number_of_designs_or_candidates_that_is_none_is_named(conditional, co
         designs_for(conditional, targets, num)
     with pytest.raises(ValueError, match="^num_candidates must be an integer of at least 1, got"):
         designs_for(conditional, targets, num_candidates=num)
+
+
+def test_one_target_and_a_view_that_runs_backwards_are_targets_too(conditional):
+    targets = np.random.default_rng(0).uniform(0.5, 2.0, (2, 2, 3))
+    expected = designs_for(conditional, targets[1:], 2, num_inference_steps=2)
+    np.testing.assert_array_equal(designs_for(conditional, targets[1], 2, num_inference_steps=2), expected)
+    np.testing.assert_array_equal(designs_for(conditional, targets[::-1][:1], 2, num_inference_steps=2), expected)

@@ -89,7 +89,7 @@ class StoppedError(Exception):
     """In place of the designs."""
 
 
-def test_by_default_eight_designs_are_drawn_of_chosen_candidates_or_64_to_choose_from(
+def test_by_default_eight_designs_are_drawn_of_chosen_candidates_or_128_to_choose_from(
     conditional, composites, tmp_path, monkeypatch
 ):
     def stopped(pipe, targets, num_designs, **options):
@@ -99,7 +99,7 @@ def test_by_default_eight_designs_are_drawn_of_chosen_candidates_or_64_to_choose
     meaning = save_with_predictor(conditional, composites, tmp_path / "checkpoint")
     write_targets(tmp_path / "t.csv", {"a": stored_responses(composites)[20]}, meaning)
     arguments = [str(tmp_path / "t.csv"), "--checkpoint", str(tmp_path / "checkpoint")]
-    for rounds, expected in ((["--num_rounds", "3"], (64, 1, 0)), ([], (8, 4, 2))):
+    for rounds, expected in ((["--num_rounds", "3"], (128, 1, 0)), ([], (8, 4, 2))):
         with pytest.raises(StoppedError) as stop:
             main([*arguments, *rounds])
         assert stop.value.args == expected
@@ -162,6 +162,18 @@ def test_more_refined_than_drawn_are_refused_in_one_sentence(conditional, compos
     arguments = [str(tmp_path / "t.csv"), "--checkpoint", str(tmp_path / "checkpoint"), "--num_rounds", "2"]
     with pytest.raises(SystemExit, match="^error: num_refined must be at most num_designs=3, got 4"):
         main([*arguments, "--num_designs", "3", "--num_refined", "4"])
+
+
+def test_a_device_that_is_not_here_is_refused_in_one_sentence(tmp_path):
+    for device in ("abacus", "cuda:99"):
+        with pytest.raises(SystemExit, match=f"^error: device must be one that torch has here, got '{device}'"):
+            main([str(tmp_path / "t.csv"), "--checkpoint", str(tmp_path), "--device", device])
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit, match="^error: .* must be a folder or a .*, got"):
+        main([str(tmp_path / "t.csv"), "--checkpoint", str(tmp_path / "none")])
 
 
 def test_a_checkpoint_without_responses_is_refused_in_one_sentence(pipe, tmp_path):

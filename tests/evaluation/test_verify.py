@@ -178,8 +178,18 @@ def test_a_meaning_that_the_solver_does_not_know_is_refused(composites):
     for strains in ([0.1, 0.2, 0.3], [[0.1, 0.2, 0.3]], [[0.1], [0.1, 0.2]], None):
         with pytest.raises(ValueError, match=r"^meaning must have load cases, and strains of shape \(L, S\)"):
             verify(*arguments, {**meaning, "strains": strains})
-    with pytest.raises(ValueError, match="^strains must be positive, finite and increasing"):
-        verify(*arguments, {**meaning, "strains": [[-0.1, 0.1, 0.2]] * 2})
+    for strains in ([-0.1, 0.1, 0.2], [0.1, 0.1, 0.2], [0.1, 0.2, math.inf]):
+        with pytest.raises(ValueError, match="^meaning must have positive, finite and increasing strains"):
+            verify(*arguments, {**meaning, "strains": [strains] * 2})
+    for change, message in (
+        ({"load_cases": ["shear", "torsion"]}, "load cases that are known: load_cases must be .* got 'torsion'"),
+        ({"element_order": 3}, "the element_order 1 or 2, got 3"),
+        ({"quantity": "strain"}, "the quantity 'stress' or 'energy', got 'strain'"),
+    ):
+        with pytest.raises(ValueError, match=f"^meaning must have {message}"):
+            verify(*arguments, {**meaning, **change})
+    with pytest.raises(ValueError, match=r"^designs must lie in \[0, 1\]"):
+        verify(np.full((1, 8, 8), 1.5), np.ones((2, 3)), meaning, binary=False)
     with pytest.raises(ValueError, match="^dataset must have responses of the meaning of the target"):
         verify(*arguments, {**meaning, "element_order": 2}, dataset=composites)
     with pytest.raises(ValueError, match="^heldout must come with the training data"):

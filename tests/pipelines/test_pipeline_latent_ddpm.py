@@ -264,6 +264,13 @@ def test_a_response_of_another_meaning_is_refused(make_pipeline, change):
         pipe(response=torch.ones(1, 2, 3), meaning=meaning)
 
 
+def test_a_meaning_that_is_none_or_of_a_checkpoint_without_responses_is_refused(pipe, make_pipeline):
+    with pytest.raises(ValueError, match="^response must be None: this checkpoint was trained without responses"):
+        pipe(response=torch.ones(1, 2, 3), meaning={"load_cases": ["shear"]})
+    with pytest.raises(ValueError, match="^response must have a meaning as .* got 'stress'"):
+        make_pipeline(conditional=True)(response=torch.ones(1, 2, 3), meaning="stress")
+
+
 def test_a_response_of_the_meaning_of_the_checkpoint_is_taken_in_lists_tuples_and_arrays(make_pipeline):
     pipe = make_pipeline(conditional=True)
     meaning = dict(pipe.response_encoder.config.meaning)
