@@ -126,28 +126,31 @@ def summary(errors: np.ndarray) -> dict[str, Any]:
 
 
 def best_of(errors: np.ndarray) -> dict[int, dict[str, float]]:
-    """Least of 1, 2, 4, ... errors of each row ``(T, n)`` in per cent, its mean over all ways to draw them from the row.
+    """Least of 1, 2, 4, ... errors of a row of ``(T, n)``, the mean over all ways to draw them from it, in per cent.
 
-    Of m sorted errors, the i-th from 0 is the least of k in as many ways as the others are drawn from the m - 1 - i above.
+    Of n sorted errors, the i-th from 0 is the least of k in as many ways as the others are drawn from the n - 1 - i
+    above it. NaN is above all others.
     """
-    found = {}
-    for k in (2**i for i in range(errors.shape[1].bit_length())):
-        of_rows = []
-        for row in errors:
-            solved = np.sort(row[np.isfinite(row)])
-            ways = [math.comb(len(solved) - 1 - i, k - 1) for i in range(len(solved))]
-            of_rows.append(np.average(solved, weights=ways) if len(solved) >= k else np.nan)
-        found[k] = percent(np.array(of_rows)[np.isfinite(of_rows)])
+    found, num, ordered = {}, errors.shape[1], np.sort(errors, axis=1)
+    for k in (2**i for i in range(num.bit_length())):
+        ways = np.array([math.comb(num - 1 - i, k - 1) for i in range(num)], dtype=float)
+        ways = np.where(np.isfinite(ordered), ways, 0.0)
+        found[k] = percent((np.nan_to_num(ordered) * ways).sum(1) / ways.sum(1))
     return found
 
 
 def bound(
-    pipe: LatentDDPMPipeline, designs: np.ndarray, seed: int, response: np.ndarray | None = None
+    pipe: LatentDDPMPipeline,
+    designs: np.ndarray,
+    seed: int,
+    response: np.ndarray | None = None,
+    num_designs: int = 1,
 ) -> dict[str, float]:
-    """The continuous-time bound of the likelihood of designs, its mean in nats and the standard error of that."""
+    """The continuous-time bound of designs, ``num_designs`` for each target: mean in nats, its error over targets."""
     generator = torch.Generator().manual_seed(seed)
     output = pipe.log_likelihood(designs, response=response, generator=generator, num_steps=64)
     values = np.asarray(output.log_likelihood.cpu(), dtype=np.float64)
+    values = values.reshape(-1, num_designs).mean(1)
     return {"mean_nats": float(values.mean()), "standard_error": float(values.std(ddof=1) / np.sqrt(len(values)))}
 
 

@@ -1,7 +1,7 @@
-"""How near do designs come to held-out targets? Everything by finite elements, beside retrieval.
+r"""How near do designs come to held-out targets? Everything by finite elements, beside retrieval.
 
     python benchmarks/inverse_design.py checkpoints/composites-32 --num_candidates 4 --num_refinements 2
-    python benchmarks/inverse_design.py checkpoints/composites-32 --num_candidates 4 --num_refinements 2 \\
+    python benchmarks/inverse_design.py checkpoints/composites-32 --num_candidates 4 --num_refinements 2 \
       --num_targets 32 --num_designs 64 --num_timed 0 --output benchmarks/inverse_design_64.json
 
 The targets are the responses of held-out designs. Best of 8 on 256 of them takes 2,048 simulations, as best of 64 on 32

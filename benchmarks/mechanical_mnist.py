@@ -1,6 +1,6 @@
 """Designs for the energies of held-out rows of Mechanical MNIST, by finite elements, beside the data themselves.
 
-    python benchmarks/mechanical_mnist.py checkpoints/mechanical-mnist --dataset path/to/dataset --num_targets 100
+    python benchmarks/mechanical_mnist.py checkpoints/mechanical-mnist --dataset path/to/dataset --num_targets 48
 
 The dataset is what ``python -m mechdiffusers.microstructures.mechanical_mnist`` writes: the last 500 rows are held out,
 and their published energies are the targets. The energies of one load are nearly one number, which many digits have, so

@@ -1,20 +1,26 @@
-"""How near do designs come that are chosen by the shape of their curves and refined, and how plausible do they stay?
+r"""How near do designs come that are chosen by the shape of their curves and refined, and how plausible do they stay?
 
-    python benchmarks/refined_designs.py checkpoints/composites-32 --num_targets 64
+    python benchmarks/refined_designs.py checkpoints/composites-32
+    python benchmarks/refined_designs.py checkpoints/composites-32 --from_training_designs \
+      --output benchmarks/refined_training_designs.json
 
-For each held-out target 64 designs are drawn, guided by the predictor but not chosen by it. The two whose curves are
+For each held-out target 128 designs are drawn, guided by the predictor but not chosen by it. The two whose curves are
 nearest in shape by first-order elements are taken, and ``mechdiffusers.refine`` goes on with these. With three rounds
-that is eight simulations of a target at the dataset's order, and 96 with first-order elements. The figures count both;
-seconds are of one core if OMP_NUM_THREADS is 1. Parts of four targets are kept in --run_dir, so that the same command
-goes on after an interruption.
+that is eight simulations of a target at the dataset's order, and 160 with first-order elements, which are counted too.
+The second command is what that gives without a generative model: in place of the designs drawn it takes as many
+training designs, those nearest to the target by their stored responses. Some refined designs are compared with the
+targets' own on a finer mesh as well, of four elements a pixel. Seconds are of one core if OMP_NUM_THREADS is 1. Parts
+of four targets are kept in --run_dir, so that the same command goes on after an interruption.
 """
 
 import hashlib
 import json
 import time
+from typing import Any
 
 import numpy as np
 from candidates import add_sampling, bound, common_arguments, fingerprint, percent, sampling
+from datasets import Dataset
 from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.evaluation import (
     curve_shape_error,
@@ -40,11 +46,13 @@ _PART = 4
 
 
 def main() -> None:
-    parser = common_arguments(__doc__, "refined_designs", num_targets=32)
-    parser.set_defaults(num_designs=64)
+    parser = common_arguments(__doc__, "refined_designs", num_targets=64)
+    parser.set_defaults(num_designs=128)
     parser.add_argument("--num_refined", type=int, default=2, help="of a target's designs: those nearest in shape")
     parser.add_argument("--num_rounds", type=int, default=3, help="simulations of a refined design after the first")
     parser.add_argument("--num_coarse_steps", type=int, default=5, help="with first-order elements, in each round")
+    parser.add_argument("--from_training_designs", action="store_true", help="draw nothing: refine the nearest known")
+    parser.add_argument("--num_finer", type=int, default=16, help="targets that the finer mesh is for")
     add_sampling(parser)
     arguments = parser.parse_args()
     num_refined = arguments.num_refined
@@ -61,6 +69,8 @@ def main() -> None:
     recipe = [fingerprint(arguments.checkpoint), arguments.scheduler, options, arguments.num_designs]
     rounds = {"num_rounds": arguments.num_rounds, "num_coarse_steps": arguments.num_coarse_steps}
     recipe += [num_refined, rounds, arguments.seed, meaning]
+    recipe += ["nearest training designs"] * arguments.from_training_designs
+    training_designs = stored_designs(train)
 
     def part(chosen: np.ndarray) -> dict[str, np.ndarray]:
         name = hashlib.sha256(json.dumps([*recipe, chosen.tolist()]).encode()).hexdigest()[:32]
@@ -68,9 +78,13 @@ def main() -> None:
         if not path.exists():
             start, targets = time.perf_counter(), stored[chosen]
             seed = arguments.seed + int(chosen[0])
-            designs = designs_for(pipe, targets, arguments.num_designs, seed=seed, meaning=meaning, **options)
-            drawn = time.perf_counter()
-            few = nearest_in_curve_shape(designs, targets, meaning, num_refined, device=arguments.device)
+            if arguments.from_training_designs:
+                drawn = start
+                few = known_in_curve_shape(targets, train, arguments.num_designs, num_refined)
+            else:
+                designs = designs_for(pipe, targets, arguments.num_designs, seed=seed, meaning=meaning, **options)
+                drawn = time.perf_counter()
+                few = nearest_in_curve_shape(designs, targets, meaning, num_refined, device=arguments.device)
             chosen_at = time.perf_counter()
             refined = refine(few, targets, meaning, pipe.predict_response, **rounds, seed=seed, device=arguments.device)
             end = time.perf_counter()
@@ -82,24 +96,29 @@ def main() -> None:
 
     parts = [part(rows[i : i + _PART]) for i in tqdm(range(0, len(rows), _PART), desc="refine", unit="part")]
     chosen, refined, error = (np.concatenate([each[name] for each in parts]) for name in ("chosen", "refined", "error"))
-    training_designs = stored_designs(train)
-    best = np.where(np.isfinite(error), error, np.inf).reshape(len(rows), num_refined, -1).min(1)
+    of_targets = np.where(np.isfinite(error), error, np.inf).reshape(len(rows), num_refined, -1)
+    best = of_targets.min(1)
     solved = best[np.isfinite(best).all(1)]
+    nearest = refined.reshape(*of_targets.shape[:2], *refined.shape[1:])[
+        np.arange(len(rows)), of_targets[..., -1].argmin(1)
+    ]
     originals = stored_designs(heldout.select(rows))
     coarse = simulated_response(originals, {**meaning, "element_order": 1}, arguments.device)
     followed = np.isfinite(coarse).all((1, 2))
     coarse, fine = coarse[followed], stored[rows][followed]
+    finer = slice(arguments.num_finer)
+    on_finer_mesh = error_on_a_finer_mesh(nearest[finer], originals[finer], meaning, arguments.device)
+    drawn = 0 if arguments.from_training_designs else arguments.num_designs
     steps = arguments.num_coarse_steps if meaning["element_order"] > 1 else 0
     seconds = sum(each["seconds"] for each in parts) / len(rows)
     figures = {
         "targets": len(rows),
-        "designs_a_target": arguments.num_designs,
+        "designs_a_target": drawn,
         "refined_designs_a_target": num_refined,
         "targets_without_a_solved_design": len(best) - len(solved),
         "simulations_a_target": [num_refined * (1 + i) for i in range(arguments.num_rounds + 1)],
         "coarse_simulations_a_target": [
-            arguments.num_designs + num_refined * (1 + i * steps) if steps else arguments.num_designs
-            for i in range(arguments.num_rounds + 1)
+            drawn + num_refined * (1 + i * steps) if steps else drawn for i in range(arguments.num_rounds + 1)
         ],
         "best_percent": [percent(errors) for errors in solved.T],
         "best_percent_of_each_target": [round(100 * value, 3) for value in solved[:, -1].tolist()],
@@ -110,6 +129,7 @@ def main() -> None:
             "error_percent": percent(response_error(coarse, fine)),
             "curve_shape_error_percent": percent(curve_shape_error(coarse, fine)),
         },
+        "on_a_finer_mesh": {"targets": len(on_finer_mesh), "best_percent": percent(on_finer_mesh)},
         "pixels_changed": float((chosen != refined).mean()),
         "novelty": {
             "chosen": float(novelty(chosen, training_designs).mean()),
@@ -117,8 +137,8 @@ def main() -> None:
             "heldout_designs": float(novelty(originals, training_designs).mean()),
         },
         "bound": {
-            "chosen": bound(pipe, chosen, arguments.seed),
-            "refined": bound(pipe, refined, arguments.seed),
+            "chosen": bound(pipe, chosen, arguments.seed, num_designs=num_refined),
+            "refined": bound(pipe, refined, arguments.seed, num_designs=num_refined),
             "heldout_designs": bound(pipe, originals, arguments.seed),
         },
         "seconds_a_target": dict(zip(("drawing", "choosing", "refining"), seconds.tolist(), strict=True)),
@@ -126,6 +146,25 @@ def main() -> None:
         **options,
     }
     record(figures, arguments.output)
+
+
+def known_in_curve_shape(targets: np.ndarray, train: Dataset, num_known: int, num_designs: int) -> np.ndarray:
+    """Of the training designs nearest to each target those nearest in shape, ``(T * num_designs, H, W)``."""
+    known = nearest_training_designs(targets, train, num_known)
+    shape = [curve_shape_error(*each) for each in zip(known.response, targets, strict=True)]
+    designs = np.take_along_axis(known.designs, np.argsort(shape, axis=1)[:, :num_designs, None, None], 1)
+    return designs.reshape(-1, *designs.shape[2:]).astype(np.float32)
+
+
+def error_on_a_finer_mesh(
+    designs: np.ndarray, originals: np.ndarray, meaning: dict[str, Any], device: str
+) -> np.ndarray:
+    """Errors of designs ``(B, H, W)`` against those that their targets are of, with 2 x 2 elements a pixel for both."""
+    pixels = np.kron(np.concatenate([designs, originals]), np.ones((1, 2, 2)))
+    finer = simulated_response(pixels, {**meaning, "pixel_size": meaning["pixel_size"] / 2}, device)
+    found, wanted = finer[: len(designs)], finer[len(designs) :]
+    solved = np.isfinite(finer).all((1, 2)).reshape(2, -1).all(0)
+    return response_error(found[solved], wanted[solved])
 
 
 if __name__ == "__main__":

@@ -65,8 +65,10 @@ def test_the_least_of_some_errors_is_expected_as_of_numbers_drawn_from_1_to_n(mo
     from candidates import best_of
 
     errors = np.random.default_rng(0).permuted(np.tile(np.arange(1.0, 13.0), (3, 1)), axis=1)
-    found = best_of(np.pad(errors, [(0, 0), (0, 1)], constant_values=np.nan))  # what is not solved does not count
+    found = best_of(errors)
     assert {k: each["mean"] for k, each in found.items()} == pytest.approx({k: 1300 / (k + 1) for k in (1, 2, 4, 8)})
+    unsolved = best_of(np.pad(errors, [(0, 0), (0, 4)], constant_values=np.nan))
+    assert (unsolved[1]["mean"], unsolved[16]["mean"]) == (pytest.approx(650), 100)
     assert all(each["standard_error"] < 1e-12 for each in found.values())
 
 
@@ -111,6 +113,9 @@ def test_refined_designs_are_measured_and_nothing_is_computed_twice(folder):
     best = [each["mean"] for each in first["best_percent"]]
     assert best == sorted(best, reverse=True)
     assert best[0] > best[-1]
+    known = run(folder, "refined_designs.py", *quick, "--from_training_designs")
+    assert known["coarse_simulations_a_target"] == [0, 0, 0]
+    assert known["novelty"]["chosen"] == 0
 
 
 @pytest.mark.slow
