@@ -1,29 +1,16 @@
 """The likelihoods on the page and in the card are those that the benchmarks recorded."""
 
-import json
-from pathlib import Path
-
 import pytest
+from documents import recorded, with_error, words
 
-ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "likelihood.md"
-CARD = ROOT / "model_cards" / "composites-32.md"
+PAGE, CARD = "docs/likelihood.md", "model_cards/composites-32.md"
 
 
 def figures(name: str) -> dict:
-    return json.loads((ROOT / "benchmarks" / f"likelihood_{name}.json").read_text())["figures"]
+    return recorded(f"likelihood_{name}")
 
 
-def words(page: Path) -> str:
-    """The text of a page, wherever its lines are broken."""
-    return " ".join(page.read_text().split())
-
-
-def with_error(value: float, error: float, digits: int) -> str:
-    return f"{value:.{digits}f} ± {error:.{digits}f}".replace("-", "−")
-
-
-@pytest.mark.parametrize("page", [PAGE, CARD], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [PAGE, CARD])
 def test_the_table_of_models_is_what_was_measured(page):
     value, flow, text = figures("value"), figures("flow"), words(page)
     rows = [value[name] for name in value if isinstance(value[name], dict) and "nats" in value[name]]

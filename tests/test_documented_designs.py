@@ -1,0 +1,90 @@
+"""The errors of designs on the pages and in the cards are those that the benchmarks recorded."""
+
+import pytest
+from documents import recorded, with_error, words
+
+README, PAGE = "README.md", "docs/inverse_design.md"
+COMPOSITES, DIGITS = "model_cards/composites-32.md", "model_cards/mechanical-mnist.md"
+
+
+def percent(figure: dict, digits: int = 1) -> str:
+    return with_error(figure["mean"], figure["standard_error"], digits) + " %"
+
+
+@pytest.mark.parametrize("page", [README, PAGE, COMPOSITES])
+def test_the_table_of_eight_designs_is_what_was_measured(page):
+    figures, text = recorded("inverse_design"), words(page)
+    designs = figures["designs"]
+    assert f"{designs['targets']} held-out targets" in text
+    for name in ("designs", "retrieval"):
+        assert f"| {percent(figures[name]['single_percent'])} | {percent(figures[name]['best_percent'])} |" in text
+    if page != README:
+        assert f"| {percent(figures['autoencoder']['error_percent'], 2)} |" in text
+        simulated = designs["targets"] * designs["designs_a_target"]
+        assert f"{designs['unsolved']} of the {simulated:,}" in text
+        for name in ("designs", "heldout_designs"):
+            nats = figures["log_likelihood"][name]["unconditional"]
+            assert with_error(nats["mean_nats"], nats["standard_error"], 0) in text
+
+
+@pytest.mark.parametrize("page", [README, PAGE, COMPOSITES])
+def test_the_error_of_refined_designs_is_what_was_measured(page):
+    figures, text = recorded("refined_designs"), words(page)
+    assert percent(figures["best_percent"][-1], 2) in text
+    assert f"{figures['targets']} held-out targets" in text or f"{figures['targets']} targets" in text
+    assert f"{figures['designs_a_target']} designs" in text
+    if page == README:
+        assert f"{sum(figures['seconds_a_target'].values()):.0f} seconds a target on one core" in text
+    else:
+        assert percent(figures["nearest_training_design_percent"]) in text
+
+
+def test_the_page_has_the_rounds_of_refined_designs_as_they_were_measured():
+    figures, text = recorded("refined_designs"), words(PAGE)
+    errors = [percent(error, digits) for error, digits in zip(figures["best_percent"], (1, 1, 2, 2), strict=True)]
+    for cells in (figures["simulations_a_target"], figures["coarse_simulations_a_target"]):
+        assert "| " + " | ".join(map(str, cells)) + " |" in text
+    assert "| " + " | ".join([*errors[:-1], f"**{errors[-1]}**"]) + " |" in text
+    assert f"met to {figures['best_median_percent']:.2f} %, the worst to {figures['best_worst_percent']:.1f} %" in text
+    coarse = figures["first_order_elements_on_heldout_designs"]
+    assert percent(coarse["error_percent"]) in text
+    assert percent(coarse["curve_shape_error_percent"], 2) in text
+    for name in ("refined", "heldout_designs"):
+        bound = figures["bound"][name]
+        assert with_error(bound["mean_nats"], bound["standard_error"], 0) in text
+    seconds = [f"{value:.0f}" for value in figures["seconds_a_target"].values()]
+    assert "{} to draw, {} to choose, {} to refine".format(*seconds) in text
+
+
+def test_the_page_has_what_other_ways_and_a_finer_mesh_give_as_they_were_measured():
+    refined, known, text = recorded("refined_designs"), recorded("refined_training_designs"), words(PAGE)
+    best_of = recorded("inverse_design_64")["designs"]["best_of_percent"]
+    assert "| " + " | ".join(best_of) + " |" in text
+    assert "| " + " | ".join(percent(best, 1 if int(k) < 8 else 2) for k, best in best_of.items()) + " |" in text
+    assert f"{percent(known['best_percent'][-1], 2)} on {known['targets']} targets" in text
+    assert f"{known['novelty']['refined']:.3f} away, {refined['novelty']['refined']:.3f} for the drawn ones" in text
+    finer = refined["on_a_finer_mesh"]
+    assert f"by {percent(finer['best_percent'])}, {finer['targets']} targets" in text
+
+
+@pytest.mark.parametrize("page", [README, COMPOSITES])
+def test_the_best_of_64_drawn_is_what_was_measured(page):
+    assert percent(recorded("inverse_design_64")["designs"]["best_percent"], 2) in words(page)
+
+
+def test_the_table_of_the_demo_is_what_it_printed():
+    for name, target in recorded("demo")["targets"].items():
+        errors = [target[kind] for kind in ("best_percent", "mean_percent", "nearest_training_design_percent")]
+        assert f"| `{name}` | " + " | ".join(f"{error:.1f} %" for error in errors) + " |" in words(README)
+
+
+@pytest.mark.parametrize("page", [README, PAGE, DIGITS])
+def test_the_table_of_digits_is_what_was_measured(page):
+    figures, text = recorded("mechanical_mnist"), words(page)
+    assert f"{figures['designs']['targets']} held-out" in text or f"first {figures['designs']['targets']} of" in text
+    for name, digits in {"designs": 2, "random_training_designs": 1}.items():
+        single, best = (percent(figures[name][kind], digits) for kind in ("single_percent", "best_percent"))
+        assert f"| {single} | {best} |" in text
+    nearest = figures["nearest_training_designs"]
+    assert f"{nearest['single_percent']['mean']:.2f}" in text
+    assert f"{nearest['best_percent']['mean']:.2f}" in text
