@@ -135,7 +135,8 @@ def best_of(errors: np.ndarray) -> dict[int, dict[str, float]]:
     for k in (2**i for i in range(num.bit_length())):
         ways = np.array([math.comb(num - 1 - i, k - 1) for i in range(num)], dtype=float)
         ways = np.where(np.isfinite(ordered), ways, 0.0)
-        found[k] = percent((np.nan_to_num(ordered) * ways).sum(1) / ways.sum(1))
+        some = ways.any(1)
+        found[k] = percent((np.nan_to_num(ordered) * ways)[some].sum(1) / ways[some].sum(1))
     return found
 
 

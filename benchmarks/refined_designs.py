@@ -2,7 +2,7 @@ r"""How near do designs come that are chosen by the shape of their curves and re
 
     python benchmarks/refined_designs.py checkpoints/composites-32
     python benchmarks/refined_designs.py checkpoints/composites-32 --from_training_designs \
-      --output benchmarks/refined_training_designs.json
+      --num_targets 28 --num_finer 8 --output benchmarks/refined_training_designs.json
 
 For each held-out target 128 designs are drawn, guided by the predictor but not chosen by it. The two whose curves are
 nearest in shape by first-order elements are taken, and ``mechdiffusers.refine`` goes on with these. With three rounds

@@ -96,7 +96,7 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
         raise ValueError(f"device must be one that torch has here, got {arguments.device!r}: {error}") from error
     try:
         pipe = LatentDDPMPipeline.from_pretrained(arguments.checkpoint).to(arguments.device)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"checkpoint must be a folder or a name on the Hub, got {arguments.checkpoint}: {error}"
         ) from error

@@ -69,6 +69,7 @@ def test_the_least_of_some_errors_is_expected_as_of_numbers_drawn_from_1_to_n(mo
     assert {k: each["mean"] for k, each in found.items()} == pytest.approx({k: 1300 / (k + 1) for k in (1, 2, 4, 8)})
     unsolved = best_of(np.pad(errors, [(0, 0), (0, 4)], constant_values=np.nan))
     assert (unsolved[1]["mean"], unsolved[16]["mean"]) == (pytest.approx(650), 100)
+    assert best_of(np.vstack([errors, np.full((1, 12), np.nan)])) == found  # nor does a target without any
     assert all(each["standard_error"] < 1e-12 for each in found.values())
 
 

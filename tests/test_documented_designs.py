@@ -1,5 +1,6 @@
 """The errors of designs on the pages and in the cards are those that the benchmarks recorded."""
 
+import numpy as np
 import pytest
 from documents import recorded, with_error, words
 
@@ -32,7 +33,7 @@ def test_the_error_of_refined_designs_is_what_was_measured(page):
     figures, text = recorded("refined_designs"), words(page)
     assert percent(figures["best_percent"][-1], 2) in text
     assert f"{figures['targets']} held-out targets" in text or f"{figures['targets']} targets" in text
-    assert f"{figures['designs_a_target']} designs" in text
+    assert f"{figures['designs_a_target']} {'plain draws' if page == PAGE else 'designs'}" in text
     if page == README:
         assert f"{sum(figures['seconds_a_target'].values()):.0f} seconds a target on one core" in text
     else:
@@ -61,15 +62,30 @@ def test_the_page_has_what_other_ways_and_a_finer_mesh_give_as_they_were_measure
     best_of = recorded("inverse_design_64")["designs"]["best_of_percent"]
     assert "| " + " | ".join(best_of) + " |" in text
     assert "| " + " | ".join(percent(best, 1 if int(k) < 8 else 2) for k, best in best_of.items()) + " |" in text
-    assert f"{percent(known['best_percent'][-1], 2)} on {known['targets']} targets" in text
-    assert f"{known['novelty']['refined']:.3f} away, {refined['novelty']['refined']:.3f} for the drawn ones" in text
-    finer = refined["on_a_finer_mesh"]
-    assert f"by {percent(finer['best_percent'])}, {finer['targets']} targets" in text
+    same = np.array(refined["best_percent_of_each_target"][: known["targets"]])
+    drawn = with_error(same.mean(), same.std(ddof=1) / np.sqrt(len(same)), 2)
+    assert (
+        f"{percent(known['best_percent'][-1], 2)} on {known['targets']} targets, on which the drawn ones have {drawn}"
+        in text
+    )
+    novel, away = (f"{figures['novelty']['refined']:.3f}" for figures in (refined, known))
+    assert f"are {away} from the nearest training design, the drawn ones {novel}" in text
+    for figures in (refined, known):
+        finer = figures["on_a_finer_mesh"]
+        assert f"by {percent(finer['best_percent'])}, {finer['targets']} targets" in text
+        assert f"{100 * figures['pixels_changed']:.1f} %" in text
+    others = np.array(refined["best_percent_of_each_target"][16:])
+    assert with_error(others.mean(), others.std(ddof=1) / np.sqrt(len(others)), 2) in text
 
 
 @pytest.mark.parametrize("page", [README, COMPOSITES])
 def test_the_best_of_64_drawn_is_what_was_measured(page):
-    assert percent(recorded("inverse_design_64")["designs"]["best_percent"], 2) in words(page)
+    designs, text = recorded("inverse_design_64")["designs"], words(page)
+    assert f"{percent(designs['best_percent'], 2)}, {designs['targets']} targets" in text
+    if page == README:
+        known, finer = recorded("refined_training_designs"), recorded("refined_designs")["on_a_finer_mesh"]
+        assert f"{percent(known['best_percent'][-1], 2)}, {known['targets']} targets" in text
+        assert f"by {percent(finer['best_percent'])}, {finer['targets']} targets" in text
 
 
 def test_the_table_of_the_demo_is_what_it_printed():
@@ -85,6 +101,8 @@ def test_the_table_of_digits_is_what_was_measured(page):
     for name, digits in {"designs": 2, "random_training_designs": 1}.items():
         single, best = (percent(figures[name][kind], digits) for kind in ("single_percent", "best_percent"))
         assert f"| {single} | {best} |" in text
-    nearest = figures["nearest_training_designs"]
-    assert f"{nearest['single_percent']['mean']:.2f}" in text
-    assert f"{nearest['best_percent']['mean']:.2f}" in text
+    single, best = (figures["nearest_training_designs"][kind] for kind in ("single_percent", "best_percent"))
+    if page == README:
+        assert f"{single['mean']:.2f} % on average and {best['mean']:.2f} % the nearest" in text
+    else:
+        assert f"| {percent(single, 2)} | {with_error(best['mean'], best['standard_error'], 3)[:4]} ± " in text

@@ -90,8 +90,7 @@ def check_meaning(name: str, meaning: Mapping[str, Any], encoder: Any) -> None:
         )
     # compared as they are saved, where tuples and arrays are lists
     found, wanted = (
-        json.loads(json.dumps(each, default=lambda array: array.tolist()))
-        for each in (meaning, encoder.config.meaning)
+        json.loads(json.dumps(each, default=lambda array: array.tolist())) for each in (meaning, encoder.config.meaning)
     )
     for key in sorted(found.keys() | wanted.keys()):
         if found.get(key) != wanted.get(key):
