@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from candidates import common_arguments, errors_of, fingerprint, kept, summary
+from candidates import common_arguments, errors_of, fingerprint, kept, percent, summary
 from matplotlib.figure import Figure
-from mechdiffusers.evaluation import nearest_training_designs, stored_responses
+from mechdiffusers.evaluation import nearest_training_designs, response_error, stored_designs, stored_responses
 from mechdiffusers.evaluation.design import designs_for
 from mechdiffusers.evaluation.response import load_split
 from mechdiffusers.microstructures import response_meaning
@@ -55,7 +55,8 @@ def main() -> None:
 
     train, heldout = load_split(arguments.dataset, "train"), load_split(arguments.dataset, "heldout")
     stored = stored_responses(heldout)
-    targets = stored[np.isfinite(stored).all((1, 2))][: arguments.num_targets]
+    solved = np.flatnonzero(np.isfinite(stored).all((1, 2)))
+    targets = stored[solved[: arguments.num_targets]]
     point = points(targets, response_meaning(heldout), arguments)
 
     number, chosen = arguments.num_inference_steps, arguments.scheduler
@@ -69,11 +70,15 @@ def main() -> None:
             for scale in arguments.guidance_scales
         },
         "training_designs": {},
+        "predictor_error_percent": {},
         "retrieval": {},
     }
     for pair in arguments.trained_on:
         num, checkpoint = pair.split("=", 1)
         figures["training_designs"][int(num)] = point(Path(checkpoint), chosen, number)
+        pipe = LatentDDPMPipeline.from_pretrained(checkpoint).to(arguments.device)
+        predicted = np.asarray(pipe.predict_response(stored_designs(heldout.select(solved))).cpu())
+        figures["predictor_error_percent"][int(num)] = percent(response_error(predicted, stored[solved]))
         nearest = nearest_training_designs(targets, train.select(range(int(num))), arguments.num_designs)
         figures["retrieval"][int(num)] = summary(nearest.error)
     if arguments.figure:

@@ -217,7 +217,7 @@ def _simulate(
 
 
 def _ratio(coarse: np.ndarray, fine: np.ndarray) -> np.ndarray:
-    """Of responses, 1 where there is none, as at no strain."""
+    """Of responses; 1 where the finer one is 0."""
     return np.divide(coarse, fine, out=np.ones_like(fine), where=fine != 0)
 
 
