@@ -1,6 +1,6 @@
 r"""What the settings of a conditional denoiser give, each by a short training of its own.
 
-    python benchmarks/denoiser_variants.py checkpoints/composites-32 --num_targets 32 --num_designs 4
+    python benchmarks/denoiser_variants.py checkpoints/composites-32
 
 A variant is the second stage of training/train.py with the settings of the checkpoint, fewer steps and the options that
 name it, on the latents of the checkpoint's autoencoder. Of each: the bound of held-out designs, with and without their

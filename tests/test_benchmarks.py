@@ -98,6 +98,7 @@ def test_sweeps_have_a_point_for_each_setting(folder):
     assert {"vdm", "adams-bashforth", "predictor-corrector", "ddpm"} <= figures["steps"].keys()
     assert all(found.keys() == {"2", "3"} for found in figures["steps"].values())
     assert figures["guidance_scale"].keys() == {"1.0", "2.0"}
+    assert figures["predictor_error_percent"]["20"]["mean"] > 0
     assert (folder / "sweeps.png").exists()
 
 
@@ -117,6 +118,29 @@ def test_refined_designs_are_measured_and_nothing_is_computed_twice(folder):
     known = run(folder, "refined_designs.py", *quick, "--from_training_designs")
     assert known["coarse_simulations_a_target"] == [0, 0, 0]
     assert known["novelty"]["chosen"] == 0
+
+
+@pytest.mark.slow
+def test_variants_of_the_denoiser_are_trained_with_their_options_and_measured_once(folder):
+    settings = {"response_column": "response", "num_heldout_designs": 20, "latent_channels": 2}
+    settings |= {"denoiser_block_out_channels": [8, 8], "denoiser_layers_per_block": 1, "denoiser_batch_size": 4}
+    (folder / "settings.yaml").write_text(json.dumps(settings))  # which YAML reads as well
+    quick = ["--config", "settings.yaml", "--denoiser_steps", "2", "--num_targets", "2", "--num_designs", "2"]
+    quick += ["--num_bounded", "3", "--variants", "", "--prediction_type epsilon"]
+    first = run(folder, "denoiser_variants.py", *quick)
+    kinds = {
+        name: json.loads(
+            (folder / "runs/denoiser_variants" / name / "pipeline/scheduler/scheduler_config.json").read_text()
+        )
+        for name in ("as_released", "prediction_type-epsilon")
+    }
+    assert [kind["prediction_type"] for kind in kinds.values()] == ["v_prediction", "epsilon"]
+    files = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.*")}
+    assert run(folder, "denoiser_variants.py", *quick) == first
+    assert {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.*")} == files
+    for found in first["variants"].values():
+        assert found["denoiser_alone"]["designs_a_target"] == found["with_predictor"]["targets"] == 2
+        assert found["bound"]["mean_nats"] < 0
 
 
 @pytest.mark.slow
