@@ -9,7 +9,9 @@ candidate a design, no classifier-free guidance, the same random numbers for all
 in --run_dir; the same command goes on after an interruption.
 """
 
-from dataclasses import replace
+import hashlib
+import json
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,9 +61,10 @@ def main() -> None:
 
     figures: dict[str, Any] = {"denoiser_steps": arguments.denoiser_steps, "variants": {}}
     for options in arguments.variants:
-        folder = arguments.run_dir / "-".join(options.replace("--", "").split() or ["as_released"])
+        config = configured(arguments, options)
+        folder = Path(config.output_dir)
         if not (folder / "pipeline").exists():
-            train(released, configured(arguments, options, folder))
+            train(released, config)
         pipe = LatentDDPMPipeline.from_pretrained(folder / "pipeline").to(arguments.device)
         pipe.set_progress_bar_config(disable=True)
         pipe.scheduler = stock_scheduler("dpmsolver++", pipe.scheduler.config)
@@ -81,13 +84,17 @@ def main() -> None:
     record(figures, arguments.output)
 
 
-def configured(arguments: Any, options: str, output_dir: Path) -> TrainingConfig:
-    """The settings of a variant."""
+def configured(arguments: Any, options: str) -> TrainingConfig:
+    """The settings of a variant, in a folder of its own for all that its weights depend on."""
     steps = str(arguments.denoiser_steps)
-    given = ["--config", str(arguments.config), "--dataset", str(arguments.dataset), "--output_dir", str(output_dir)]
-    given += ["--denoiser_steps", steps, "--validation_steps", steps, "--resume_from_checkpoint", "latest"]
+    given = ["--config", str(arguments.config), "--dataset", str(arguments.dataset), "--denoiser_steps", steps]
+    given += ["--validation_steps", steps, "--resume_from_checkpoint", "latest"]
     config = parse_config([*given, *options.split()])
-    return replace(config, mixed_precision=precision_of(config.mixed_precision))
+    config = replace(config, mixed_precision=precision_of(config.mixed_precision))
+    recipe = json.dumps([fingerprint(arguments.checkpoint), asdict(config)])
+    name = "-".join(options.replace("--", "").split() or ["as_released"])
+    folder = arguments.run_dir / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
+    return replace(config, output_dir=str(folder))
 
 
 def train(released: LatentDDPMPipeline, config: TrainingConfig) -> None:

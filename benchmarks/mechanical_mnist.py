@@ -80,7 +80,7 @@ def main() -> None:
     if pipe.response_predictor is not None:
         figures["predictor_error_percent"] = percent(response_error(pipe.predict_response(originals).numpy(), targets))
     if arguments.figure:
-        first = verify(designs[:num], targets[0], meaning, dataset=train, binary=False, device=arguments.device)
+        first = verify(designs[:num], targets[0], meaning, binary=False, device=arguments.device)
         save_verification_figure(first, arguments.figure, name="energy of a held-out digit")
     record(figures, arguments.output)
 

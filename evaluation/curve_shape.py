@@ -42,7 +42,7 @@ def curve_shape_error(response: np.ndarray, target: np.ndarray) -> np.ndarray:
         >>> float(curve_shape_error(np.full((1, 2, 3), 7.0), np.ones((2, 3)))[0])
         0.0
     """
-    found, wanted = as_array(response), as_array(target)
+    found, wanted = as_array(response, "response"), as_array(target, "target")
     response_error(found, wanted)  # refuses what does not fit
     both, square = (np.where(np.isnan(wanted), 0.0, found * other).sum(-1, keepdims=True) for other in (wanted, found))
     return response_error(found * np.divide(both, square, out=np.ones_like(square), where=square != 0), wanted)
@@ -81,7 +81,7 @@ def nearest_in_curve_shape(
         >>> few = nearest_in_curve_shape(designs, targets, meaning, 2)  # doctest: +SKIP
         >>> refined = refine(few, targets, meaning, pipe.predict_response)  # doctest: +SKIP
     """
-    array = as_array(designs)
+    array = as_array(designs, "designs")
     meaning, wanted = checked_question(target, meaning, array.shape)
     per_target = len(array) // len(wanted)
     if checked_count(num_designs) > per_target:
@@ -92,4 +92,5 @@ def nearest_in_curve_shape(
         measure(response, asked).reshape(len(wanted), per_target) for measure in (response_error, curve_shape_error)
     ]
     order = np.lexsort([errors[0], errors[1].round(12)], axis=1)[:, :num_designs]  # NaN comes last
-    return designs[(order + per_target * np.arange(len(wanted))[:, None]).ravel()]
+    given = designs if isinstance(designs, Tensor) else np.asarray(designs)
+    return given[(order + per_target * np.arange(len(wanted))[:, None]).ravel()]

@@ -44,7 +44,10 @@ def designs_for(
     Example:
         >>> designs = designs_for(pipe, targets, 8, num_candidates=4, num_refinements=2)  # doctest: +SKIP
     """
-    each = torch.from_numpy(as_array(targets).copy()).float()  # a copy, since torch takes no view that runs backwards
+    array = as_array(targets, "targets")
+    if array.ndim not in (2, 3) or not array.size:
+        raise ValueError(f"targets must have shape (T, L, S) or (L, S), none of them 0, got {array.shape}")
+    each = torch.from_numpy(array.copy()).float()  # a copy, since torch takes no view that runs backwards
     wanted = (each[None] if each.ndim == 2 else each).repeat_interleave(checked_count(num_designs), dim=0)
     drawn = torch.Generator().manual_seed(seed)
     seeds = torch.randint(2**62, (len(wanted),), generator=drawn).tolist()

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from mechdiffusers.evaluation.curve_shape import nearest_in_curve_shape
 from mechdiffusers.evaluation.design import checked_count, designs_for
 from mechdiffusers.evaluation.refine import refine
@@ -28,6 +27,7 @@ from mechdiffusers.evaluation.verify import (
     checked_question,
     verify,
 )
+from mechdiffusers.mechanics.simulate import checked_device
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.pipelines.latent_likelihood import image_size
 from mechdiffusers.schedulers import STOCK_SCHEDULERS, stock_scheduler
@@ -90,10 +90,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str]]:
     """Everything from the file of targets to the report."""
-    try:
-        torch.empty(0, device=arguments.device)
-    except (AssertionError, RuntimeError) as error:  # the former where torch is built without it
-        raise ValueError(f"device must be one that torch has here, got {arguments.device!r}: {error}") from error
+    checked_device(arguments.device)
     try:
         pipe = LatentDDPMPipeline.from_pretrained(arguments.checkpoint).to(arguments.device)
     except (OSError, ValueError) as error:
@@ -123,7 +120,8 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
     refinements = refinements if arguments.num_refinements is None else arguments.num_refinements
     if arguments.num_refined is not None and not arguments.num_rounds:
         raise ValueError(f"num_refined must come with num_rounds of at least 1, got {arguments.num_refined} without")
-    num_refined = checked_count(2 if arguments.num_refined is None else arguments.num_refined, "num_refined")
+    num_refined = min(2, num_designs) if arguments.num_refined is None else arguments.num_refined
+    checked_count(num_refined, "num_refined")
     checked_count(arguments.seed, "seed", least=0)
     if arguments.num_rounds and num_refined > num_designs:
         raise ValueError(f"num_refined must be at most num_designs={num_designs}, got {num_refined}")

@@ -93,7 +93,7 @@ def save_verification_figure(report: VerificationReport, path: Path, *, index: i
         outside = report.reach is not None and report.reach.out_of_range[index]
         remark = ", outside what the training data can reach" if outside else ""
         says = f"has an error of {error[best[0]]:.2%}" if np.isfinite(error[best[0]]) else "is not solved"
-        figure.suptitle(f"{name}: best of {per_target} {says}{remark}".lstrip(": "))
+        figure.suptitle(f"{name}: best of {per_target} {says}{remark}".lstrip(": "), parse_math=False)
         shown = [(designs[i], f"{error[i]:.2%}" if np.isfinite(error[i]) else "not solved", "black") for i in best]
         if report.retrieval is not None:
             shown.append((report.retrieval.designs[index, 0], f"known: {report.retrieval.error[index, 0]:.2%}", "C1"))

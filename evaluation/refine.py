@@ -102,16 +102,18 @@ def refine(
         >>> refined = refine(designs, target, meaning, pipe.predict_response)  # doctest: +SKIP
         >>> refined.error[:, [0, -1]].mean(0)  # doctest: +SKIP
     """
-    array = as_array(designs)
+    array = as_array(designs, "designs")
     meaning, targets = checked_question(target, meaning, array.shape)
     check_binary(array)
     num_rounds = checked_count(num_rounds, "num_rounds")
     num_coarse_steps = checked_count(num_coarse_steps, "num_coarse_steps", least=0)
     seed = checked_count(seed, "seed", least=0)
     wanted = np.repeat(targets, len(array) // len(targets), axis=0)
-    found = simulated_response(array, meaning, device) if response is None else as_array(response)
+    found = simulated_response(array, meaning, device) if response is None else as_array(response, "response")
     if found.shape != (len(array), *wanted.shape[1:]):
         raise ValueError(f"response must have shape {(len(array), *wanted.shape[1:])}, got {found.shape}")
+    if np.isinf(found).any():
+        raise ValueError("response must be finite, or NaN where a design is not solved, got an infinite one")
 
     chains = _chains(array, found, wanted, seed)
     errors = [[chain.error for chain in chains]]
@@ -137,7 +139,7 @@ def refine(
     refined, error = np.stack([chain.design for chain in chains]), np.array(errors).T
     if isinstance(designs, Tensor):
         return RefinedDesigns(torch.from_numpy(refined).to(designs.dtype), torch.from_numpy(error))
-    return RefinedDesigns(refined.astype(designs.dtype), error)
+    return RefinedDesigns(refined.astype(np.asarray(designs).dtype), error)
 
 
 class _Chain:

@@ -102,7 +102,7 @@ def nearest_training_designs(targets: np.ndarray | Tensor, dataset: Any, k: int 
         >>> nearest_training_designs(targets, dataset, k=8).error.mean(0)  # doctest: +SKIP
     """
     stored = stored_responses(dataset)
-    wanted = as_array(targets)
+    wanted = as_array(targets, "targets")
     if wanted.ndim != 3 or wanted.shape[1:] != stored.shape[1:]:
         raise ValueError(f"targets must have shape (T, {stored.shape[1]}, {stored.shape[2]}), got {wanted.shape}")
     errors = np.array([response_error(stored, target) for target in wanted]).reshape(len(wanted), len(stored))
@@ -115,9 +115,14 @@ def nearest_training_designs(targets: np.ndarray | Tensor, dataset: Any, k: int 
     return NearestDesigns(designs, stored[index], np.take_along_axis(errors, index, 1), index)
 
 
-def as_array(values: np.ndarray | Tensor) -> np.ndarray:
-    """Numbers on the CPU, float64, without what a tensor knows of its gradient."""
-    return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
+def as_array(values: np.ndarray | Tensor, name: str = "values") -> np.ndarray:
+    """Numbers on the CPU, float64, without what a tensor knows of its gradient; ``name`` is whose error it would be."""
+    try:
+        if isinstance(values, Tensor):  # which may be of a kind that numpy has not
+            return values.detach().to("cpu", torch.float64).numpy()
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a tensor or array of numbers, got {type(values).__name__}") from None
 
 
 def load_split(folder: Path, split: str) -> Dataset:

@@ -104,7 +104,7 @@ class TargetRange:
         Warns:
             OutOfRangeWarning: If a p-value is below ``level``, or none can be, there being too few held-out designs.
         """
-        wanted = as_array(targets)
+        wanted = as_array(targets, "targets")
         if wanted.ndim != 3 or wanted.shape[1:] != self._training.shape[1:]:
             raise ValueError(
                 f"targets must have shape (T, {', '.join(map(str, self._training.shape[1:]))}), got {wanted.shape}"
@@ -151,7 +151,7 @@ class TargetRange:
 
 def _solved(name: str, responses: np.ndarray | Tensor) -> np.ndarray:
     """Those of the responses that are solved to their end, float64."""
-    values = as_array(responses)
+    values = as_array(responses, name)
     if values.ndim != 3:
         raise ValueError(f"{name} must have shape (N, L, S), got {values.shape}")
     values = values[np.isfinite(values).all((1, 2))]

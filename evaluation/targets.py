@@ -58,25 +58,30 @@ def read_targets(path: str | os.PathLike[str], meaning: Mapping[str, Any]) -> tu
     curves: dict[str, dict[str, dict[float, float]]] = {}
     for number, row in rows:
         where = f"row {number} of {Path(path).name}"
-        if len(row) != len(columns) or row[1] not in meaning["load_cases"]:
+        if len(row) != len(columns):
+            raise ValueError(f"targets must have {len(columns)} cells in a row, got {row} in {where}")
+        if row[1] not in meaning["load_cases"]:
             raise ValueError(f"targets must have load cases out of {list(meaning['load_cases'])}, got {row} in {where}")
-        strain, value = _number(row[2], where), _number(row[3] or "nan", where)
+        strain = _number(row[2], where)
+        value = math.nan if row[3].lower() in ("", "nan") else _number(row[3], where)
         points = curves.setdefault(row[0], {}).setdefault(row[1], {})
-        if math.isnan(strain) or strain in points:
+        if strain in points:
             raise ValueError(f"targets must have each strain of a curve once, got {row[2]!r} again in {where}")
         points[strain] = value
 
     strains = np.asarray(meaning["strains"], dtype=np.float64)
     targets = np.full((len(curves), *strains.shape), math.nan)
-    for target, cases in zip(targets, curves.values(), strict=True):
-        for name, points in cases.items():
-            case = list(meaning["load_cases"]).index(name)
+    for target, (name, cases) in zip(targets, curves.items(), strict=True):
+        for load_case, points in cases.items():
+            case = list(meaning["load_cases"]).index(load_case)
             target[case] = _interpolated(strains[case], points)
-    if (empty := np.isnan(targets).all((1, 2))).any():
-        name = list(curves)[int(empty.argmax())]
-        raise ValueError(
-            f"targets must be given at one at least of the strains {strains.tolist()}, got none of {name!r}"
-        )
+            if np.isnan(target[case]).all() and not all(math.isnan(value) for value in points.values()):
+                raise ValueError(
+                    f"targets must be given at one at least of the strains {strains[case].tolist()}, or on both sides "
+                    f"of it, got none for {load_case} of {name!r}"
+                )
+        if np.isnan(target).all():
+            raise ValueError(f"targets must be given in one load case at least, got none of {name!r}")
     return list(curves), targets
 
 
@@ -114,7 +119,7 @@ def _number(text: str, where: str) -> float:
         number = float(text)
     except ValueError:
         number = -1.0
-    if number < 0 or math.isinf(number):
+    if not 0 <= number < math.inf:  # also for NaN
         raise ValueError(
             f"targets must have strains and values that are finite and not negative, got {text!r} in {where}"
         )

@@ -33,6 +33,7 @@ from mechdiffusers.mechanics.load_cases import load_case
 from mechdiffusers.mechanics.materials import CompressibleNeoHookean
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.microstructures.build_dataset.parts import simulated_response
+from mechdiffusers.pipelines.response_conditioning import difference_of_meanings
 from torch import Tensor
 
 __all__ = ["VerificationReport", "verify"]
@@ -161,7 +162,7 @@ def verify(
         >>> report = verify(designs, target, pipe.response_encoder.config.meaning)  # doctest: +SKIP
         >>> report.error.min(), report.save("runs/design")  # doctest: +SKIP
     """
-    array = as_array(designs)
+    array = as_array(designs, "designs")
     meaning, wanted = checked_question(target, meaning, array.shape, dataset=dataset, heldout=heldout)
     if names is not None:
         names = checked_names(names, len(wanted))
@@ -207,7 +208,7 @@ def checked_question(
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Meaning and targets (T, L, S), if designs of ``shape`` (B, H, W) can be verified, else a ``ValueError``."""
     meaning = checked_meaning(meaning)
-    wanted = as_array(target)
+    wanted = as_array(target, "target")
     wanted = wanted[None] if wanted.ndim == 2 else wanted
     curves = np.shape(meaning["strains"])
     if wanted.ndim != 3 or wanted.shape[1:] != curves or not len(wanted):
@@ -226,8 +227,10 @@ def checked_question(
             f"{np.nanmin(wanted):g}"
         )
     for name, rows in (("dataset", dataset), ("heldout", heldout)):
-        if rows is not None and any(response_meaning(rows).get(key) != meaning[key] for key in _MEANING):
-            raise ValueError(f"{name} must have responses of the meaning of the target, got another meaning")
+        if rows is not None:
+            found, asked = ({key: each.get(key) for key in _MEANING} for each in (response_meaning(rows), meaning))
+            if (other := difference_of_meanings(found, asked)) is not None:
+                raise ValueError(f"{name} must have responses of the meaning of the target, got {other}")
     if dataset is not None:
         stored, per_target = stored_responses(dataset), shape[0] // len(wanted)
         solved = min(int((np.isfinite(stored) | np.isnan(each)).all((1, 2)).sum()) for each in wanted)
@@ -248,18 +251,21 @@ def checked_question(
 
 def check_binary(designs: np.ndarray, otherwise: str = "") -> None:
     """Raises a ``ValueError`` unless designs are 0 or 1 everywhere, with what else there is to do."""
-    if not ((designs == 0) | (designs == 1)).all():
-        raise ValueError(
-            "designs must be 0 or 1 everywhere, as their family is, got values in between: np.rint(designs) makes them "
-            f"so{otherwise}"
-        )
+    other = designs[(designs != 0) & (designs != 1)]
+    if other.size:
+        between = ((other > 0) & (other < 1)).all()
+        remedy = f": np.rint(designs) makes them so{otherwise}" if between else ""
+        raise ValueError(f"designs must be 0 or 1 everywhere, as their family is, got {other[0]:g}{remedy}")
 
 
 def checked_names(names: Sequence[str], num: int) -> list[str]:
     """As many different names as there are targets, fit for files, else a ``ValueError``."""
     chosen = list(names)
-    if not len(set(chosen)) == len(chosen) == num or any(not name or Path(name).name != name for name in chosen):
-        raise ValueError(f"names must be {num} different names of files, one for each target, got {chosen!r}")
+    fit = all(isinstance(name, str) and name and Path(name).name == name and "\0" not in name for name in chosen)
+    if not fit or not len(set(chosen)) == len(chosen) == num or max(len(os.fsencode(name)) for name in chosen) > 200:
+        raise ValueError(
+            f"names must be {num} different names of files, one for each target, got {chosen!r}; 200 bytes are the most"
+        )
     return chosen
 
 

@@ -135,7 +135,7 @@ def simulate(
     cases = [load_case(name) for name in load_cases]
     strain = _checked_strains(strains, [case.reach for case, _ in cases])
 
-    where = torch.device(device) if device is not None else given.device
+    where = checked_device(device) if device is not None else given.device
     values = given.to(where, torch.float64)
     batch, height, width = values.shape
     law = CompressibleNeoHookean(poisson)
@@ -252,6 +252,14 @@ class _Tasks(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         return self._work(self._tasks[index])
+
+
+def checked_device(device: str | torch.device) -> torch.device:
+    """The device, if torch has it here, else a ``ValueError``."""
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError, TypeError) as error:  # the first where torch is built without it
+        raise ValueError(f"device must be one that torch has here, got {device!r}: {error}") from error
 
 
 def _shared(shape: Sequence[int], order: int, cases: int, device: torch.device) -> tuple[int, int]:

@@ -33,7 +33,7 @@ from .latent_prior import LatentPrior
 from .portable_checkpoint import PortableCheckpoint
 from .predictor_guidance import PredictorGuidance
 from .probability_flow import ProbabilityFlow
-from .response_conditioning import Guidance, check_meaning, prepare_response
+from .response_conditioning import Guidance, check_meaning, check_number, prepare_response
 from .trained_noise_schedule import TrainedNoiseSchedule
 from .variational_likelihood import VariationalLikelihood
 
@@ -203,6 +203,7 @@ class LatentDDPMPipeline(
             if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {count!r}")
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_stop)
+        check_number("predictor_guidance_scale", predictor_guidance_scale)
         if not 0 <= predictor_guidance_scale < math.inf:
             raise ValueError(
                 f"predictor_guidance_scale must be a non-negative number, got {predictor_guidance_scale!r}"
@@ -223,8 +224,10 @@ class LatentDDPMPipeline(
         num_images = len(responses)
         if isinstance(generator, torch.Generator):
             generator = _spread(generator, num_images)
-        if isinstance(generator, list) and len(generator) != num_images:
-            raise ValueError(f"generator must be one or a list of {num_images}, one an image, got {len(generator)}")
+        one_each = isinstance(generator, list) and len(generator) == num_images
+        if generator is not None and not (one_each and all(isinstance(each, torch.Generator) for each in generator)):
+            got = len(generator) if isinstance(generator, list) else type(generator).__name__
+            raise ValueError(f"generator must be one or a list of {num_images}, one an image, got {got}")
         if num_candidates > 1:
             responses = responses.repeat_interleave(num_candidates, dim=0)
             num_images *= num_candidates
@@ -233,8 +236,9 @@ class LatentDDPMPipeline(
         shape = (num_images, self.unet.config.in_channels, *latent_size(self.vae))
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        elif latents.shape != shape:
-            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
+        elif not isinstance(latents, Tensor) or latents.shape != shape:
+            got = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+            raise ValueError(f"latents must be a tensor of shape {shape}, got {got}")
 
         responses = responses.to(device)
         tokens = self.response_encoder(responses)

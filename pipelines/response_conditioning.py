@@ -14,14 +14,15 @@ References:
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Guidance", "check_meaning", "prepare_response"]
+__all__ = ["Guidance", "check_meaning", "check_number", "difference_of_meanings", "prepare_response"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Guidance:
     stop: float = 1.0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            check_number(f"guidance_{field.name}", getattr(self, field.name))
         if not 0 <= self.scale < math.inf:
             raise ValueError(f"guidance_scale must be a non-negative number, got {self.scale!r}")
         if not 0 <= self.rescale <= 1:
@@ -80,6 +83,12 @@ class Guidance:
         return torch.lerp(guided, guided * spread, self.rescale)
 
 
+def check_number(name: str, value: Any) -> None:
+    """Raises a ``ValueError`` unless the value is a real number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+
+
 def check_meaning(name: str, meaning: Mapping[str, Any], encoder: Any) -> None:
     """Raises a ``ValueError`` that names what has a meaning unless that is what a response encoder was trained for."""
     if encoder.config.meaning is None:
@@ -88,16 +97,23 @@ def check_meaning(name: str, meaning: Mapping[str, Any], encoder: Any) -> None:
         raise ValueError(
             f"{name} must have a meaning as mechdiffusers.response_meaning reads it from a dataset, got {meaning!r}"
         )
-    # compared as they are saved, where tuples and arrays are lists
-    found, wanted = (
-        json.loads(json.dumps(each, default=lambda array: array.tolist())) for each in (meaning, encoder.config.meaning)
+    if (other := difference_of_meanings(meaning, encoder.config.meaning)) is not None:
+        raise ValueError(f"{name} must have the meaning that response_encoder was trained for, got {other}")
+
+
+def difference_of_meanings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """The first entry in which two meanings differ, in words, ``None`` if there is none."""
+    # compared as they are saved, where tuples and arrays are lists, but not to the last digit
+    one, other = (
+        json.loads(
+            json.dumps(each, default=lambda array: array.tolist()), parse_float=lambda text: round(float(text), 9)
+        )
+        for each in (found, wanted)
     )
-    for key in sorted(found.keys() | wanted.keys()):
-        if found.get(key) != wanted.get(key):
-            raise ValueError(
-                f"{name} must have the meaning that response_encoder was trained for, got another {key}: "
-                f"{found.get(key)}, not {wanted.get(key)}"
-            )
+    for key in sorted(one.keys() | other.keys()):
+        if one.get(key) != other.get(key):
+            return f"another {key}: {one.get(key)}, not {other.get(key)}"
+    return None
 
 
 def prepare_response(response: Tensor | np.ndarray | None, batch_size: int, encoder: Any) -> Tensor:
@@ -121,10 +137,12 @@ def prepare_response(response: Tensor | np.ndarray | None, batch_size: int, enco
         raise ValueError("response must be None: this checkpoint was trained without responses")
     try:
         # a copy, since torch takes no view that runs backwards
-        wanted = torch.as_tensor(response if isinstance(response, Tensor) else np.array(response)).float()
+        wanted = torch.as_tensor(response if isinstance(response, Tensor) else np.array(response))
+        if wanted.is_complex():
+            raise TypeError
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"response must be a tensor or array of numbers, got {type(response).__name__}") from None
-    cases = encoder.config.meaning["load_cases"]
+    wanted, cases = wanted.float(), encoder.config.meaning["load_cases"]
     if wanted.ndim != 3 or tuple(wanted.shape[1:]) != expected:
         raise ValueError(
             f"response must have shape (B, {expected[0]}, {expected[1]}): the load cases {cases} at {expected[1]} "
@@ -140,4 +158,6 @@ def prepare_response(response: Tensor | np.ndarray | None, batch_size: int, enco
             "response must be non-negative, since it belongs to magnitudes of strain, in compression too; got "
             f"{wanted[sample, case, strain].item():g} in sample {sample}, load case {cases[case]!r}"
         )
+    if ((wanted == 0).any(-1) & ~(wanted > 0).any(-1)).any():
+        raise ValueError("response must not be zero all along a load case: NaN leaves it open")
     return wanted

@@ -128,16 +128,16 @@ def test_variants_of_the_denoiser_are_trained_with_their_options_and_measured_on
     quick = ["--config", "settings.yaml", "--denoiser_steps", "2", "--num_targets", "2", "--num_designs", "2"]
     quick += ["--num_bounded", "3", "--variants", "", "--prediction_type epsilon"]
     first = run(folder, "denoiser_variants.py", *quick)
-    kinds = {
-        name: json.loads(
-            (folder / "runs/denoiser_variants" / name / "pipeline/scheduler/scheduler_config.json").read_text()
-        )
-        for name in ("as_released", "prediction_type-epsilon")
+    trained = {
+        path.parts[-4].rsplit("-", 1)[0]: json.loads(path.read_text())["prediction_type"]
+        for path in (folder / "runs/denoiser_variants").glob("*/pipeline/scheduler/scheduler_config.json")
     }
-    assert [kind["prediction_type"] for kind in kinds.values()] == ["v_prediction", "epsilon"]
+    assert trained == {"as_released": "v_prediction", "prediction_type-epsilon": "epsilon"}
     files = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.*")}
     assert run(folder, "denoiser_variants.py", *quick) == first
     assert {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.*")} == files
+    longer = run(folder, "denoiser_variants.py", *quick, "--denoiser_steps", "3")
+    assert longer["variants"]["as released"]["bound"] != first["variants"]["as released"]["bound"]
     for found in first["variants"].values():
         assert found["denoiser_alone"]["designs_a_target"] == found["with_predictor"]["targets"] == 2
         assert found["bound"]["mean_nats"] < 0

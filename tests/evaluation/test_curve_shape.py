@@ -77,6 +77,7 @@ def test_the_nearest_in_curve_shape_comes_first_however_high_its_curves(designs,
     targets = response[[2, 3]] * np.array([[[3.0], [0.2]], [[0.5], [4.0]]])
     chosen = nearest_in_curve_shape(kind(designs), targets, MEANING, 2)
     assert type(chosen) is type(kind(designs))
+    np.testing.assert_array_equal(chosen, nearest_in_curve_shape(designs.tolist(), targets, MEANING, 2))
     np.testing.assert_array_equal(np.asarray(chosen)[0], designs[2])
     np.testing.assert_array_equal(np.asarray(chosen)[2], designs[3])  # each target has three of them
     errors = curve_shape_error(response[:3], targets[0])

@@ -40,6 +40,12 @@ def test_designs_chosen_from_candidates_are_predicted_nearer_and_do_not_depend_o
     np.testing.assert_array_equal(again, designs[16])
 
 
+@pytest.mark.parametrize("targets", [np.ones((0, 2, 3)), 1.0, np.ones((1, 1, 2, 3))])
+def test_targets_of_another_shape_are_named(conditional, targets):
+    with pytest.raises(ValueError, match=r"^targets must have shape \(T, L, S\) or \(L, S\)"):
+        designs_for(conditional, targets)
+
+
 @pytest.mark.parametrize("num", [0, -1, True, 2.0])
 def test_a_number_of_designs_or_candidates_that_is_none_is_named(conditional, composites, num):
     targets = stored_responses(composites)[:1]

@@ -40,6 +40,8 @@ def test_the_errors_that_come_back_are_those_of_the_designs_and_never_grow(quest
     refined = refine(designs, targets, MEANING, exact, num_rounds=2)
     assert refined.designs.shape == designs.shape
     assert refined.designs.dtype == designs.dtype
+    of_lists = refine(designs.astype(int).tolist(), targets, MEANING, exact, num_rounds=2)
+    np.testing.assert_array_equal(of_lists.designs, refined.designs)
     assert set(np.unique(refined.designs)) <= {0, 1}
     np.testing.assert_allclose(refined.error[:, 0], response_error(exact(designs), targets), rtol=1e-9)
     np.testing.assert_allclose(refined.error[:, -1], response_error(exact(refined.designs), targets), rtol=1e-9)
@@ -263,7 +265,9 @@ def test_kriging_of_designs_that_depend_on_each_other_gives_what_is_linear_in_th
         ({"designs": np.full((2, 6, 6), 0.5)}, "designs"),
         ({"designs": np.zeros((3, 6, 6))}, "designs"),
         ({"target": np.full((2, 2, 3), 1.0)}, "target"),
+        ({"designs": [["soft"]]}, "designs must be a tensor or array of numbers, got list"),
         ({"response": np.ones((2, 1, 3))}, r"response must have shape \(2, "),
+        ({"response": np.full((2, *np.shape(MEANING["strains"])), np.inf)}, "response must be finite"),
         ({"target": -np.ones(np.shape(MEANING["strains"]))}, "target must be non-negative"),
         ({"num_rounds": 0}, "num_rounds"),
         ({"num_rounds": True}, "num_rounds"),

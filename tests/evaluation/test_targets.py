@@ -51,7 +51,8 @@ def test_rows_may_come_in_any_order_with_spaces_and_blank_lines(tmp_path):
             "targets must have the columns target,load_case,strain,stress",
         ),
         (HEADER + "a,bending,0.1,1\n", r"targets must have load cases out of \['shear', 'shear_x'\], got .* in row 2"),
-        (HEADER + "a,shear,0.1\n", "targets must have load cases"),
+        (HEADER + "a,shear,0.1\n", r"targets must have 4 cells in a row, got \['a', 'shear', '0.1'\] in row 2"),
+        (HEADER + "a,shear,nan,1\n", "targets must have strains .* got 'nan'"),
         (HEADER + "a,shear,-0.1,1\n", "targets must have strains .* not negative, got '-0.1' in row 2 of targets.csv"),
         (HEADER + "a,shear,0.1,-1\n", "targets must have strains .* not negative, got '-1'"),
         (HEADER + "a,shear,0.1,1 MPa\n", "targets must have strains .* got '1 MPa'"),
@@ -62,7 +63,11 @@ def test_rows_may_come_in_any_order_with_spaces_and_blank_lines(tmp_path):
         ),
         (HEADER + "\na,shear,0.1,1\n\na,shear,-1,2\n", "targets must have strains .* got '-1' in row 5"),
         ("\n", "targets must have the columns"),
-        (HEADER + "a,shear,0.5,1\n", "targets must be given at one at least of the strains .* got none of 'a'"),
+        (
+            HEADER + "a,shear,0.1,1\na,shear_x,0.5,1\n",
+            "targets must be given at one at least of the strains .* got none for shear_x of 'a'",
+        ),
+        (HEADER + "a,shear,0.1,\n", "targets must be given in one load case at least, got none of 'a'"),
     ],
 )
 def test_unfit_tables_are_refused_with_the_place(tmp_path, text, message):

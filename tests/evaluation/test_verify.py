@@ -123,8 +123,14 @@ def test_a_saved_report_is_a_table_a_picture_a_target_and_everything_as_json(rep
     np.testing.assert_array_equal(np.load(tmp_path / "report" / "designs.npy"), report.designs)
 
 
+def test_a_name_of_a_target_is_no_formula(report, tmp_path):
+    report.save(tmp_path / "report", ["E_$x^$", "$", "\\frac"])
+    assert len(list((tmp_path / "report").glob("*.png"))) == 3
+
+
 def test_a_report_is_saved_under_fit_names_alone(report, tmp_path):
-    for names in (["a", "b"], ["a", "b", "b"], ["a", "b", "../c"], ["a", "b", ""]):
+    for last in ([], ["b"], ["../c"], [""], [3], ["c\0"], ["c" * 201]):
+        names = ["a", "b", *last]
         with pytest.raises(ValueError, match="^names must be 3 different names of files"):
             report.save(tmp_path / "report", names)
     assert not (tmp_path / "report").exists()
@@ -133,7 +139,14 @@ def test_a_report_is_saved_under_fit_names_alone(report, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"designs": np.full((2, 8, 8), 0.5)}, "designs must be 0 or 1 everywhere, as their family is"),
+        (
+            {"designs": np.full((2, 8, 8), 0.5)},
+            r"designs must be 0 or 1 everywhere, as their family is, got 0.5: np.rint\(designs\) makes them so; bin",
+        ),
+        ({"designs": np.full((2, 8, 8), np.nan)}, "designs must be 0 or 1 everywhere, as their family is, got nan$"),
+        ({"designs": np.full((2, 8, 8), 2)}, "designs must be 0 or 1 everywhere, as their family is, got 2$"),
+        ({"designs": "soft"}, "designs must be a tensor or array of numbers, got str"),
+        ({"target": [[1.0], "stiff"]}, "target must be a tensor or array of numbers, got list"),
         ({"designs": np.zeros((8, 8))}, r"designs must have shape \(B, H, W\)"),
         (
             {"designs": np.zeros((3, 8, 8)), "target": np.ones((2, 2, 3))},
@@ -190,7 +203,10 @@ def test_a_meaning_that_the_solver_does_not_know_is_refused(composites):
             verify(*arguments, {**meaning, **change})
     with pytest.raises(ValueError, match=r"^designs must lie in \[0, 1\]"):
         verify(np.full((1, 8, 8), 1.5), np.ones((2, 3)), meaning, binary=False)
-    with pytest.raises(ValueError, match="^dataset must have responses of the meaning of the target"):
+    with pytest.raises(ValueError, match="^device must be one that torch has here, got 'abacus'"):
+        verify(*arguments, meaning, device="abacus")
+    message = "^dataset must have responses of the meaning of the target, got another element_order: 1, not 2"
+    with pytest.raises(ValueError, match=message):
         verify(*arguments, {**meaning, "element_order": 2}, dataset=composites)
     with pytest.raises(ValueError, match="^heldout must come with the training data"):
         verify(*arguments, meaning, heldout=composites)

@@ -220,12 +220,18 @@ def test_images_of_one_response_are_neighbours(make_pipeline):
         ({"num_inference_steps": 1.5}, "num_inference_steps must"),
         ({"guidance_scale": -1.0}, "guidance_scale must be a non-negative number, got -1.0"),
         ({"guidance_scale": math.nan}, "guidance_scale must"),
+        ({"guidance_scale": "2"}, "guidance_scale must be a number, got '2'"),
+        ({"guidance_stop": None}, "guidance_stop must be a number, got None"),
+        ({"predictor_guidance_scale": [4.0]}, r"predictor_guidance_scale must be a number, got \[4.0\]"),
         ({"guidance_rescale": 1.5}, r"guidance_rescale must lie in \[0, 1\], got 1.5"),
         ({"guidance_start": 0.6, "guidance_stop": 0.5}, "guidance_start and guidance_stop must be ordered"),
         ({"guidance_stop": 1.1}, "guidance_start and guidance_stop must be ordered"),
         ({"output_type": "jpg"}, r"output_type must be one of \('pil', 'np', 'pt'\), got 'jpg'"),
-        ({"generator": [torch.Generator()] * 2}, "generator must be one or a list of 1"),
-        ({"latents": torch.zeros(1, 2, 3, 3)}, r"latents must have shape \(1, 2, 4, 4\), got \(1, 2, 3, 3\)"),
+        ({"generator": [torch.Generator()] * 2}, "generator must be one or a list of 1, .* got 2"),
+        ({"generator": 3}, "generator must be one or a list of 1, one an image, got int"),
+        ({"generator": [3]}, "generator must be one or a list of 1"),
+        ({"latents": torch.zeros(1, 2, 3, 3)}, r"latents must be a tensor of shape \(1, 2, 4, 4\), got \(1, 2, 3, 3\)"),
+        ({"latents": np.zeros((1, 2, 4, 4))}, r"latents must be a tensor of shape \(1, 2, 4, 4\), got ndarray"),
         ({"response": np.zeros((1, 2, 3))}, "response must be None: this checkpoint was trained without responses"),
     ],
 )
@@ -244,6 +250,11 @@ def test_bad_arguments_are_named(pipe, arguments, message):
         ({"response": torch.zeros(0, 2, 3)}, "response must be finite somewhere"),
         ({"response": -torch.ones(1, 2, 3)}, "response must be non-negative, .* got -1 in sample 0, load case 'uniax"),
         ({"response": "stiff"}, "response must be a tensor or array of numbers, got str"),
+        ({"response": 1j * torch.ones(1, 2, 3)}, "response must be a tensor or array of numbers, got Tensor"),
+        (
+            {"response": torch.tensor([[[1.0, 2.0, 3.0], [0.0, math.nan, 0.0]]])},
+            "response must not be zero all along a load case: NaN leaves it open",
+        ),
         (
             {"response": torch.zeros(3, 2, 3), "batch_size": 2},
             "batch_size must be left out or be the 3 responses, got 2",
@@ -274,7 +285,8 @@ def test_a_meaning_that_is_none_or_of_a_checkpoint_without_responses_is_refused(
 def test_a_response_of_the_meaning_of_the_checkpoint_is_taken_in_lists_tuples_and_arrays(make_pipeline):
     pipe = make_pipeline(conditional=True)
     meaning = dict(pipe.response_encoder.config.meaning)
-    meaning |= {"load_cases": tuple(meaning["load_cases"]), "strains": np.array(meaning["strains"])}
+    meaning |= {"load_cases": tuple(meaning["load_cases"])}
+    meaning |= {"strains": np.array(meaning["strains"]) * (1 + 1e-15)}  # such as np.linspace gives
     found, expected = (
         latents_of(pipe, response=torch.ones(2, 2, 3), generator=generators(2), **options)
         for options in ({"meaning": meaning}, {})
