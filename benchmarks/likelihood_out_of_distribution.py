@@ -1,6 +1,12 @@
-"""Does the likelihood tell strange designs from held-out ones?
+r"""Does the likelihood tell strange designs from held-out ones?
 
     python benchmarks/likelihood_out_of_distribution.py
+
+The weights that were released before, which knew no responses, are measured alike:
+
+    mkdir -p runs/unconditional && git archive a7317a2 checkpoints/composites-32 | tar -x -C runs/unconditional
+    python benchmarks/likelihood_out_of_distribution.py --checkpoint runs/unconditional/checkpoints/composites-32 \
+      --output benchmarks/likelihood_out_of_distribution_before.json
 
 For each family the area under the receiver operating characteristic between it and held-out designs, 0.5 for a score
 that knows nothing, of four scores: a low likelihood, one far from the median of other held-out designs on either side

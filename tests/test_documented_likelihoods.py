@@ -32,6 +32,17 @@ def test_the_table_of_strange_designs_is_what_was_measured():
         assert f"| {name} | " + " | ".join(f"{x:.2f}" for x in (family["bits_per_dim"], *areas)) + " |" in words(PAGE)
 
 
+def test_the_weights_before_told_strange_designs_neither_better_nor_worse():
+    now, before = figures("out_of_distribution"), figures("out_of_distribution_before")
+    assert now["noise_levels_a_design"] == before["noise_levels_a_design"]
+    for score in ("low_likelihood", "atypical_likelihood"):
+        areas = [[kind[score]["area"] for kind in found["families"].values()] for found in (now, before)]
+        assert max(abs(one - other) for one, other in zip(*areas, strict=True)) < 0.025
+    assert "over nine kinds of them the areas under the curve differ by at most 0.02," in words(CARD)
+    bits = [f"{found['heldout_bits_per_dim']:.2f}" for found in (before, now)]
+    assert "{} bits a pixel where these have {}.".format(*bits) in words(CARD)
+
+
 def test_the_mean_over_many_designs_and_what_it_took_are_what_was_measured():
     mean, text = figures("mean"), words(PAGE)
     assert f"{with_error(mean['nats'], mean['nats_standard_error'], 1)} nats" in text
