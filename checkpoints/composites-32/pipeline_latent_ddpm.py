@@ -237,8 +237,8 @@ class LatentDDPMPipeline(
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         elif not isinstance(latents, Tensor) or latents.shape != shape:
-            got = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
-            raise ValueError(f"latents must be a tensor of shape {shape}, got {got}")
+            kind = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+            raise ValueError(f"latents must be a tensor of shape {shape}, got {kind}")
 
         responses = responses.to(device)
         tokens = self.response_encoder(responses)
