@@ -35,17 +35,16 @@ from torch.utils.data import TensorDataset
 VARIANTS = (
     "",
     "--prediction_type epsilon",
-    "--prediction_type sample",
     "--loss_weighting min_snr",
+    "--token_dim 128",
     "--denoiser_block_out_channels 48 96 192",
     "--response_dropout 0.1",
-    "--token_dim 128",
 )
 
 
 def main() -> None:
     parser = common_arguments(__doc__, "denoiser_variants", num_targets=32)
-    parser.set_defaults(num_designs=4)
+    parser.set_defaults(num_designs=2)
     parser.add_argument("--config", type=Path, default=Path("training/configs/composites_32.yaml"))
     parser.add_argument("--variants", nargs="+", default=VARIANTS, help="options of training/train.py, each quoted")
     parser.add_argument("--denoiser_steps", type=int, default=1200)

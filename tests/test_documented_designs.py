@@ -78,6 +78,28 @@ def test_the_page_has_what_other_ways_and_a_finer_mesh_give_as_they_were_measure
     assert with_error(others.mean(), others.std(ddof=1) / np.sqrt(len(others)), 2) in text
 
 
+def test_the_page_has_the_sweeps_as_they_were_measured():
+    figures, text = recorded("inverse_design_sweeps"), words(PAGE)
+    labels = {
+        "vdm": "`VDMScheduler`",
+        "ddpm": "DDPM",
+        "predictor-corrector": "`PredictorCorrectorScheduler`, two evaluations a step",
+        "adams-bashforth": "`ProbabilityFlowScheduler`, Adams-Bashforth, log-SNR",
+        "dpmsolver++": "DPM-Solver++",
+    }
+    assert figures["steps"].keys() == labels.keys()
+    for name, found in figures["steps"].items():
+        errors = [each["single_percent"]["mean"] for each in found.values()]
+        cells = [f"{error:.{0 if i < 2 else 1}f}" for i, error in enumerate(errors)]
+        assert f"| {labels[name]} | " + " | ".join(cells) + " |" in text
+    for found in (
+        [each["single_percent"] for each in figures["training_designs"].values()],
+        figures["predictor_error_percent"].values(),
+    ):
+        first, second, last = (with_error(each["mean"], each["standard_error"], 1) for each in found)
+        assert f"{first}, {second} and {last} %" in text
+
+
 @pytest.mark.parametrize("page", [README, COMPOSITES])
 def test_the_best_of_64_drawn_is_what_was_measured(page):
     designs, text = recorded("inverse_design_64")["designs"], words(page)
