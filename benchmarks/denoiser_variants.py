@@ -38,7 +38,6 @@ VARIANTS = (
     "--loss_weighting min_snr",
     "--token_dim 128",
     "--denoiser_block_out_channels 48 96 192",
-    "--response_dropout 0.1",
 )
 
 
