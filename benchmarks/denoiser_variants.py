@@ -2,10 +2,11 @@ r"""What the settings of a conditional denoiser give, each by a short training o
 
     python benchmarks/denoiser_variants.py checkpoints/composites-32
 
-A variant is the second stage of training/train.py with the settings of the checkpoint, fewer steps and the options that
-name it, on the latents of the checkpoint's autoencoder. Of each: the bound of held-out designs, with and without their
+A variant is the second stage of training/train.py with the settings of --config, fewer steps and the options that name
+it, on the latents of the checkpoint's autoencoder. Of each: the bound of held-out designs, with and without their
 responses, and the error of designs for held-out targets, by the denoiser alone and with the checkpoint's predictor. One
-candidate a design, no classifier-free guidance, the same random numbers for all. What is trained and simulated is kept
+candidate a design, no classifier-free guidance, the same random numbers for all. Each is trained once, so that the
+standard errors, which are over designs and targets, know nothing of the training. What is trained and simulated is kept
 in --run_dir; the same command goes on after an interruption.
 """
 
@@ -86,10 +87,11 @@ def configured(arguments: Any, options: str) -> TrainingConfig:
     """The settings of a variant, in a folder of its own for all that its weights depend on."""
     steps = str(arguments.denoiser_steps)
     given = ["--config", str(arguments.config), "--dataset", str(arguments.dataset), "--denoiser_steps", steps]
-    given += ["--validation_steps", steps, "--resume_from_checkpoint", "latest"]
+    given += ["--validation_steps", steps, "--resume_from_checkpoint", "latest", "--output_dir", str(arguments.run_dir)]
     config = parse_config([*given, *options.split()])
     config = replace(config, mixed_precision=precision_of(config.mixed_precision))
-    recipe = json.dumps([fingerprint(arguments.checkpoint), asdict(config)])
+    data = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(arguments.dataset.glob("*.parquet"))]
+    recipe = json.dumps([fingerprint(arguments.checkpoint), data, asdict(config)])
     name = "-".join(options.replace("--", "").split() or ["as_released"])
     folder = arguments.run_dir / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     return replace(config, output_dir=str(folder))
@@ -106,7 +108,9 @@ def train(released: LatentDDPMPipeline, config: TrainingConfig) -> None:
     latents = TensorDataset(train, responses)
     pipe = train_denoiser(accelerator, config, released.vae, scale, designs, latents, heldout)
     pipe.register_modules(response_predictor=released.response_predictor)
-    pipe.save_pretrained(Path(config.output_dir) / "pipeline")
+    unfinished = Path(config.output_dir) / "unfinished"
+    pipe.save_pretrained(unfinished)
+    unfinished.rename(Path(config.output_dir) / "pipeline")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ r"""Designs for the energies of held-out rows of Mechanical MNIST, by finite ele
 The dataset is what ``python -m mechdiffusers.microstructures.mechanical_mnist`` writes: the last 500 rows are held out,
 and their published energies are the targets. The energies of one load are nearly one number, which many digits have, so
 that two baselines stand beside the designs, neither of which simulates anything: as many training designs drawn at
-random, and the nearest ones. Ten designs for each of 500 targets are 5,000 simulations of order 2, about 40 minutes on
-two cores with the drawing; they are kept in --run_dir, so that the same command goes on after an interruption.
+random, and the nearest ones. Ten designs for each of 500 targets are 5,000 simulations of order 2; they are kept in
+--run_dir, so that the same command goes on after an interruption.
 """
 
 from pathlib import Path

@@ -118,11 +118,14 @@ def nearest_training_designs(targets: np.ndarray | Tensor, dataset: Any, k: int 
 def as_array(values: np.ndarray | Tensor, name: str = "values") -> np.ndarray:
     """Numbers on the CPU, float64, without what a tensor knows of its gradient; ``name`` is whose error it would be."""
     try:
-        if isinstance(values, Tensor):  # which may be of a kind that numpy has not
+        if isinstance(values, Tensor) and not values.is_complex():  # which may be of a kind that numpy has not
             return values.detach().to("cpu", torch.float64).numpy()
-        return np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a tensor or array of numbers, got {type(values).__name__}") from None
+        return np.asarray(values).astype(np.float64, casting="same_kind" if np.iscomplexobj(values) else "unsafe")
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(
+            f"{name} must be a tensor, an array or lists of real numbers, as long as each other, got "
+            f"{type(values).__name__}"
+        ) from None
 
 
 def load_split(folder: Path, split: str) -> Dataset:

@@ -195,7 +195,7 @@ def verify(
         return VerificationReport(
             meaning, designs.detach().cpu(), torch.from_numpy(wanted), **found, retrieval=retrieval, reach=reach
         )
-    return VerificationReport(meaning, designs, wanted, **found, retrieval=retrieval, reach=reach)
+    return VerificationReport(meaning, np.asarray(designs), wanted, **found, retrieval=retrieval, reach=reach)
 
 
 def checked_question(
@@ -253,9 +253,11 @@ def check_binary(designs: np.ndarray, otherwise: str = "") -> None:
     """Raises a ``ValueError`` unless designs are 0 or 1 everywhere, with what else there is to do."""
     other = designs[(designs != 0) & (designs != 1)]
     if other.size:
-        between = ((other > 0) & (other < 1)).all()
-        remedy = f": np.rint(designs) makes them so{otherwise}" if between else ""
-        raise ValueError(f"designs must be 0 or 1 everywhere, as their family is, got {other[0]:g}{remedy}")
+        rounded = np.rint(other)
+        unfit = other[(rounded != 0) & (rounded != 1)]  # also NaN
+        remedy = "" if unfit.size else f": np.rint(designs) makes them so{otherwise}"
+        got = float((unfit if unfit.size else other)[0])
+        raise ValueError(f"designs must be 0 or 1 everywhere, as their family is, got {got!r}{remedy}")
 
 
 def checked_names(names: Sequence[str], num: int) -> list[str]:

@@ -38,7 +38,7 @@ def test_the_weights_before_told_strange_designs_neither_better_nor_worse():
     for score in ("low_likelihood", "atypical_likelihood"):
         areas = [[kind[score]["area"] for kind in found["families"].values()] for found in (now, before)]
         assert max(abs(one - other) for one, other in zip(*areas, strict=True)) < 0.025
-    assert "over nine kinds of them the areas under the curve differ by at most 0.02," in words(CARD)
+    assert "over nine families the areas under the curve differ by at most 0.02," in words(CARD)
     bits = [f"{found['heldout_bits_per_dim']:.2f}" for found in (before, now)]
     assert "{} bits a pixel where these have {}.".format(*bits) in words(CARD)
 

@@ -226,7 +226,7 @@ class LatentDDPMPipeline(
             generator = _spread(generator, num_images)
         one_each = isinstance(generator, list) and len(generator) == num_images
         if generator is not None and not (one_each and all(isinstance(each, torch.Generator) for each in generator)):
-            got = len(generator) if isinstance(generator, list) else type(generator).__name__
+            got = [type(each).__name__ for each in generator] if isinstance(generator, list) else repr(generator)
             raise ValueError(f"generator must be one or a list of {num_images}, one an image, got {got}")
         if num_candidates > 1:
             responses = responses.repeat_interleave(num_candidates, dim=0)

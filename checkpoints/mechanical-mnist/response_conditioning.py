@@ -106,7 +106,7 @@ def difference_of_meanings(found: Mapping[str, Any], wanted: Mapping[str, Any]) 
     # compared as they are saved, where tuples and arrays are lists, but not to the last digit
     one, other = (
         json.loads(
-            json.dumps(each, default=lambda array: array.tolist()), parse_float=lambda text: round(float(text), 9)
+            json.dumps(each, default=lambda array: array.tolist()), parse_float=lambda text: float(f"{float(text):.9g}")
         )
         for each in (found, wanted)
     )

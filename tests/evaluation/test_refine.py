@@ -265,7 +265,7 @@ def test_kriging_of_designs_that_depend_on_each_other_gives_what_is_linear_in_th
         ({"designs": np.full((2, 6, 6), 0.5)}, "designs"),
         ({"designs": np.zeros((3, 6, 6))}, "designs"),
         ({"target": np.full((2, 2, 3), 1.0)}, "target"),
-        ({"designs": [["soft"]]}, "designs must be a tensor or array of numbers, got list"),
+        ({"designs": [["soft"]]}, "designs must be a tensor, an array or lists of real numbers, .* got list"),
         ({"response": np.ones((2, 1, 3))}, r"response must have shape \(2, "),
         ({"response": np.full((2, *np.shape(MEANING["strains"])), np.inf)}, "response must be finite"),
         ({"target": -np.ones(np.shape(MEANING["strains"]))}, "target must be non-negative"),

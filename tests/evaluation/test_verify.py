@@ -86,6 +86,11 @@ def test_a_target_out_of_range_is_warned_of():
     assert report.to_dict()["reach"]["out_of_range"] == [False, True]
 
 
+def test_a_report_of_lists_is_one_of_arrays(report, composites):
+    ours = verify(report.designs.tolist(), report.target.tolist(), response_meaning(composites))
+    np.testing.assert_array_equal(ours.designs[ours.rank == 1], report.designs[report.rank == 1])
+
+
 def test_a_report_of_tensors_holds_the_numbers_of_one_of_arrays(report, composites):
     designs, target = (torch.from_numpy(values).clone() for values in (report.designs, report.target))
     designs.requires_grad_(), target.requires_grad_()
@@ -144,9 +149,17 @@ def test_a_report_is_saved_under_fit_names_alone(report, tmp_path):
             r"designs must be 0 or 1 everywhere, as their family is, got 0.5: np.rint\(designs\) makes them so; bin",
         ),
         ({"designs": np.full((2, 8, 8), np.nan)}, "designs must be 0 or 1 everywhere, as their family is, got nan$"),
-        ({"designs": np.full((2, 8, 8), 2)}, "designs must be 0 or 1 everywhere, as their family is, got 2$"),
-        ({"designs": "soft"}, "designs must be a tensor or array of numbers, got str"),
-        ({"target": [[1.0], "stiff"]}, "target must be a tensor or array of numbers, got list"),
+        ({"designs": np.full((2, 8, 8), 2)}, "designs must be 0 or 1 everywhere, as their family is, got 2.0$"),
+        ({"designs": "soft"}, "designs must be a tensor, an array or lists of real numbers, .* got str"),
+        ({"designs": np.full((2, 8, 8), 1 + 1e-9)}, r"designs must be 0 or 1 .* got 1.000000001: np.rint\(designs\)"),
+        ({"designs": np.linspace(0, 2, 128).reshape(2, 8, 8)}, r"designs must be 0 or 1 .* got 1.5[0-9]*$"),
+        *(
+            (
+                {"target": target},
+                "target must be a tensor, an array or lists of real numbers, as long as each other, got ",
+            )
+            for target in ([[1.0], "stiff"], 1j * np.ones((2, 3)), 1j * torch.ones(2, 3), [[1.0], [1.0, 2.0]])
+        ),
         ({"designs": np.zeros((8, 8))}, r"designs must have shape \(B, H, W\)"),
         (
             {"designs": np.zeros((3, 8, 8)), "target": np.ones((2, 2, 3))},

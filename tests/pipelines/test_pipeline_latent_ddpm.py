@@ -10,6 +10,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     ScoreSdeVeScheduler,
 )
+from mechdiffusers.pipelines.response_conditioning import difference_of_meanings
 from mechdiffusers.schedulers import STOCK_SCHEDULERS, stock_scheduler
 from PIL import Image
 
@@ -227,9 +228,12 @@ def test_images_of_one_response_are_neighbours(make_pipeline):
         ({"guidance_start": 0.6, "guidance_stop": 0.5}, "guidance_start and guidance_stop must be ordered"),
         ({"guidance_stop": 1.1}, "guidance_start and guidance_stop must be ordered"),
         ({"output_type": "jpg"}, r"output_type must be one of \('pil', 'np', 'pt'\), got 'jpg'"),
-        ({"generator": [torch.Generator()] * 2}, "generator must be one or a list of 1, .* got 2"),
-        ({"generator": 3}, "generator must be one or a list of 1, one an image, got int"),
-        ({"generator": [3]}, "generator must be one or a list of 1"),
+        (
+            {"generator": [torch.Generator()] * 2},
+            r"generator must be one or a list of 1, .* got \['Generator', 'Generator'\]",
+        ),
+        ({"generator": 3}, "generator must be one or a list of 1, one an image, got 3"),
+        ({"generator": [3]}, r"generator must be one or a list of 1, one an image, got \['int'\]"),
         ({"latents": torch.zeros(1, 2, 3, 3)}, r"latents must be a tensor of shape \(1, 2, 4, 4\), got \(1, 2, 3, 3\)"),
         ({"latents": np.zeros((1, 2, 4, 4))}, r"latents must be a tensor of shape \(1, 2, 4, 4\), got ndarray"),
         ({"response": np.zeros((1, 2, 3))}, "response must be None: this checkpoint was trained without responses"),
@@ -292,6 +296,13 @@ def test_a_response_of_the_meaning_of_the_checkpoint_is_taken_in_lists_tuples_an
         for options in ({"meaning": meaning}, {})
     )
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"), [(1.4e-9, 1.1e-9, False), (3e8, 3 * 0.1 * 1e9, True), (1, 1.0, True)]
+)
+def test_meanings_are_compared_to_nine_digits(one, other, same):
+    assert (difference_of_meanings({"pixel_size": one}, {"pixel_size": other}) is None) == same
 
 
 def test_a_view_of_an_array_is_a_response(make_pipeline):
