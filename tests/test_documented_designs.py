@@ -17,6 +17,8 @@ def test_the_table_of_eight_designs_is_what_was_measured(page):
     figures, text = recorded("inverse_design"), words(page)
     designs = figures["designs"]
     assert f"{designs['targets']} held-out targets" in text
+    seconds = recorded("inverse_design_time")["from_target_to_verified"]["seconds"]
+    assert f"eight verified designs it takes {seconds:.0f} seconds on two cores" in text
     for name in ("designs", "retrieval"):
         assert f"| {percent(figures[name]['single_percent'])} | {percent(figures[name]['best_percent'])} |" in text
     if page != README:
@@ -98,6 +100,17 @@ def test_the_page_has_the_sweeps_as_they_were_measured():
     ):
         first, second, last = (with_error(each["mean"], each["standard_error"], 1) for each in found)
         assert f"{first}, {second} and {last} %" in text
+
+
+def test_the_page_has_the_variants_of_the_denoiser_as_they_were_measured():
+    figures, text = recorded("denoiser_variants"), words(PAGE)
+    assert f"{figures['denoiser_steps']:,} steps on the checkpoint's latents" in text
+    for found in figures["variants"].values():
+        bounds = [found[name] for name in ("bound", "bound_given_the_response")]
+        cells = [with_error(bound["mean_nats"], bound["standard_error"], 0) for bound in bounds]
+        errors = zip(("denoiser_alone", "with_predictor"), (0, 1), strict=True)
+        cells += [percent(found[name]["single_percent"], digits) for name, digits in errors]
+        assert "| " + " | ".join(cells) + " |" in text
 
 
 @pytest.mark.parametrize("page", [README, COMPOSITES])
