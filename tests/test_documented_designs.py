@@ -18,7 +18,7 @@ def test_the_table_of_eight_designs_is_what_was_measured(page):
     designs = figures["designs"]
     assert f"{designs['targets']} held-out targets" in text
     seconds = recorded("inverse_design_time")["from_target_to_verified"]["seconds"]
-    assert f"eight verified designs it takes {seconds:.0f} seconds on two cores" in text
+    assert f"eight verified designs it takes {seconds:.1f} seconds on two cores" in text
     for name in ("designs", "retrieval"):
         assert f"| {percent(figures[name]['single_percent'])} | {percent(figures[name]['best_percent'])} |" in text
     if page != README:
