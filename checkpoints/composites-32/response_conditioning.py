@@ -90,15 +90,15 @@ def check_number(name: str, value: Any) -> None:
 
 
 def check_meaning(name: str, meaning: Mapping[str, Any], encoder: Any) -> None:
-    """Raises a ``ValueError`` that names what has a meaning unless that is what a response encoder was trained for."""
+    """Raises a ``ValueError`` unless a meaning, named in the message, is what a response encoder was trained for."""
     if encoder.config.meaning is None:
         raise ValueError(f"{name} must be None: this checkpoint was trained without responses")
     if not isinstance(meaning, Mapping):
         raise ValueError(
-            f"{name} must have a meaning as mechdiffusers.response_meaning reads it from a dataset, got {meaning!r}"
+            f"{name} must be a dictionary as mechdiffusers.response_meaning reads it from a dataset, got {meaning!r}"
         )
     if (other := difference_of_meanings(meaning, encoder.config.meaning)) is not None:
-        raise ValueError(f"{name} must have the meaning that response_encoder was trained for, got {other}")
+        raise ValueError(f"{name} must agree with what response_encoder was trained for, got {other}")
 
 
 def difference_of_meanings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:

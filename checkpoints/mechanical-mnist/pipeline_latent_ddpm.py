@@ -104,7 +104,7 @@ class LatentDDPMPipeline(
         super().__init__()
         check_decoder_likelihood(decoder_likelihood, decoder_scale)
         if response_predictor is not None:
-            check_meaning("response_predictor", response_predictor.config.meaning, response_encoder)
+            check_meaning("response_predictor.config.meaning", response_predictor.config.meaning, response_encoder)
         self.register_modules(
             vae=vae,
             unet=unet,
@@ -217,9 +217,9 @@ class LatentDDPMPipeline(
                 )
         device, dtype = self._execution_device, self.unet.dtype
 
-        if meaning is not None:
-            check_meaning("response", meaning, self.response_encoder)
         responses = prepare_response(response, batch_size, self.response_encoder)
+        if meaning is not None:
+            check_meaning("meaning", meaning, self.response_encoder)
         responses = responses.repeat_interleave(num_images_per_response, dim=0)
         num_images = len(responses)
         if isinstance(generator, torch.Generator):

@@ -275,14 +275,16 @@ def test_a_response_of_another_meaning_is_refused(make_pipeline, change):
     pipe = make_pipeline(conditional=True)
     meaning = {**pipe.response_encoder.config.meaning, **change}
     (key,) = change
-    with pytest.raises(ValueError, match=f"^response must have the meaning that .* got another {key}: "):
+    with pytest.raises(ValueError, match=f"^meaning must agree with what .* got another {key}: "):
         pipe(response=torch.ones(1, 2, 3), meaning=meaning)
 
 
 def test_a_meaning_that_is_none_or_of_a_checkpoint_without_responses_is_refused(pipe, make_pipeline):
     with pytest.raises(ValueError, match="^response must be None: this checkpoint was trained without responses"):
         pipe(response=torch.ones(1, 2, 3), meaning={"load_cases": ["shear"]})
-    with pytest.raises(ValueError, match="^response must have a meaning as .* got 'stress'"):
+    with pytest.raises(ValueError, match="^meaning must be None: this checkpoint was trained without responses"):
+        pipe(meaning={"load_cases": ["shear"]})
+    with pytest.raises(ValueError, match="^meaning must be a dictionary as .* got 'stress'"):
         make_pipeline(conditional=True)(response=torch.ones(1, 2, 3), meaning="stress")
 
 

@@ -500,7 +500,9 @@ def test_a_predictor_of_other_responses_is_refused(pipe):
     parts = {**pipe.components, "decoder_likelihood": "bernoulli"}
     meaning = {**pipe.response_predictor.config.meaning, "units": "another modulus"}
     parts["response_predictor"] = ResponsePredictor.from_config({**pipe.response_predictor.config, "meaning": meaning})
-    with pytest.raises(ValueError, match="^response_predictor must have the meaning .* got another units: another mod"):
+    with pytest.raises(
+        ValueError, match="^response_predictor.config.meaning must agree .* got another units: another mod"
+    ):
         LatentDDPMPipeline(**parts)
 
 
