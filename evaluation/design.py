@@ -31,7 +31,7 @@ def designs_for(
         pipe: A pipeline with a response, such as :class:`mechdiffusers.LatentDDPMPipeline`.
         targets: Shape ``(T, L, S)``, or ``(L, S)`` for one, in the units of the checkpoint, NaN where open.
         num_designs: For each target, at least 1.
-        seed: Of all random numbers.
+        seed: Of all random numbers, at least 0.
         progress: Whether to show a progress bar.
         **options: Of the pipeline, such as ``num_inference_steps`` and ``guidance_scale``.
 
@@ -39,7 +39,8 @@ def designs_for(
         Shape ``(T * num_designs, H, W)``; those of a target are neighbours.
 
     Raises:
-        ValueError: If ``num_designs`` is no integer of at least 1, or a target or an option does not suit the pipeline.
+        ValueError: If ``num_designs`` is no integer of at least 1, ``seed`` none from 0 on, or a target or an option
+            does not suit the pipeline.
 
     Example:
         >>> designs = designs_for(pipe, targets, 8, num_candidates=4, num_refinements=2)  # doctest: +SKIP
@@ -49,6 +50,8 @@ def designs_for(
         raise ValueError(f"targets must have shape (T, L, S) or (L, S), none of them 0, got {array.shape}")
     each = torch.from_numpy(array.copy()).float()  # a copy, since torch takes no view that runs backwards
     wanted = (each[None] if each.ndim == 2 else each).repeat_interleave(checked_count(num_designs), dim=0)
+    if checked_count(seed, "seed", least=0) >= 2**63:  # the most that torch takes
+        raise ValueError(f"seed must be below 2**63, got {seed}")
     drawn = torch.Generator().manual_seed(seed)
     seeds = torch.randint(2**62, (len(wanted),), generator=drawn).tolist()
     images = []

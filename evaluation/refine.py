@@ -95,8 +95,8 @@ def refine(
 
     Raises:
         ValueError: If the designs are not binary or do not divide among the targets, if the target does not fit the
-            meaning or the response the designs, or if ``num_rounds`` is no integer of at least 1, or
-            ``num_coarse_steps`` or ``seed`` none of at least 0.
+            meaning, or the response or what ``predict`` gives do not fit the two, or if ``num_rounds`` is no integer
+            of at least 1, or ``num_coarse_steps`` or ``seed`` none of at least 0.
 
     Example:
         >>> refined = refine(designs, target, meaning, pipe.predict_response)  # doctest: +SKIP
@@ -109,6 +109,10 @@ def refine(
     num_coarse_steps = checked_count(num_coarse_steps, "num_coarse_steps", least=0)
     seed = checked_count(seed, "seed", least=0)
     wanted = np.repeat(targets, len(array) // len(targets), axis=0)
+    if not callable(predict):
+        raise ValueError(f"predict must be a function of designs, such as pipe.predict_response, got {predict!r}")
+    if (shape := as_array(predict(array[:1]), "predict").shape) != (1, *wanted.shape[1:]):
+        raise ValueError(f"predict must give a response of shape {(1, *wanted.shape[1:])} for a design, got {shape}")
     found = simulated_response(array, meaning, device) if response is None else as_array(response, "response")
     if found.shape != (len(array), *wanted.shape[1:]):
         raise ValueError(f"response must have shape {(len(array), *wanted.shape[1:])}, got {found.shape}")

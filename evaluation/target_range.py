@@ -25,6 +25,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 from mechdiffusers.evaluation.response import as_array, response_error
@@ -77,7 +78,7 @@ class TargetRange:
                 f"heldout_responses must be of the load cases and strains of the training responses, "
                 f"{self._training.shape[1:]}, got {self._heldout.shape}"
             )
-        if not 0 < tolerance < math.inf:
+        if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not 0 < tolerance < math.inf:
             raise ValueError(f"tolerance must be a positive number, got {tolerance!r}")
         logs = np.log(self._training).reshape(len(self._training), -1)
         self._mean = logs.mean(0)
@@ -98,8 +99,8 @@ class TargetRange:
             The p-values and the scores behind them.
 
         Raises:
-            ValueError: If the targets have another shape, or are open everywhere, not positive or infinite, or
-                ``level`` is not in [0, 1].
+            ValueError: If the targets have another shape, or are open everywhere, not positive or infinite, if
+                ``level`` is not in [0, 1], or the names are not one for each target.
 
         Warns:
             OutOfRangeWarning: If a p-value is below ``level``, or none can be, there being too few held-out designs.
@@ -111,8 +112,11 @@ class TargetRange:
             )
         if np.isnan(wanted).all((1, 2)).any() or np.isinf(wanted).any() or (wanted <= 0).any():
             raise ValueError("targets must be positive and finite where given, and given somewhere in each")
-        if not 0 <= level <= 1:
+        if isinstance(level, bool) or not isinstance(level, Real) or not 0 <= level <= 1:
             raise ValueError(f"level must lie in [0, 1], got {level!r}")
+        names = [str(index) for index in range(len(wanted))] if names is None else names
+        if not isinstance(names, Sequence) or len(names) != len(wanted):
+            raise ValueError(f"names must be {len(wanted)}, one for each target, got {names!r}")
         scores = np.empty((2, len(wanted)))
         p_values = np.empty(len(wanted))
         given = ~np.isnan(wanted)
@@ -131,7 +135,6 @@ class TargetRange:
             )
         outside = p_values < level
         if outside.any():
-            names = [str(index) for index in range(len(wanted))] if names is None else names
             which = "; ".join(f"{names[i]} (p = {p_values[i]:.2g})" for i in np.flatnonzero(outside).tolist())
             warnings.warn(
                 f"outside what the training data can reach, so that designs will miss them: targets {which}",

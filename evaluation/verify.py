@@ -10,7 +10,7 @@ import csv
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -262,7 +262,7 @@ def check_binary(designs: np.ndarray, otherwise: str = "") -> None:
 
 def checked_names(names: Sequence[str], num: int) -> list[str]:
     """As many different names as there are targets, fit for files, else a ``ValueError``."""
-    chosen = list(names)
+    chosen = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
     fit = all(isinstance(name, str) and name and Path(name).name == name and "\0" not in name for name in chosen)
     if not fit or not len(set(chosen)) == len(chosen) == num or max(len(os.fsencode(name)) for name in chosen) > 200:
         raise ValueError(

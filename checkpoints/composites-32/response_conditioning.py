@@ -106,7 +106,7 @@ def difference_of_meanings(found: Mapping[str, Any], wanted: Mapping[str, Any]) 
     # compared as they are saved, where tuples and arrays are lists, but not to the last digit
     one, other = (
         json.loads(
-            json.dumps(each, default=lambda array: array.tolist()), parse_float=lambda text: float(f"{float(text):.9g}")
+            json.dumps(each, default=_listed, skipkeys=True), parse_float=lambda text: float(f"{float(text):.9g}")
         )
         for each in (found, wanted)
     )
@@ -114,6 +114,11 @@ def difference_of_meanings(found: Mapping[str, Any], wanted: Mapping[str, Any]) 
         if one.get(key) != other.get(key):
             return f"another {key}: {one.get(key)}, not {other.get(key)}"
     return None
+
+
+def _listed(value: Any) -> Any:
+    """An array as lists; in words what no meaning can hold, so that it differs from all that one does."""
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic, Tensor)) else repr(value)
 
 
 def prepare_response(response: Tensor | np.ndarray | None, batch_size: int, encoder: Any) -> Tensor:
@@ -138,7 +143,7 @@ def prepare_response(response: Tensor | np.ndarray | None, batch_size: int, enco
     try:
         # a copy, since torch takes no view that runs backwards
         wanted = torch.as_tensor(response if isinstance(response, Tensor) else np.array(response))
-        if wanted.is_complex():
+        if wanted.is_complex() or wanted.dtype == torch.bool:
             raise TypeError
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"response must be a tensor or array of numbers, got {type(response).__name__}") from None

@@ -202,6 +202,8 @@ class LatentDDPMPipeline(
         ):
             if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {count!r}")
+        if num_inference_steps > (most := len(self.scheduler.alphas_cumprod)):
+            raise ValueError(f"num_inference_steps must be at most the {most} of training, got {num_inference_steps}")
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_stop)
         check_number("predictor_guidance_scale", predictor_guidance_scale)
         if not 0 <= predictor_guidance_scale < math.inf:
@@ -239,6 +241,8 @@ class LatentDDPMPipeline(
         elif not isinstance(latents, Tensor) or latents.shape != shape:
             kind = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
             raise ValueError(f"latents must be a tensor of shape {shape}, got {kind}")
+        elif not latents.isfinite().all():
+            raise ValueError("latents must be finite, got NaN or an infinite one")
 
         responses = responses.to(device)
         tokens = self.response_encoder(responses)
@@ -371,7 +375,10 @@ class LatentDDPMPipeline(
         """Images as float32 pixels (B, 1, H, W) in [0, 1], checked."""
         if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim not in (3, 4):
             raise ValueError(f"images must be (B, H, W), (B, H, W, C) or (B, C, H, W), got shape {tuple(images.shape)}")
-        pixels = self.image_processor.preprocess(images).float()
+        pixels = self.image_processor.preprocess(images)
+        if pixels.is_complex():
+            raise ValueError(f"images must be real, got {pixels.dtype}")
+        pixels = pixels.float()
         if pixels.shape[1:] != (1, *image_size(self.vae)):
             raise ValueError(
                 f"images must have one channel and {image_size(self.vae)} pixels, as this checkpoint's designs have, "
@@ -383,9 +390,10 @@ class LatentDDPMPipeline(
 
     def _response_tokens(self, response: Tensor | np.ndarray | None, num: int) -> Tensor:
         """What the denoiser attends to, for ``num`` samples."""
-        if response is not None and len(response) != num:
-            raise ValueError(f"response must be one for each of {num} samples, got {len(response)}")
-        return self.response_encoder(prepare_response(response, num, self.response_encoder).to(self._execution_device))
+        wanted = prepare_response(response, num if response is None else 1, self.response_encoder)
+        if len(wanted) != num:
+            raise ValueError(f"response must be one for each of {num} samples, got {len(wanted)}")
+        return self.response_encoder(wanted.to(self._execution_device))
 
 
 def _check_output_type(output_type: str) -> None:

@@ -55,6 +55,12 @@ def test_a_number_of_designs_or_candidates_that_is_none_is_named(conditional, co
         designs_for(conditional, targets, num_candidates=num)
 
 
+@pytest.mark.parametrize("seed", ["first", -1, 2**63])
+def test_a_seed_that_is_none_is_named(conditional, composites, seed):
+    with pytest.raises(ValueError, match="^seed must be "):
+        designs_for(conditional, stored_responses(composites)[:1], seed=seed)
+
+
 def test_one_target_and_a_view_that_runs_backwards_are_targets_too(conditional):
     targets = np.random.default_rng(0).uniform(0.5, 2.0, (2, 2, 3))
     expected = designs_for(conditional, targets[1:], 2, num_inference_steps=2)

@@ -269,6 +269,8 @@ def test_kriging_of_designs_that_depend_on_each_other_gives_what_is_linear_in_th
         ({"response": np.ones((2, 1, 3))}, r"response must have shape \(2, "),
         ({"response": np.full((2, *np.shape(MEANING["strains"])), np.inf)}, "response must be finite"),
         ({"target": -np.ones(np.shape(MEANING["strains"]))}, "target must be non-negative"),
+        ({"predict": None}, "predict must be a function of designs, such as pipe.predict_response, got None"),
+        ({"predict": lambda designs: np.ones((len(designs), 1))}, r"predict must give a response of shape \(1, 2, "),
         ({"num_rounds": 0}, "num_rounds"),
         ({"num_rounds": True}, "num_rounds"),
         ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
@@ -277,6 +279,6 @@ def test_kriging_of_designs_that_depend_on_each_other_gives_what_is_linear_in_th
 )
 def test_bad_input_is_named(question, change, named) -> None:
     designs, targets = question
-    arguments = {"designs": designs, "target": targets, "num_rounds": 1, **change}
+    arguments = {"designs": designs, "target": targets, "predict": exact, "num_rounds": 1, **change}
     with pytest.raises(ValueError, match=named):
-        refine(meaning=MEANING, predict=exact, **arguments)
+        refine(meaning=MEANING, **arguments)

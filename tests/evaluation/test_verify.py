@@ -171,6 +171,7 @@ def test_a_report_is_saved_under_fit_names_alone(report, tmp_path):
         ({"meaning": {"load_cases": ["shear"]}}, "meaning must have .* got .'load_cases'."),
         ({"meaning": None}, "meaning must have"),
         ({"names": ["soft", "stiff"]}, "names must be 1 different names of files"),
+        ({"names": 5}, r"names must be 1 different names of files, one for each target, got \[5\]"),
         (
             {"designs": np.zeros((2, 6, 6)), "dataset": slice(0, 24)},
             r"dataset must have designs of the size \(6, 6\) of the designs, got \(8, 8\)",

@@ -219,6 +219,7 @@ def test_images_of_one_response_are_neighbours(make_pipeline):
     [
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
         ({"num_inference_steps": 1.5}, "num_inference_steps must"),
+        ({"num_inference_steps": 10**6}, "num_inference_steps must be at most the [0-9]+ of training, got 1000000"),
         ({"guidance_scale": -1.0}, "guidance_scale must be a non-negative number, got -1.0"),
         ({"guidance_scale": math.nan}, "guidance_scale must"),
         ({"guidance_scale": "2"}, "guidance_scale must be a number, got '2'"),
@@ -235,6 +236,7 @@ def test_images_of_one_response_are_neighbours(make_pipeline):
         ({"generator": 3}, "generator must be one or a list of 1, one an image, got 3"),
         ({"generator": [3]}, r"generator must be one or a list of 1, one an image, got \['int'\]"),
         ({"latents": torch.zeros(1, 2, 3, 3)}, r"latents must be a tensor of shape \(1, 2, 4, 4\), got \(1, 2, 3, 3\)"),
+        ({"latents": torch.full((1, 2, 4, 4), math.nan)}, "latents must be finite, got NaN"),
         ({"latents": np.zeros((1, 2, 4, 4))}, r"latents must be a tensor of shape \(1, 2, 4, 4\), got ndarray"),
         ({"response": np.zeros((1, 2, 3))}, "response must be None: this checkpoint was trained without responses"),
     ],
@@ -255,6 +257,7 @@ def test_bad_arguments_are_named(pipe, arguments, message):
         ({"response": -torch.ones(1, 2, 3)}, "response must be non-negative, .* got -1 in sample 0, load case 'uniax"),
         ({"response": "stiff"}, "response must be a tensor or array of numbers, got str"),
         ({"response": 1j * torch.ones(1, 2, 3)}, "response must be a tensor or array of numbers, got Tensor"),
+        ({"response": np.ones((1, 2, 3), bool)}, "response must be a tensor or array of numbers, got ndarray"),
         (
             {"response": torch.tensor([[[1.0, 2.0, 3.0], [0.0, math.nan, 0.0]]])},
             "response must not be zero all along a load case: NaN leaves it open",
@@ -270,7 +273,9 @@ def test_a_response_of_another_kind_is_refused(make_pipeline, arguments, message
         make_pipeline(conditional=True)(**arguments)
 
 
-@pytest.mark.parametrize("change", [{"units": "MPa"}, {"load_cases": ["shear", "uniaxial_extension"]}])
+@pytest.mark.parametrize(
+    "change", [{"units": "MPa"}, {"load_cases": ["shear", "uniaxial_extension"]}, {"strains": {0.1, 0.2}}]
+)
 def test_a_response_of_another_meaning_is_refused(make_pipeline, change):
     pipe = make_pipeline(conditional=True)
     meaning = {**pipe.response_encoder.config.meaning, **change}
@@ -322,6 +327,7 @@ def test_a_view_of_an_array_is_a_response(make_pipeline):
         (torch.zeros(1, 1, 9, 9), r"images must have one channel and \(8, 8\) pixels"),
         (torch.zeros(1, 3, 8, 8), "images must have one channel"),
         (torch.zeros(8, 8), r"images must be \(B, H, W\)"),
+        (torch.zeros(1, 1, 8, 8, dtype=torch.complex64), "images must be real, got torch.complex64"),
         (torch.full((1, 1, 8, 8), math.nan), r"images must lie in \[0, 1\]"),
         (torch.full((1, 8, 8), 1.01), r"images must lie in \[0, 1\]"),
         (np.full((1, 8, 8), -0.5), r"images must lie in \[0, 1\]"),

@@ -333,6 +333,8 @@ def test_a_response_is_a_condition(make_pipeline):
     assert (free != given).all()
     with pytest.raises(ValueError, match="^response must be one for each of 2"):
         pipe.log_likelihood(images, response=response.repeat(2, 1, 1)[:3])
+    with pytest.raises(ValueError, match="^response must have shape"):
+        pipe.log_likelihood(images, response=0.5)
 
 
 def test_a_flow_of_large_error_is_warned_of_and_called_no_bound(pipe, caplog):
