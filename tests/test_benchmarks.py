@@ -103,6 +103,35 @@ def test_sweeps_have_a_point_for_each_setting(folder):
 
 
 @pytest.mark.slow
+def test_open_targets_are_judged_where_they_are_given_and_everywhere(folder):
+    quick = ["--num_targets", "4", "--num_designs", "3", "--num_inference_steps", "2"]
+    first = run(folder, "open_targets.py", *quick)
+    files = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.np*")}
+    assert run(folder, "open_targets.py", *quick) == first
+    assert {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.np*")} == files
+    whole, *others = first["open"].values()
+    for name in ("", "retrieval_"):
+        assert whole[f"{name}where_given"] == whole[f"{name}everywhere"]
+        assert all(found[f"{name}where_given"] != found[f"{name}everywhere"] for found in others)
+
+
+def test_what_targets_leave_open_is_a_part_of_each(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from open_targets import left_open
+
+    targets = np.random.default_rng(0).uniform(1, 2, (2, 3, 6))
+    open_entries = {name: np.isnan(left) for name, left in left_open(targets).items()}
+    assert {name: int(mask[0].sum()) for name, mask in open_entries.items()} == {
+        "nothing": 0,
+        "every_second_strain": 9,
+        "last_load_case": 6,
+        "all_load_cases_but_the_first": 12,
+    }
+    for name, left in left_open(targets).items():
+        np.testing.assert_array_equal(left[~open_entries[name]], targets[~open_entries[name]])
+
+
+@pytest.mark.slow
 def test_refined_designs_are_measured_and_nothing_is_computed_twice(folder):
     quick = ["--num_targets", "5", "--num_designs", "3", "--num_refined", "2", "--num_rounds", "2"]
     quick += ["--num_coarse_steps", "2", "--num_inference_steps", "2"]
