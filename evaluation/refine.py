@@ -70,7 +70,7 @@ def refine(
     device: str | torch.device | None = None,
     progress: bool = False,
 ) -> RefinedDesigns:
-    """Changes a few pixels of binary designs, so that their response by finite elements comes nearer to the target.
+    """Changes some pixels of binary designs, so that their response by finite elements comes nearer to the target.
 
     Every design is a chain of its own, of up to ``num_rounds + 1`` simulations at the element order of the meaning and
     ``num_rounds * num_coarse_steps + 1`` with first-order elements.

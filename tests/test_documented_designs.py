@@ -141,3 +141,69 @@ def test_the_table_of_digits_is_what_was_measured(page):
         assert f"{single['mean']:.2f} % on average and {best['mean']:.2f} % the nearest" in text
     else:
         assert f"| {percent(single, 3)} | {percent(best, 3)} |" in text
+
+
+def test_the_page_has_designs_beside_those_of_pixels_as_they_were_measured():
+    figures, text = recorded("pixel_baseline"), words(PAGE)
+    training = figures["pixel_training"]
+    assert f"trained for {training['minutes']:.0f} minutes on one core, {training['steps']:,} steps" in text
+    pixels, latents = (training["parameters"][kind] / 1e6 for kind in ("pixel", "latent"))
+    assert f"{pixels:.2f} million weights against {latents:.2f} million" in text
+    for name, label, digits in (
+        ("pixel", "pixels", 0),
+        ("latent", "latents, the denoiser alone", 0),
+        ("latent with predictor", "latents, with the predictor, some 1.7 times the training", 1),
+    ):
+        cells = [label]
+        for steps in ("1000 ancestral steps", "20 DDIM steps"):
+            found = figures[f"{name}, {steps}"]
+            seconds = found["seconds_for_the_designs_of_a_target"]
+            cells += [percent(found["single_percent"], digits), f"{seconds:.{1 if seconds < 1 else 0}f} s"]
+        assert "| " + " | ".join(cells) + " |" in text
+
+
+def test_the_page_has_the_targets_out_of_range_as_they_were_found():
+    figures, text = recorded("out_of_range"), words(PAGE)
+    assert figures["possible_called_out_of_range_at"]["0.01"] == 0
+    assert f"at 0.05, which calls {100 * figures['possible_called_out_of_range_at']['0.05']:.1f} % so" in text
+    kinds = [found for found in figures.values() if isinstance(found, dict) and "area" in found]
+    assert len(kinds) == 5
+    for found in kinds:
+        shares = [*found["found_at"].values(), found["found_by_the_nearest_error_alone"]]
+        shares.append(found["found_by_the_shape_alone"])
+        cells = [f"{found['area']:.2f}", *(f"{100 * share:.0f} %" for share in shares)]
+        assert "| " + " | ".join(cells) + " |" in text
+
+
+def test_the_page_has_the_sweep_of_guidance_as_it_was_measured():
+    found, text = recorded("inverse_design_sweeps")["guidance_scale"], words(PAGE)
+    one, five = (percent(found[scale]["single_percent"]) for scale in ("1.0", "5.0"))
+    assert f"({one.removesuffix(' %')} and {five})" in text
+
+
+@pytest.mark.parametrize("page", [README, PAGE, COMPOSITES])
+def test_how_new_the_designs_are_is_what_was_measured(page):
+    figures, text = recorded("inverse_design"), words(page)
+    novel = 100 * figures["novelty"]["designs"]
+    assert (
+        f"{novel:.{1 if page == PAGE else 0}f} % of its pixels" in text
+        or f"{novel:.1f} % of their pixels" in text
+        or (f"in {novel:.0f} % of the pixels" in text)
+    )
+    assert abs(novel - 100 * figures["novelty"]["heldout_designs"]) < 0.5
+    if page == COMPOSITES:
+        assert f"two of a target in {100 * figures['diversity_within_a_target']['designs']:.0f} %" in text
+
+
+def test_the_card_of_digits_has_the_autoencoder_and_novelty_as_they_were_measured():
+    figures, text = recorded("mechanical_mnist"), words(DIGITS)
+    autoencoder = figures["autoencoder"]
+    assert f"autoencoder | {percent(autoencoder['error_percent'], 2)} |" in text
+    assert f"gives {100 * autoencoder['pixels_reconstructed']:.0f} % of the pixels back to the level" in text
+    assert f"{100 * autoencoder['soft_pixels_reconstructed']:.1f} % of those that are 0" in text
+    assert f"its worst digit is wrong by {autoencoder['worst_percent']:.0f} %" in text
+    novel = figures["novelty"]
+    assert (
+        f"in {novel['designs']:.3f} of the pixels on average, held-out digits in {novel['heldout_designs']:.3f}" in text
+    )
+    assert f"wrong by {figures['predictor_error_percent']['mean']:.1f} % on held-out digits" in text
