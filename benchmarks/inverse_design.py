@@ -70,7 +70,7 @@ def main() -> None:
         chosen, seed = slice(start, start + _PART), arguments.seed + start
         part = kept(
             arguments.run_dir,
-            [*recipe, seed, rows[chosen].tolist(), arguments.num_designs],
+            [*recipe, seed, targets[chosen].tolist(), arguments.num_designs],
             partial(designs_for, pipe, targets[chosen], arguments.num_designs, seed=seed, progress=True, **options),
         )
         parts.append(part)

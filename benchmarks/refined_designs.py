@@ -1,13 +1,15 @@
 r"""How near do designs come that are chosen by the shape of their curves and refined, and how plausible do they stay?
 
     python benchmarks/refined_designs.py checkpoints/composites-32
+    python benchmarks/refined_designs.py checkpoints/composites-32 --num_designs 64 --num_targets 64 \
+      --output benchmarks/refined_designs_64.json
     python benchmarks/refined_designs.py checkpoints/composites-32 --from_training_designs \
       --num_targets 28 --num_finer 8 --output benchmarks/refined_training_designs.json
 
 For each held-out target 128 designs are drawn, guided by the predictor but not chosen by it. The two whose curves are
 nearest in shape by first-order elements are taken, and ``mechdiffusers.refine`` goes on with these. With three rounds
 that is eight simulations of a target at the dataset's order, and 160 with first-order elements, which are counted too.
-The second command is what that gives without a generative model: in place of the designs drawn it takes as many
+The third command is what that gives without a generative model: in place of the designs drawn it takes as many
 training designs, those nearest to the target by their stored responses. Some refined designs are compared with the
 targets' own on a finer mesh as well, of four elements a pixel. Seconds are of one core if OMP_NUM_THREADS is 1. Parts
 of four targets are kept in --run_dir, so that the same command goes on after an interruption.
@@ -46,7 +48,7 @@ _PART = 4
 
 
 def main() -> None:
-    parser = common_arguments(__doc__, "refined_designs", num_targets=64)
+    parser = common_arguments(__doc__, "refined_designs", num_targets=128)
     parser.set_defaults(num_designs=128)
     parser.add_argument("--num_refined", type=int, default=2, help="of a target's designs: those nearest in shape")
     parser.add_argument("--num_rounds", type=int, default=3, help="simulations of a refined design after the first")
@@ -69,11 +71,12 @@ def main() -> None:
     recipe = [fingerprint(arguments.checkpoint), arguments.scheduler, options, arguments.num_designs]
     rounds = {"num_rounds": arguments.num_rounds, "num_coarse_steps": arguments.num_coarse_steps}
     recipe += [num_refined, rounds, arguments.seed, meaning]
-    recipe += ["nearest training designs"] * arguments.from_training_designs
     training_designs = stored_designs(train)
+    if arguments.from_training_designs:
+        recipe.append(hashlib.sha256(training_designs.tobytes() + stored_responses(train).tobytes()).hexdigest())
 
     def part(chosen: np.ndarray) -> dict[str, np.ndarray]:
-        name = hashlib.sha256(json.dumps([*recipe, chosen.tolist()]).encode()).hexdigest()[:32]
+        name = hashlib.sha256(json.dumps([*recipe, chosen.tolist(), stored[chosen].tolist()]).encode()).hexdigest()[:32]
         path = arguments.run_dir / f"{name}.npz"
         if not path.exists():
             start, targets = time.perf_counter(), stored[chosen]
