@@ -25,10 +25,10 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 import numpy as np
 from mechdiffusers.evaluation.response import as_array, response_error
+from mechdiffusers.pipelines.response_conditioning import check_number
 from torch import Tensor
 
 __all__ = ["OutOfRangeWarning", "RangeCheck", "TargetRange"]
@@ -78,7 +78,8 @@ class TargetRange:
                 f"heldout_responses must be of the load cases and strains of the training responses, "
                 f"{self._training.shape[1:]}, got {self._heldout.shape}"
             )
-        if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not 0 < tolerance < math.inf:
+        check_number("tolerance", tolerance)
+        if not 0 < tolerance < math.inf:
             raise ValueError(f"tolerance must be a positive number, got {tolerance!r}")
         logs = np.log(self._training).reshape(len(self._training), -1)
         self._mean = logs.mean(0)
@@ -112,7 +113,8 @@ class TargetRange:
             )
         if np.isnan(wanted).all((1, 2)).any() or np.isinf(wanted).any() or (wanted <= 0).any():
             raise ValueError("targets must be positive and finite where given, and given somewhere in each")
-        if isinstance(level, bool) or not isinstance(level, Real) or not 0 <= level <= 1:
+        check_number("level", level)
+        if not 0 <= level <= 1:
             raise ValueError(f"level must lie in [0, 1], got {level!r}")
         names = [str(index) for index in range(len(wanted))] if names is None else names
         if not isinstance(names, Sequence) or len(names) != len(wanted):
