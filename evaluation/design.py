@@ -39,8 +39,8 @@ def designs_for(
         Shape ``(T * num_designs, H, W)``; those of a target are neighbours.
 
     Raises:
-        ValueError: If ``num_designs`` is no integer of at least 1, ``seed`` none from 0 on, or a target or an option
-            does not suit the pipeline.
+        ValueError: If ``num_designs`` is no integer of at least 1, ``seed`` is not one from 0 to 2**64 - 1, or a target
+            or an option does not suit the pipeline.
 
     Example:
         >>> designs = designs_for(pipe, targets, 8, num_candidates=4, num_refinements=2)  # doctest: +SKIP
@@ -50,8 +50,8 @@ def designs_for(
         raise ValueError(f"targets must have shape (T, L, S) or (L, S), none of them 0, got {array.shape}")
     each = torch.from_numpy(array.copy()).float()  # a copy, since torch takes no view that runs backwards
     wanted = (each[None] if each.ndim == 2 else each).repeat_interleave(checked_count(num_designs), dim=0)
-    if checked_count(seed, "seed", least=0) >= 2**63:  # the most that torch takes
-        raise ValueError(f"seed must be below 2**63, got {seed}")
+    if checked_count(seed, "seed", least=0) >= 2**64:  # the most that torch takes
+        raise ValueError(f"seed must be below 2**64, got {seed}")
     drawn = torch.Generator().manual_seed(seed)
     seeds = torch.randint(2**62, (len(wanted),), generator=drawn).tolist()
     images = []

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,7 +117,7 @@ class TargetRange:
         if not 0 <= level <= 1:
             raise ValueError(f"level must lie in [0, 1], got {level!r}")
         names = [str(index) for index in range(len(wanted))] if names is None else names
-        if not isinstance(names, Sequence) or len(names) != len(wanted):
+        if isinstance(names, str) or not isinstance(names, Iterable) or len(names := list(names)) != len(wanted):
             raise ValueError(f"names must be {len(wanted)}, one for each target, got {names!r}")
         scores = np.empty((2, len(wanted)))
         p_values = np.empty(len(wanted))

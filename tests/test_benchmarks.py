@@ -127,6 +127,9 @@ def test_what_targets_leave_open_is_a_part_of_each(monkeypatch):
         "last_load_case": 6,
         "all_load_cases_but_the_first": 12,
     }
+    assert open_entries["every_second_strain"][..., 1::2].all()
+    assert open_entries["last_load_case"][:, -1].all()
+    assert not open_entries["all_load_cases_but_the_first"][:, 0].any()
     for name, left in left_open(targets).items():
         np.testing.assert_array_equal(left[~open_entries[name]], targets[~open_entries[name]])
 

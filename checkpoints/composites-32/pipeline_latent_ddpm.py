@@ -202,7 +202,9 @@ class LatentDDPMPipeline(
         ):
             if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {count!r}")
-        if num_inference_steps > (most := len(self.scheduler.alphas_cumprod)):
+        most = len(self.scheduler.alphas_cumprod)
+        # between the timesteps of training only a grid in the log-SNR has room for more
+        if num_inference_steps > most and self.scheduler.config.get("timestep_spacing") != "log_snr":
             raise ValueError(f"num_inference_steps must be at most the {most} of training, got {num_inference_steps}")
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_stop)
         check_number("predictor_guidance_scale", predictor_guidance_scale)

@@ -11,7 +11,6 @@ References:
     | https://arxiv.org/abs/2207.12598
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -103,22 +102,22 @@ def check_meaning(name: str, meaning: Mapping[str, Any], encoder: Any) -> None:
 
 def difference_of_meanings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
     """The first entry in which two meanings differ, in words, ``None`` if there is none."""
-    # compared as they are saved, where tuples and arrays are lists, but not to the last digit
-    one, other = (
-        json.loads(
-            json.dumps(each, default=_listed, skipkeys=True), parse_float=lambda text: float(f"{float(text):.9g}")
-        )
-        for each in (found, wanted)
-    )
+    one, other = _as_saved(found), _as_saved(wanted)
     for key in sorted(one.keys() | other.keys()):
         if one.get(key) != other.get(key):
             return f"another {key}: {one.get(key)}, not {other.get(key)}"
     return None
 
 
-def _listed(value: Any) -> Any:
-    """An array as lists; in words what no meaning can hold, so that it differs from all that one does."""
-    return value.tolist() if isinstance(value, (np.ndarray, np.generic, Tensor)) else repr(value)
+def _as_saved(value: Any) -> Any:
+    """A meaning as a file holds it, where tuples and arrays are lists, but not to the last digit."""
+    if isinstance(value, (np.ndarray, np.generic, Tensor)):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): _as_saved(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_saved(entry) for entry in value]
+    return float(f"{value:.9g}") if isinstance(value, float) else value
 
 
 def prepare_response(response: Tensor | np.ndarray | None, batch_size: int, encoder: Any) -> Tensor:

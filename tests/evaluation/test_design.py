@@ -55,7 +55,7 @@ def test_a_number_of_designs_or_candidates_that_is_none_is_named(conditional, co
         designs_for(conditional, targets, num_candidates=num)
 
 
-@pytest.mark.parametrize("seed", ["first", -1, 2**63])
+@pytest.mark.parametrize("seed", ["first", -1, 2**64])
 def test_a_seed_that_is_none_is_named(conditional, composites, seed):
     with pytest.raises(ValueError, match="^seed must be "):
         designs_for(conditional, stored_responses(composites)[:1], seed=seed)

@@ -144,6 +144,7 @@ def test_unfit_responses_are_refused(arguments, message):
         (np.ones((1, 2, 6)), {"level": 2.0}, r"level must lie in \[0, 1\], got 2.0"),
         (np.ones((1, 2, 6)), {"level": "low"}, "level must be a number, got 'low'"),
         (np.ones((2, 2, 6)), {"names": ["soft"]}, r"names must be 2, one for each target, got \['soft'\]"),
+        (np.ones((2, 2, 6)), {"names": "ab"}, "names must be 2, one for each target, got 'ab'"),
         (np.ones((2, 2, 6)), {"names": 2}, "names must be 2, one for each target, got 2"),
     ],
 )

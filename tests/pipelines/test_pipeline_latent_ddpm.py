@@ -1,4 +1,5 @@
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from diffusers import (
     ScoreSdeVeScheduler,
 )
 from mechdiffusers.pipelines.response_conditioning import difference_of_meanings
-from mechdiffusers.schedulers import STOCK_SCHEDULERS, stock_scheduler
+from mechdiffusers.schedulers import STOCK_SCHEDULERS, VDMScheduler, stock_scheduler
 from PIL import Image
 
 
@@ -246,6 +247,18 @@ def test_bad_arguments_are_named(pipe, arguments, message):
         pipe(**arguments)
 
 
+def test_a_grid_in_the_log_snr_may_have_more_steps_than_training(pipe):
+    class Begun(Exception):
+        pass
+
+    def stop(pipe, step, timestep, state):
+        raise Begun
+
+    pipe.scheduler = VDMScheduler.from_config(pipe.scheduler.config, timestep_spacing="log_snr")
+    with pytest.raises(Begun):
+        pipe(num_inference_steps=len(pipe.scheduler.alphas_cumprod) + 1, callback_on_step_end=stop)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -274,13 +287,14 @@ def test_a_response_of_another_kind_is_refused(make_pipeline, arguments, message
 
 
 @pytest.mark.parametrize(
-    "change", [{"units": "MPa"}, {"load_cases": ["shear", "uniaxial_extension"]}, {"strains": {0.1, 0.2}}]
+    "change",
+    [{"units": "MPa"}, {"load_cases": ["shear", "uniaxial_extension"]}, {"strains": {0.1, 0.2}}, {("a", 1): 2}],
 )
 def test_a_response_of_another_meaning_is_refused(make_pipeline, change):
     pipe = make_pipeline(conditional=True)
     meaning = {**pipe.response_encoder.config.meaning, **change}
     (key,) = change
-    with pytest.raises(ValueError, match=f"^meaning must agree with what .* got another {key}: "):
+    with pytest.raises(ValueError, match=f"^meaning must agree with what .* got another {re.escape(str(key))}: "):
         pipe(response=torch.ones(1, 2, 3), meaning=meaning)
 
 
