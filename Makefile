@@ -27,6 +27,7 @@ wheel-test: .venv/installed build/wheel
 
 # torch-fem is what ours is checked against; it goes without VTK, which draws for it and which nothing here needs
 .venv/installed: pyproject.toml constraints.txt
+	@echo "installing into .venv: some minutes, 2 GB"
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps torch-fem pyamg meshio
