@@ -12,6 +12,10 @@ def percent(figure: dict, digits: int = 1) -> str:
     return with_error(figure["mean"], figure["standard_error"], digits) + " %"
 
 
+def over_targets(percents: np.ndarray) -> str:
+    return with_error(percents.mean(), percents.std(ddof=1) / np.sqrt(len(percents)), 2)
+
+
 @pytest.mark.parametrize("page", [README, PAGE, COMPOSITES])
 def test_the_table_of_eight_designs_is_what_was_measured(page):
     figures, text = recorded("inverse_design"), words(page)
@@ -42,9 +46,7 @@ def test_the_error_of_refined_designs_is_what_was_measured(page):
         assert percent(figures["nearest_training_design_percent"]) in text
     of_each = np.array(figures["best_percent_of_each_target"])
     assert len(of_each) == figures["targets"]
-    first, others = (
-        with_error(part.mean(), part.std(ddof=1) / np.sqrt(len(part)), 2) for part in np.split(of_each, [64])
-    )
+    first, others = map(over_targets, np.split(of_each, [64]))
     if page == PAGE:
         assert f"which have {first} %. The other 64, on which nothing about choosing" in text
         assert f"was decided, have {others} %" in text
@@ -78,11 +80,8 @@ def test_the_page_has_what_other_ways_and_a_finer_mesh_give_as_they_were_measure
     assert "| " + " | ".join(best_of) + " |" in text
     assert "| " + " | ".join(percent(best, 1 if int(k) < 8 else 2) for k, best in best_of.items()) + " |" in text
     same = np.array(refined["best_percent_of_each_target"][: known["targets"]])
-    drawn = with_error(same.mean(), same.std(ddof=1) / np.sqrt(len(same)), 2)
-    assert (
-        f"{percent(known['best_percent'][-1], 2)} on {known['targets']} targets, on which the drawn ones have {drawn}"
-        in text
-    )
+    refined_known = f"{percent(known['best_percent'][-1], 2)} on {known['targets']} targets"
+    assert f"{refined_known}, on which the drawn ones have {over_targets(same)}" in text
     novel, away = (f"{figures['novelty']['refined']:.3f}" for figures in (refined, known))
     assert f"are {away} from the nearest training design, the drawn ones {novel}" in text
     for figures in (refined, known):
@@ -192,15 +191,18 @@ def test_the_page_has_the_sweep_of_guidance_as_it_was_measured():
     assert f"({one.removesuffix(' %')} and {five})" in text
 
 
-@pytest.mark.parametrize("page", [README, PAGE, COMPOSITES])
-def test_how_new_the_designs_are_is_what_was_measured(page):
+@pytest.mark.parametrize(
+    ("page", "digits", "of"),
+    [
+        (README, 0, "in {} % of the pixels"),
+        (PAGE, 1, "in {} % of their pixels"),
+        (COMPOSITES, 0, "in {} % of its pixels"),
+    ],
+)
+def test_how_new_the_designs_are_is_what_was_measured(page, digits, of):
     figures, text = recorded("inverse_design"), words(page)
     novel = 100 * figures["novelty"]["designs"]
-    assert (
-        f"{novel:.{1 if page == PAGE else 0}f} % of its pixels" in text
-        or f"{novel:.1f} % of their pixels" in text
-        or (f"in {novel:.0f} % of the pixels" in text)
-    )
+    assert of.format(f"{novel:.{digits}f}") in text
     assert abs(novel - 100 * figures["novelty"]["heldout_designs"]) < 0.5
     if page == COMPOSITES:
         assert f"two of a target in {100 * figures['diversity_within_a_target']['designs']:.0f} %" in text
