@@ -15,7 +15,7 @@ from mechdiffusers.evaluation import response_error
 from mechdiffusers.microstructures.build_dataset.columns import designs_of, grey_levels
 from mechdiffusers.microstructures.build_dataset.parts import compute_by_parts
 from mechdiffusers.pipelines import LatentDDPMPipeline
-from mechdiffusers.schedulers import STOCK_SCHEDULERS
+from mechdiffusers.schedulers import STOCK_SCHEDULERS, stock_scheduler
 
 
 def common_arguments(
@@ -55,6 +55,15 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of the pipeline among the arguments."""
     names = ("num_inference_steps", "guidance_scale", "predictor_guidance_scale", "num_candidates", "num_refinements")
     return {name: getattr(arguments, name) for name in names}
+
+
+def drawing(arguments: argparse.Namespace) -> tuple[LatentDDPMPipeline, dict[str, Any], list[Any]]:
+    """The checkpoint with its scheduler, the options to draw with, and the recipe that all of these make."""
+    pipe = LatentDDPMPipeline.from_pretrained(arguments.checkpoint).to(arguments.device)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = stock_scheduler(arguments.scheduler, pipe.scheduler.config)
+    options = sampling(arguments)
+    return pipe, options, [fingerprint(arguments.checkpoint), arguments.scheduler, options]
 
 
 def fingerprint(checkpoint: Path) -> str:

@@ -20,10 +20,9 @@ from candidates import (
     best_of,
     bound,
     common_arguments,
+    drawing,
     errors_of,
-    fingerprint,
     kept,
-    sampling,
     summary,
 )
 from mechdiffusers.evaluation import (
@@ -39,7 +38,6 @@ from mechdiffusers.evaluation.design import designs_for
 from mechdiffusers.evaluation.response import load_split
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.pipelines import LatentDDPMPipeline
-from mechdiffusers.schedulers import stock_scheduler
 from record import record
 
 #: Targets whose designs are generated and kept at once.
@@ -59,11 +57,7 @@ def main() -> None:
     targets, originals = stored[rows], stored_designs(heldout.select(rows))
     training_designs = stored_designs(train)
 
-    pipe = LatentDDPMPipeline.from_pretrained(arguments.checkpoint).to(arguments.device)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = stock_scheduler(arguments.scheduler, pipe.scheduler.config)
-    options = sampling(arguments)
-    recipe = [fingerprint(arguments.checkpoint), arguments.scheduler, options]
+    pipe, options, recipe = drawing(arguments)
 
     parts = []
     for start in range(0, len(targets), _PART):

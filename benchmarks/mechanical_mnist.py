@@ -17,11 +17,10 @@ from candidates import (
     add_sampling,
     autoencoder,
     common_arguments,
+    drawing,
     errors_of,
-    fingerprint,
     kept,
     percent,
-    sampling,
     summary,
 )
 from mechdiffusers.evaluation import (
@@ -36,8 +35,6 @@ from mechdiffusers.evaluation.design import designs_for
 from mechdiffusers.evaluation.plots import save_verification_figure
 from mechdiffusers.evaluation.response import load_split
 from mechdiffusers.microstructures import response_meaning
-from mechdiffusers.pipelines import LatentDDPMPipeline
-from mechdiffusers.schedulers import stock_scheduler
 from record import record
 
 
@@ -54,11 +51,8 @@ def main() -> None:
     meaning, targets, originals = response_meaning(heldout), stored_responses(heldout), stored_designs(heldout)
     num, folder = arguments.num_designs, arguments.run_dir / "responses"
 
-    pipe = LatentDDPMPipeline.from_pretrained(arguments.checkpoint).to(arguments.device)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = stock_scheduler(arguments.scheduler, pipe.scheduler.config)
-    options = sampling(arguments)
-    recipe = [fingerprint(arguments.checkpoint), arguments.scheduler, options, arguments.seed, num, targets.tolist()]
+    pipe, options, recipe = drawing(arguments)
+    recipe += [arguments.seed, num, targets.tolist()]
     designs = kept(
         arguments.run_dir,
         recipe,

@@ -13,13 +13,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from candidates import add_sampling, common_arguments, errors_of, fingerprint, kept, sampling, summary
+from candidates import add_sampling, common_arguments, drawing, errors_of, kept, summary
 from mechdiffusers.evaluation import nearest_training_designs, response_error, stored_responses
 from mechdiffusers.evaluation.design import designs_for
 from mechdiffusers.evaluation.response import load_split
 from mechdiffusers.microstructures import response_meaning
-from mechdiffusers.pipelines import LatentDDPMPipeline
-from mechdiffusers.schedulers import stock_scheduler
 from record import record
 
 
@@ -30,11 +28,8 @@ def main() -> None:
     train, heldout = load_split(arguments.dataset, "train"), load_split(arguments.dataset, "heldout")
     meaning, stored = response_meaning(heldout), stored_responses(heldout)
     whole = stored[np.isfinite(stored).all((1, 2))][: arguments.num_targets]
-    pipe = LatentDDPMPipeline.from_pretrained(arguments.checkpoint).to(arguments.device)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = stock_scheduler(arguments.scheduler, pipe.scheduler.config)
-    options = sampling(arguments)
-    recipe = [fingerprint(arguments.checkpoint), arguments.scheduler, options, arguments.seed, arguments.num_designs]
+    pipe, options, recipe = drawing(arguments)
+    recipe += [arguments.seed, arguments.num_designs]
     figures: dict[str, Any] = {}
     for name, target in left_open(whole).items():
         make = partial(designs_for, pipe, target, arguments.num_designs, seed=arguments.seed, progress=True, **options)

@@ -21,7 +21,7 @@ import time
 from typing import Any
 
 import numpy as np
-from candidates import add_sampling, bound, common_arguments, fingerprint, percent, sampling
+from candidates import add_sampling, bound, common_arguments, drawing, percent
 from datasets import Dataset
 from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.evaluation import (
@@ -38,8 +38,6 @@ from mechdiffusers.evaluation.design import designs_for
 from mechdiffusers.evaluation.response import load_split
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.microstructures.build_dataset.parts import simulated_response
-from mechdiffusers.pipelines import LatentDDPMPipeline
-from mechdiffusers.schedulers import stock_scheduler
 from record import record
 from tqdm.auto import tqdm
 
@@ -64,11 +62,8 @@ def main() -> None:
     train, heldout = load_split(arguments.dataset, "train"), load_split(arguments.dataset, "heldout")
     meaning, stored = response_meaning(heldout), stored_responses(heldout)
     rows = np.flatnonzero(np.isfinite(stored).all((1, 2)))[: arguments.num_targets]
-    pipe = LatentDDPMPipeline.from_pretrained(arguments.checkpoint).to(arguments.device)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = stock_scheduler(arguments.scheduler, pipe.scheduler.config)
-    options = sampling(arguments)
-    recipe = [fingerprint(arguments.checkpoint), arguments.scheduler, options, arguments.num_designs]
+    pipe, options, recipe = drawing(arguments)
+    recipe += [arguments.num_designs]
     rounds = {"num_rounds": arguments.num_rounds, "num_coarse_steps": arguments.num_coarse_steps}
     recipe += [num_refined, rounds, arguments.seed, meaning]
     training_designs = stored_designs(train)
