@@ -17,10 +17,10 @@ quick: .venv/installed
 test: .venv/installed
 	$(PYTEST) -m "slow or not slow"
 
-lint: .venv/installed build/wheel
+lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	MYPYPATH=$(CURDIR)/build/wheel $(BIN)/mypy -p mechdiffusers
+	MYPYPATH=$(CURDIR)/src $(BIN)/mypy -p mechdiffusers
 
 wheel-test: .venv/installed build/wheel
 	MECHDIFFUSERS_FROM=$(CURDIR)/build/wheel PYTHONPATH=$(CURDIR)/build/wheel $(PYTEST)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.evaluation import response_error
 from mechdiffusers.microstructures.build_dataset.columns import designs_of, grey_levels

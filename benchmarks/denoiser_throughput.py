@@ -19,6 +19,9 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
+from record import record
+from torch.utils.data import DataLoader, TensorDataset
+
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.pipelines.latent_likelihood import latent_size
 from mechdiffusers.training import parse_config
@@ -27,8 +30,6 @@ from mechdiffusers.training.autoencoder import LikelihoodAutoencoder, encode_all
 from mechdiffusers.training.denoiser import denoising_loss
 from mechdiffusers.training.latent_denoiser import LatentDenoiser
 from mechdiffusers.training.loop import run_stage
-from record import record
-from torch.utils.data import DataLoader, TensorDataset
 
 CONFIG = Path(__file__).parents[1] / "training" / "configs" / "composites_32.yaml"
 WARM_UP = 3

@@ -19,6 +19,9 @@ from typing import Any
 
 import numpy as np
 from candidates import bound, common_arguments, errors_of, fingerprint, kept, summary
+from record import record
+from torch.utils.data import TensorDataset
+
 from mechdiffusers.evaluation import stored_designs, stored_responses
 from mechdiffusers.evaluation.design import designs_for
 from mechdiffusers.evaluation.response import load_split
@@ -30,8 +33,6 @@ from mechdiffusers.training.autoencoder import encode_all
 from mechdiffusers.training.config import TrainingConfig, parse_config
 from mechdiffusers.training.data import load_designs
 from mechdiffusers.training.denoiser import train_denoiser
-from record import record
-from torch.utils.data import TensorDataset
 
 VARIANTS = (
     "",

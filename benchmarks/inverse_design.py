@@ -25,6 +25,8 @@ from candidates import (
     kept,
     summary,
 )
+from record import record
+
 from mechdiffusers.evaluation import (
     diversity,
     nearest_training_designs,
@@ -38,7 +40,6 @@ from mechdiffusers.evaluation.design import designs_for
 from mechdiffusers.evaluation.response import load_split
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.pipelines import LatentDDPMPipeline
-from record import record
 
 #: Targets whose designs are generated and kept at once.
 _PART = 64

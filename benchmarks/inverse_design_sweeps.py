@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from candidates import common_arguments, errors_of, fingerprint, kept, percent, summary
 from matplotlib.figure import Figure
+from record import record
+
 from mechdiffusers.evaluation import nearest_training_designs, response_error, stored_designs, stored_responses
 from mechdiffusers.evaluation.design import designs_for
 from mechdiffusers.evaluation.response import load_split
@@ -27,7 +29,6 @@ from mechdiffusers.schedulers import (
     VDMScheduler,
     stock_scheduler,
 )
-from record import record
 
 #: Each with one evaluation a step, but the last, which has two.
 OURS: dict[str, tuple[Any, dict[str, Any]]] = {

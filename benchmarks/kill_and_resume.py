@@ -18,10 +18,11 @@ from pathlib import Path
 
 import torch
 import yaml
-from mechdiffusers.microstructures import build_dataset, random_composites
 from record import record
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
+
+from mechdiffusers.microstructures import build_dataset, random_composites
 
 SCRIPT = Path(__file__).parents[1] / "training" / "train.py"
 STAGES = ("autoencoder", "denoiser", "predictor")

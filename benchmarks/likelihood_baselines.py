@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import UNet2DModel
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, pad, unfold
+from tqdm.auto import tqdm
+
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion
 from mechdiffusers.pipelines.latent_prior import continuous_terms
 from mechdiffusers.training.moving_average import MovingAverage
-from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, pad, unfold
-from tqdm.auto import tqdm
 
 TRAINING_SEED = 0
 NUM_LEVELS = 8  # noise levels of a bound

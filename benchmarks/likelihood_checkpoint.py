@@ -32,13 +32,14 @@ from typing import Any
 import numpy as np
 import torch
 from likelihood_baselines import NUM_LEVELS, autoregressive, pixel_diffusion_bound
+from record import record
+from scipy.integrate import solve_ivp
+
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion
 from mechdiffusers.pipelines.probability_flow import FlowLikelihood, flow_log_density
 from mechdiffusers.pipelines.variational_likelihood import LikelihoodOutput
-from record import record
-from scipy.integrate import solve_ivp
 
 HELD_OUT_SEED = 1_000_000  # training configurations use small seeds
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "composites-32"

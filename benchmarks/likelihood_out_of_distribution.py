@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from record import record
+
 from mechdiffusers.evaluation.out_of_distribution import (
     DESIGN_FAMILIES,
     Roc,
@@ -30,7 +32,6 @@ from mechdiffusers.evaluation.out_of_distribution import (
 from mechdiffusers.evaluation.plots import save_image_grid
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.pipelines import LatentDDPMPipeline
-from record import record
 
 HELD_OUT_SEED = 1_000_000  # training configurations use small seeds
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "composites-32"

@@ -23,6 +23,8 @@ from candidates import (
     percent,
     summary,
 )
+from record import record
+
 from mechdiffusers.evaluation import (
     nearest_training_designs,
     novelty,
@@ -35,7 +37,6 @@ from mechdiffusers.evaluation.design import designs_for
 from mechdiffusers.evaluation.plots import save_verification_figure
 from mechdiffusers.evaluation.response import load_split
 from mechdiffusers.microstructures import response_meaning
-from record import record
 
 
 def main() -> None:

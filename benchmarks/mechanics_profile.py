@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from record import record
+
 from mechdiffusers.mechanics.load_cases import LOAD_CASES
 from mechdiffusers.mechanics.materials import CompressibleNeoHookean
 from mechdiffusers.mechanics.nested_dissection import Factor
 from mechdiffusers.mechanics.newton import Cell
 from mechdiffusers.mechanics.path_following import RESPONSE_TOLERANCE, follow
 from mechdiffusers.microstructures import random_composites
-from record import record
 
 SIZE = 32
 POINTWISE = 60  # operations at a point of quadrature, of the law, the energy and the stress, a logarithm counted as one

@@ -11,9 +11,10 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from record import record
+
 from mechdiffusers.mechanics import simulate
 from mechdiffusers.microstructures import random_composites
-from record import record
 
 CASES = ["uniaxial_extension", "uniaxial_extension_x", "shear"]
 

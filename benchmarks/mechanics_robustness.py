@@ -11,11 +11,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+from record import record
+
 from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.mechanics import simulate
 from mechdiffusers.mechanics.load_cases import LOAD_CASES
 from mechdiffusers.microstructures import random_composites
-from record import record
 
 CASES = [*LOAD_CASES, *(f"{name}_x" for name in LOAD_CASES)]
 

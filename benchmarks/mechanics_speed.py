@@ -18,11 +18,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from mechdiffusers.mechanics import simulate
-from mechdiffusers.microstructures import random_composites
 from other_solvers import SciPyNewton, extend_with_torch_fem
 from record import record
 from torch import Tensor
+
+from mechdiffusers.mechanics import simulate
+from mechdiffusers.microstructures import random_composites
 
 STRAINS = [0.05, 0.1, 0.15, 0.2, 0.25, 0.3]
 SIZE = 32

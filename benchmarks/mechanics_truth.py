@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+from record import record
+
 from mechdiffusers.mechanics import simulate
 from mechdiffusers.microstructures import load_mechanical_mnist, response_meaning
 from mechdiffusers.microstructures.build_dataset.columns import designs_of
-from record import record
 
 FIRST = 2  # of the strains whose energies have digits
 

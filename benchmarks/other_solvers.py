@@ -13,12 +13,13 @@ from unittest.mock import MagicMock
 import numpy as np
 import scipy.sparse
 import torch
+from scipy.sparse.linalg import splu
+from torch import Tensor
+
 from mechdiffusers.mechanics.load_cases import LOAD_CASES
 from mechdiffusers.mechanics.materials import CompressibleNeoHookean
 from mechdiffusers.mechanics.newton import Cell
 from mechdiffusers.mechanics.path_following import RESPONSE_TOLERANCE
-from scipy.sparse.linalg import splu
-from torch import Tensor
 
 POISSON = 0.3
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from record import record
+
 from mechdiffusers.evaluation import TargetRange, stored_responses
 from mechdiffusers.evaluation.response import load_split
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.microstructures.build_dataset.parts import simulated_response
-from record import record
 
 LEVELS = (0.01, 0.05)
 

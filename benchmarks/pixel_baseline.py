@@ -21,6 +21,13 @@ import numpy as np
 import torch
 from candidates import common_arguments, errors_of, fingerprint, kept, summary
 from diffusers import UNet2DConditionModel
+from record import record
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from tqdm.auto import tqdm
+
 from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.evaluation import stored_designs, stored_responses
 from mechdiffusers.evaluation.design import designs_for
@@ -30,12 +37,6 @@ from mechdiffusers.models import ResponseEncoder
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.schedulers import stock_scheduler
 from mechdiffusers.training.moving_average import MovingAverage
-from record import record
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn.functional import mse_loss
-from tqdm.auto import tqdm
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.training.accelerators import precision_of, stage_accelerator
 from mechdiffusers.training.config import parse_config

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from mechdiffusers.atomic_file import atomic_write
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "numpy", "mechdiffusers")

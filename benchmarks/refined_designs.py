@@ -23,6 +23,9 @@ from typing import Any
 import numpy as np
 from candidates import add_sampling, bound, common_arguments, drawing, percent
 from datasets import Dataset
+from record import record
+from tqdm.auto import tqdm
+
 from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.evaluation import (
     curve_shape_error,
@@ -38,8 +41,6 @@ from mechdiffusers.evaluation.design import designs_for
 from mechdiffusers.evaluation.response import load_split
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.microstructures.build_dataset.parts import simulated_response
-from record import record
-from tqdm.auto import tqdm
 
 #: Targets of a part.
 _PART = 4

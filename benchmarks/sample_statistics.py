@@ -14,6 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from record import record
+from scipy.stats import wasserstein_distance
+from tqdm.auto import tqdm
+
 from mechdiffusers.evaluation import (
     bootstrap_interval,
     distance_of_means,
@@ -25,9 +29,6 @@ from mechdiffusers.microstructures import random_composites
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.pipelines.latent_likelihood import latent_size
 from mechdiffusers.schedulers import STOCK_SCHEDULERS, stock_scheduler
-from record import record
-from scipy.stats import wasserstein_distance
-from tqdm.auto import tqdm
 
 HELD_OUT_SEED = 1_000_000  # training configurations use small seeds
 BATCH = 256

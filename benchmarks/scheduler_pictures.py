@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
 from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.evaluation import two_moons
 from mechdiffusers.schedulers import (

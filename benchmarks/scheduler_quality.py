@@ -34,6 +34,9 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import IPNDMScheduler, PNDMScheduler
+from record import record
+from tqdm.auto import tqdm
+
 from mechdiffusers.evaluation import (
     GaussianMixture,
     sliced_wasserstein_distance,
@@ -51,8 +54,6 @@ from mechdiffusers.schedulers import (
     optimize_steps,
     stock_scheduler,
 )
-from record import record
-from tqdm.auto import tqdm
 
 EVALUATIONS = {"analytic": (4, 8, 16, 32, 64), "checkpoint": (4, 8, 16, 32, 64)}
 OPTIMIZED = {"analytic": (4, 8, 16), "checkpoint": (4, 8, 16)}

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from mechdiffusers.schedulers import PredictorCorrectorScheduler, ProbabilityFlowScheduler, VDMScheduler
 from record import record
 from tqdm.auto import trange
+
+from mechdiffusers.schedulers import PredictorCorrectorScheduler, ProbabilityFlowScheduler, VDMScheduler
 
 STEPS = 50
 SHAPES = {"one_latent": (1, 4, 16, 16), "64_latents": (64, 4, 16, 16)}

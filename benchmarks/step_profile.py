@@ -12,13 +12,14 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from record import record
+from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
+
 from mechdiffusers.training import parse_config
 from mechdiffusers.training.denoiser import denoising_loss
 from mechdiffusers.training.latent_denoiser import LatentDenoiser
 from mechdiffusers.training.randomness import StepRandomness
-from record import record
-from torch.profiler import profile
-from torch.utils.flop_counter import FlopCounterMode
 
 PRESET = Path(__file__).parents[1] / "training" / "configs" / "composites_32.yaml"
 #: The first name that an operator's name contains says what it is.

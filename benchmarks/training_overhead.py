@@ -19,13 +19,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from record import record
+from torch.utils.data import DataLoader, TensorDataset
+
 from mechdiffusers.training import TrainingConfig, parse_config
 from mechdiffusers.training.accelerators import stage_accelerator
 from mechdiffusers.training.denoiser import denoising_loss
 from mechdiffusers.training.latent_denoiser import LatentDenoiser
 from mechdiffusers.training.loop import run_stage
-from record import record
-from torch.utils.data import DataLoader, TensorDataset
 
 PRESET = Path(__file__).parents[1] / "training" / "configs" / "composites_32.yaml"
 SIZE = (16, 16)

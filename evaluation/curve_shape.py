@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from mechdiffusers.evaluation.design import checked_count
 from mechdiffusers.evaluation.response import as_array, response_error
 from mechdiffusers.evaluation.verify import checked_question
 from mechdiffusers.microstructures.build_dataset.parts import simulated_response
-from torch import Tensor
 
 __all__ = ["curve_shape_error", "nearest_in_curve_shape"]
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from mechdiffusers.evaluation.response import as_array
 from torch import Tensor
 from tqdm.auto import tqdm
+
+from mechdiffusers.evaluation.response import as_array
 
 __all__ = ["checked_count", "designs_for"]
 

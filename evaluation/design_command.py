@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from mechdiffusers.evaluation.curve_shape import nearest_in_curve_shape
 from mechdiffusers.evaluation.design import checked_count, designs_for
 from mechdiffusers.evaluation.refine import refine

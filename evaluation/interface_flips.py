@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from mechdiffusers.evaluation.response import as_array
 from torch import Tensor
+
+from mechdiffusers.evaluation.response import as_array
 
 __all__ = ["Predictor", "interface_length", "lengthening", "sets_of_flips"]
 

@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import rankdata
+
 from mechdiffusers.evaluation.statistics import two_point_correlation
 from mechdiffusers.microstructures import random_composites
-from scipy.stats import rankdata
 
 __all__ = ["DESIGN_FAMILIES", "Roc", "StatisticsDistance", "receiver_operating_characteristic"]
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
+
 from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.evaluation.statistics import two_point_correlation
-from PIL import Image
 
 if TYPE_CHECKING:
     from mechdiffusers.evaluation.verify import VerificationReport

@@ -34,13 +34,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
 from mechdiffusers.evaluation.design import checked_count
 from mechdiffusers.evaluation.interface_flips import Predictor, interface_length, sets_of_flips
 from mechdiffusers.evaluation.response import as_array, response_error
 from mechdiffusers.evaluation.verify import check_binary, checked_question
 from mechdiffusers.microstructures.build_dataset.parts import simulated_response
-from torch import Tensor
-from tqdm.auto import tqdm
 
 __all__ = ["RefinedDesigns", "refine"]
 

@@ -18,9 +18,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
+from torch import Tensor
+
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.microstructures.build_dataset.columns import designs_of
-from torch import Tensor
 
 __all__ = [
     "NearestDesigns",

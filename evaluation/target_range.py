@@ -27,9 +27,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
+
 from mechdiffusers.evaluation.response import as_array, response_error
 from mechdiffusers.pipelines.response_conditioning import check_number
-from torch import Tensor
 
 __all__ = ["OutOfRangeWarning", "RangeCheck", "TargetRange"]
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from mechdiffusers.atomic_file import atomic_write
 
 __all__ = ["read_targets", "write_targets"]

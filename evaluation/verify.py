@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.evaluation.novelty import diversity, novelty, stiff_connectivity
 from mechdiffusers.evaluation.plots import save_verification_figure
@@ -34,7 +36,6 @@ from mechdiffusers.mechanics.materials import CompressibleNeoHookean
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.microstructures.build_dataset.parts import simulated_response
 from mechdiffusers.pipelines.response_conditioning import difference_of_meanings
-from torch import Tensor
 
 __all__ = ["VerificationReport", "verify"]
 

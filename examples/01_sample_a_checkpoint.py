@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 import torch
+
 from mechdiffusers import LatentDDPMPipeline
 from mechdiffusers.evaluation.plots import save_image_grid
 from mechdiffusers.schedulers import stock_scheduler

@@ -8,9 +8,10 @@ import logging
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
+
 from mechdiffusers.training import TrainingConfig
 from mechdiffusers.training.train import train
-from PIL import Image
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--output_dir", type=Path, default=Path("runs/laminates"))

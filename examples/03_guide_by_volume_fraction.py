@@ -8,12 +8,13 @@ import logging
 from pathlib import Path
 
 import torch
+from tqdm.auto import trange
+
 from mechdiffusers import ClassifierGuidance, LatentDDPMPipeline
 from mechdiffusers.evaluation.plots import save_image_grid
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.models import NoisyLatentPredictor
 from mechdiffusers.schedulers import VDMScheduler
-from tqdm.auto import trange
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--checkpoint", default=Path(__file__).parents[1] / "checkpoints" / "composites-32")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from mechdiffusers import LatentDDPMPipeline, random_composites
 from mechdiffusers.evaluation import DESIGN_FAMILIES
 from mechdiffusers.evaluation.plots import save_image_grid

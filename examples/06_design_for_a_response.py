@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 
 import torch
+
 from mechdiffusers import LatentDDPMPipeline, verify
 from mechdiffusers.evaluation import read_targets
 from mechdiffusers.schedulers import stock_scheduler

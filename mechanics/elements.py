@@ -22,8 +22,9 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from mechdiffusers.mechanics.materials import Law
 from torch import Tensor
+
+from mechdiffusers.mechanics.materials import Law
 
 __all__ = ["Elements", "Grid", "loop", "square"]
 

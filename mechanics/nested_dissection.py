@@ -25,8 +25,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from mechdiffusers.mechanics.elements import loop, square
 from torch import Tensor
+
+from mechdiffusers.mechanics.elements import loop, square
 
 __all__ = ["Factor", "NestedDissection"]
 

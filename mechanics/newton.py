@@ -19,11 +19,12 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from mechdiffusers.mechanics.elements import Elements, State
 from mechdiffusers.mechanics.load_cases import LoadCase
 from mechdiffusers.mechanics.materials import Law
 from mechdiffusers.mechanics.nested_dissection import Factor, NestedDissection
-from torch import Tensor
 
 __all__ = ["Cell", "Equilibrium", "equilibrate"]
 

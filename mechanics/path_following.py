@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from mechdiffusers.mechanics.newton import TOLERANCE, Cell, equilibrate
 from torch import Tensor
+
+from mechdiffusers.mechanics.newton import TOLERANCE, Cell, equilibrate
 
 __all__ = ["RESPONSE_TOLERANCE", "PathState", "follow"]
 

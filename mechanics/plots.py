@@ -15,9 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
+from PIL import Image
+
 from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.mechanics.elements import loop
-from PIL import Image
 
 __all__ = ["draw_deformed", "save_path_animation", "save_simulation_figure"]
 

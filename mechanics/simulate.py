@@ -23,14 +23,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from mechdiffusers.mechanics.load_cases import load_case
-from mechdiffusers.mechanics.materials import CompressibleNeoHookean
-from mechdiffusers.mechanics.newton import TOLERANCE, Cell
-from mechdiffusers.mechanics.path_following import RESPONSE_TOLERANCE, follow
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+
+from mechdiffusers.mechanics.load_cases import load_case
+from mechdiffusers.mechanics.materials import CompressibleNeoHookean
+from mechdiffusers.mechanics.newton import TOLERANCE, Cell
+from mechdiffusers.mechanics.path_following import RESPONSE_TOLERANCE, follow
 
 __all__ = ["SimulationResult", "simulate"]
 

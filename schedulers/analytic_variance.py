@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
 from mechdiffusers.schedulers.log_snr_curve import alpha_sigma, prediction_coefficients
 from mechdiffusers.schedulers.scheduling_vdm import VDMScheduler
-from torch import Tensor
 
 __all__ = ["estimate_velocity_error"]
 

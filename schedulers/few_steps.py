@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from mechdiffusers.schedulers.scheduling_probability_flow import ProbabilityFlowScheduler
 from scipy.interpolate import CubicHermiteSpline
 from scipy.optimize import least_squares
 from torch import Tensor
+
+from mechdiffusers.schedulers.scheduling_probability_flow import ProbabilityFlowScheduler
 
 __all__ = ["optimize_steps"]
 

@@ -18,6 +18,7 @@ from diffusers import (
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
+
 from mechdiffusers.schedulers.variance_preserving_scheduler import NOISE_SCHEDULE
 
 __all__ = ["STOCK_SCHEDULERS", "stock_scheduler"]

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Callable
 
 import pytest
+
 from hub_server import OWNER, HubServer
 
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
@@ -29,6 +30,7 @@ os.environ.update(
 
 import torch  # noqa: E402
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel  # noqa: E402
+
 from mechdiffusers.models import ResponseEncoder  # noqa: E402
 from mechdiffusers.pipelines import LatentDDPMPipeline  # noqa: E402
 

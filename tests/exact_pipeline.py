@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor
+
 from mechdiffusers.evaluation import GaussianMixture
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion, log_snr_table
 from mechdiffusers.schedulers import VDMScheduler
-from torch import Tensor
 
 NOISE = 0.4  # standard deviation of the Gaussian decoder
 

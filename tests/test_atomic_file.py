@@ -1,4 +1,5 @@
 import pytest
+
 from mechdiffusers.atomic_file import atomic_write
 
 

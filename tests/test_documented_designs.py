@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from documents import recorded, with_error, words
 
 README, PAGE = "README.md", "docs/inverse_design.md"

@@ -1,6 +1,7 @@
 """The likelihoods on the page and in the card are those that the benchmarks recorded."""
 
 import pytest
+
 from documents import recorded, with_error, words
 
 PAGE, CARD = "docs/likelihood.md", "model_cards/composites-32.md"

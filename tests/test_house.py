@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mechdiffusers
 import pytest
+
+import mechdiffusers
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("evaluation", "mechanics", "microstructures", "models", "pipelines", "schedulers", "training")

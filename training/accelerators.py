@@ -17,6 +17,7 @@ from accelerate.utils import (
     parse_flag_from_env,
     set_seed,
 )
+
 from mechdiffusers.training.config import TrainingConfig
 
 __all__ = ["check_accelerators", "precision_of", "process_state", "stage_accelerator"]

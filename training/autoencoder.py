@@ -14,6 +14,10 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
 from mechdiffusers.evaluation.plots import save_image_grid
 from mechdiffusers.models.response_predictor import SYMMETRIES
 from mechdiffusers.pipelines.latent_likelihood import (
@@ -27,9 +31,6 @@ from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.data import Designs
 from mechdiffusers.training.loop import run_stage
 from mechdiffusers.training.randomness import StepRandomness
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 __all__ = ["LikelihoodAutoencoder", "encode_all", "measure_latents", "train_autoencoder"]
 

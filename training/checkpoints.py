@@ -16,13 +16,14 @@ import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
-from mechdiffusers.atomic_file import atomic_write
-from mechdiffusers.training.moving_average import MovingAverage
-from mechdiffusers.training.sharding import is_sharded
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+
+from mechdiffusers.atomic_file import atomic_write
+from mechdiffusers.training.moving_average import MovingAverage
+from mechdiffusers.training.sharding import is_sharded
 
 __all__ = ["BestWeights", "damage_of", "load_newest", "newest_intact", "save"]
 

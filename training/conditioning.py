@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 
 import torch
-from mechdiffusers.training.randomness import StepRandomness
 from torch import Tensor
+
+from mechdiffusers.training.randomness import StepRandomness
 
 __all__ = ["leave_open"]
 

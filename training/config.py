@@ -17,8 +17,9 @@ from typing import Literal
 import torch
 import yaml
 from diffusers.optimization import SchedulerType
-from mechdiffusers.schedulers import STOCK_SCHEDULERS
 from transformers import HfArgumentParser
+
+from mechdiffusers.schedulers import STOCK_SCHEDULERS
 
 __all__ = ["StageConfig", "TrainingConfig", "parse_config"]
 

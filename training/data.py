@@ -17,13 +17,14 @@ import torch
 from datasets import Dataset as HFDataset
 from datasets import Image as ImageFeature
 from datasets import IterableDataset, load_dataset
-from mechdiffusers.microstructures import random_composites, response_meaning
-from mechdiffusers.training.config import TrainingConfig
-from mechdiffusers.training.samples import checked_samples
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from tqdm.auto import tqdm
+
+from mechdiffusers.microstructures import random_composites, response_meaning
+from mechdiffusers.training.config import TrainingConfig
+from mechdiffusers.training.samples import checked_samples
 
 __all__ = ["Designs", "load_designs"]
 

@@ -15,6 +15,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
 from mechdiffusers.evaluation import two_point_error
 from mechdiffusers.evaluation.plots import save_image_grid
 from mechdiffusers.models import response_normalisation
@@ -28,8 +31,6 @@ from mechdiffusers.training.latent_bound import autoencoder_nats, latent_nats
 from mechdiffusers.training.latent_denoiser import LatentDenoiser
 from mechdiffusers.training.loop import LossFunction, run_stage
 from mechdiffusers.training.randomness import StepRandomness
-from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 __all__ = ["denoising_loss", "draw_latents", "train_denoiser"]
 

@@ -15,10 +15,11 @@ import math
 
 import torch
 from diffusers import AutoencoderKL
+from torch import Tensor
+
 from mechdiffusers.pipelines.latent_likelihood import DecoderLikelihood, log_prob_given
 from mechdiffusers.pipelines.latent_prior import noise_divergence
 from mechdiffusers.schedulers import VDMScheduler
-from torch import Tensor
 
 __all__ = ["autoencoder_nats", "latent_nats"]
 

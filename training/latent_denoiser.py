@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
 from mechdiffusers.models import MonotoneNoiseSchedule, ResponseEncoder
 from mechdiffusers.schedulers import VDMScheduler
 from mechdiffusers.training.config import TrainingConfig
-from torch import Tensor, nn
 
 __all__ = ["LatentDenoiser"]
 

@@ -15,15 +15,16 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from tqdm.auto import tqdm
+
 from mechdiffusers.training import checkpoints
 from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.metrics import peak_memory, update_metrics
 from mechdiffusers.training.moving_average import MovingAverage
 from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.sharding import is_sharded, local_parameters
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
-from tqdm.auto import tqdm
 
 __all__ = ["LossFunction", "StopRequested", "run_stage"]
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from mechdiffusers.atomic_file import atomic_write
 
 __all__ = ["peak_memory", "read_metrics", "update_metrics"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
+
 from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.training.accelerators import precision_of
 from mechdiffusers.training.checkpoints import BestWeights, damage_of, newest_intact

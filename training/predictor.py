@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor, nn
+
 from mechdiffusers.evaluation import response_error
 from mechdiffusers.mechanics.load_cases import mirrored_cases, transposed_cases
 from mechdiffusers.models import ResponsePredictor, response_normalisation
@@ -20,7 +22,6 @@ from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.data import Designs
 from mechdiffusers.training.loop import run_stage
 from mechdiffusers.training.randomness import StepRandomness
-from torch import Tensor, nn
 
 __all__ = ["symmetries", "train_predictor", "turned"]
 

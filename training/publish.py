@@ -17,9 +17,10 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
+
 from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.pipelines.hub_checkpoint import claim_repository, upload_checkpoint
-from safetensors import safe_open
 
 __all__ = ["model_card", "publish", "write_card"]
 

@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
+from torch.utils.data import IterableDataset, Subset
+
 from mechdiffusers.training.accelerators import process_state
 from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.data import load_designs
 from mechdiffusers.training.metrics import read_metrics
 from mechdiffusers.training.stages import check_stages, run_stages
-from torch.utils.data import IterableDataset, Subset
 
 __all__ = ["rehearse"]
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from mechdiffusers.training.config import TrainingConfig
 from PIL import Image
 from torch import Tensor
+
+from mechdiffusers.training.config import TrainingConfig
 
 __all__ = ["checked_samples"]
 

@@ -6,6 +6,10 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
 from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.training.accelerators import check_accelerators, process_state, stage_accelerator
@@ -14,9 +18,6 @@ from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.data import Designs
 from mechdiffusers.training.denoiser import train_denoiser
 from mechdiffusers.training.predictor import symmetries, train_predictor
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.utils.data import TensorDataset
 
 __all__ = ["check_stages", "run_stages"]
 

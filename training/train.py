@@ -20,6 +20,8 @@ from pathlib import Path
 import datasets
 import diffusers
 import transformers
+from safetensors import SafetensorError
+
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.pipelines.hub_checkpoint import claim_repository
 from mechdiffusers.training.accelerators import precision_of, process_state
@@ -30,7 +32,6 @@ from mechdiffusers.training.output_folder import claim, copy_start
 from mechdiffusers.training.publish import publish
 from mechdiffusers.training.rehearsal import rehearse
 from mechdiffusers.training.stages import check_stages, run_stages
-from safetensors import SafetensorError
 
 __all__ = ["train"]
 

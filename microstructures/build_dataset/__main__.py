@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 import datasets
+from transformers import HfArgumentParser
+
 from mechdiffusers.microstructures.build_dataset import build_dataset
 from mechdiffusers.microstructures.random_composites import random_composites
-from transformers import HfArgumentParser
 
 _DESCRIPTION = (
     "Builds heldout.parquet and train.parquet, random composites with their responses. The same command, given again "

@@ -14,11 +14,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
+from torch import Tensor
+
 from mechdiffusers.mechanics import simulate
 from mechdiffusers.mechanics.materials import CompressibleNeoHookean
 from mechdiffusers.microstructures.build_dataset.columns import dataset_of, grey_levels, response_meaning
 from mechdiffusers.microstructures.build_dataset.parts import compute_by_parts
-from torch import Tensor
 
 __all__ = ["build_dataset"]
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
 from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.mechanics import simulate
 from mechdiffusers.microstructures.build_dataset.columns import designs_of
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 __all__ = ["compute_by_parts", "simulated_response"]
 

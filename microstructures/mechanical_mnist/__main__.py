@@ -15,6 +15,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 from datasets import Dataset
+
 from mechdiffusers.microstructures.build_dataset.columns import dataset_of, response_meaning
 from mechdiffusers.microstructures.mechanical_mnist.reader import load_mechanical_mnist
 

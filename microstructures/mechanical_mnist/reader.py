@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
+
 from mechdiffusers.mechanics.materials import CompressibleNeoHookean
 from mechdiffusers.microstructures.build_dataset.columns import dataset_of
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from mechdiffusers.evaluation import stored_responses
 from mechdiffusers.microstructures import build_dataset, random_composites, response_meaning
 from mechdiffusers.models import ResponseEncoder, response_normalisation

@@ -6,10 +6,11 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
+
 from mechdiffusers.evaluation import curve_shape_error, nearest_in_curve_shape, response_error
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.microstructures.build_dataset.parts import simulated_response
-from scipy.optimize import minimize_scalar
 
 MEANING = {
     "quantity": "stress",

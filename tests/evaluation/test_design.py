@@ -3,6 +3,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
+
 from mechdiffusers.evaluation import response_error, stored_responses
 from mechdiffusers.evaluation.design import designs_for
 from mechdiffusers.models import ResponsePredictor

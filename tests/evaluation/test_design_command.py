@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from mechdiffusers.evaluation import (
     OutOfRangeWarning,
     nearest_in_curve_shape,
@@ -16,7 +18,6 @@ from mechdiffusers.evaluation import (
 from mechdiffusers.evaluation.design_command import main
 from mechdiffusers.microstructures import build_dataset, random_composites, response_meaning
 from mechdiffusers.models import ResponsePredictor, response_normalisation
-from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 

@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+
 from mechdiffusers.evaluation import diversity, novelty, stiff_connectivity
 from mechdiffusers.microstructures import random_composites
 

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from mechdiffusers.evaluation import (
     DESIGN_FAMILIES,
     StatisticsDistance,

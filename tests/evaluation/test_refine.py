@@ -5,6 +5,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
+
 from mechdiffusers.evaluation import refine, response_error
 from mechdiffusers.evaluation.interface_flips import interface_length, lengthening, sets_of_flips
 from mechdiffusers.evaluation.refine import _kriged

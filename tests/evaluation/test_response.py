@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from mechdiffusers.evaluation import nearest_training_designs, response_error, stored_designs, stored_responses
 
 

@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from mechdiffusers.evaluation import (
     bootstrap_interval,
     distance_of_means,

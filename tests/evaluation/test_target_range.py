@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+
 from mechdiffusers.evaluation import OutOfRangeWarning, TargetRange, response_error
 
 STRAINS = np.linspace(0.1, 0.6, 6)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from datasets import Array2D, Dataset, DatasetInfo
+from PIL import Image
+
 from mechdiffusers.evaluation import OutOfRangeWarning, response_error, stored_designs, stored_responses, verify
 from mechdiffusers.microstructures import build_dataset, random_composites, response_meaning
-from PIL import Image
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mechdiffusers.mechanics.elements import Elements
 from mechdiffusers.mechanics.materials import CompressibleNeoHookean
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from mechdiffusers.mechanics import simulate
 from mechdiffusers.mechanics.load_cases import LOAD_CASES, LoadCase
 from mechdiffusers.mechanics.materials import CompressibleNeoHookean

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mechdiffusers.mechanics.elements import Grid
 from mechdiffusers.mechanics.nested_dissection import NestedDissection
 

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
+
 from mechdiffusers.mechanics import simulate
 from mechdiffusers.mechanics.plots import draw_deformed, save_path_animation, save_simulation_figure
 from mechdiffusers.microstructures import random_composites
-from PIL import Image
 
 DESIGNS, _ = random_composites(2, size=4)
 

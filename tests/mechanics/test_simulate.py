@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from mechdiffusers.mechanics import simulate
 from mechdiffusers.mechanics.elements import Elements
 from mechdiffusers.mechanics.load_cases import LOAD_CASES, LoadCase

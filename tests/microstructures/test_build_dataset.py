@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+
 from mechdiffusers.mechanics import simulate
 from mechdiffusers.microstructures import build_dataset, random_composites, response_meaning
 from mechdiffusers.microstructures.build_dataset import builder, parts

@@ -2,9 +2,10 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import kstest
+
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.microstructures.random_composites import _filtered
-from scipy.stats import kstest
 
 
 def test_a_design_depends_on_seed_and_index_alone():

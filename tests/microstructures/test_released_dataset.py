@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict, load_dataset
+
 from mechdiffusers.mechanics import simulate
 from mechdiffusers.microstructures import random_composites, response_meaning
 

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from mechdiffusers.models import NoisyLatentPredictor
 from mechdiffusers.schedulers import VDMScheduler
 

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from mechdiffusers.models import ResponseEncoder, response_normalisation
 
 MEANING = {"quantity": "stress", "load_cases": ["a", "b"], "strains": [[0.1, 0.2, 0.3]] * 2}

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from mechdiffusers.models import ResponseEncoder, ResponsePredictor, response_normalisation
 from torch import Tensor
+
+from mechdiffusers.models import ResponseEncoder, ResponsePredictor, response_normalisation
 
 MEANING = {"quantity": "stress", "load_cases": ["a", "b"], "strains": [[0.1, 0.2, 0.3]] * 2}
 

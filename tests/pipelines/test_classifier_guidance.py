@@ -18,6 +18,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+
 from mechdiffusers.evaluation import GaussianMixture
 from mechdiffusers.pipelines import ClassifierGuidance
 from mechdiffusers.schedulers import PredictorCorrectorScheduler, ProbabilityFlowScheduler, VDMScheduler

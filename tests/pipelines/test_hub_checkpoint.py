@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from hub_server import OWNER, READER, Refusal
 from huggingface_hub import ModelCard
+
+from hub_server import OWNER, READER, Refusal
 from mechdiffusers.models import ResponseEncoder
 from mechdiffusers.pipelines import LatentDDPMPipeline
 

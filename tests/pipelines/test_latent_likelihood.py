@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from mechdiffusers.pipelines.latent_likelihood import (
     check_decoder_likelihood,
     decoder_log_prob,

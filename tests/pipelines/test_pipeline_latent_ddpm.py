@@ -11,9 +11,10 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     ScoreSdeVeScheduler,
 )
+from PIL import Image
+
 from mechdiffusers.pipelines.response_conditioning import difference_of_meanings
 from mechdiffusers.schedulers import STOCK_SCHEDULERS, VDMScheduler, stock_scheduler
-from PIL import Image
 
 
 def generators(num: int) -> list[torch.Generator]:

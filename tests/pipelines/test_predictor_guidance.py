@@ -7,6 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
 from exact_pipeline import Denoiser, LinearAutoencoder, rotated_gaussian
 from mechdiffusers.evaluation import response_error
 from mechdiffusers.models import ResponsePredictor
@@ -18,9 +22,6 @@ from mechdiffusers.schedulers import (
     VDMScheduler,
     stock_scheduler,
 )
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 DIMS = 5
 KINDS = ["epsilon", "v_prediction", "sample", "score"]

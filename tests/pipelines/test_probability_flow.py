@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from diffusers import DDPMScheduler
+
 from exact_pipeline import exact_diffusion, exact_pipeline, rotated_gaussian
 from mechdiffusers.evaluation import GaussianMixture, two_moons
 from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion

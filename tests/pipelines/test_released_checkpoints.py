@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from mechdiffusers.evaluation import response_error, stored_designs, stored_responses, verify
 from mechdiffusers.evaluation.design import designs_for
 from mechdiffusers.evaluation.response import load_split

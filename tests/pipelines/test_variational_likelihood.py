@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, ScoreSdeVeScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
 from exact_pipeline import NOISE, exact_diffusion, exact_pipeline, rotated_gaussian
 from mechdiffusers.evaluation import GaussianMixture
 from mechdiffusers.pipelines import variational_likelihood

@@ -18,6 +18,7 @@ from diffusers import (
     SchedulerMixin,
     UNet2DModel,
 )
+
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.schedulers import (
     PredictorCorrectorScheduler,

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler, SchedulerMixin
+
 from mechdiffusers.evaluation.analytic_denoisers import GaussianMixture, two_moons
 from mechdiffusers.schedulers import (
     STOCK_SCHEDULERS,

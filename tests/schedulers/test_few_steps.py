@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+
 from mechdiffusers.evaluation.analytic_denoisers import GaussianMixture
 from mechdiffusers.schedulers import ProbabilityFlowScheduler, VDMScheduler, estimate_velocity_error, optimize_steps
 

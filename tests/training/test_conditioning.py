@@ -9,6 +9,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from scipy.stats import binomtest
+
 from mechdiffusers.mechanics import simulate
 from mechdiffusers.mechanics.load_cases import LOAD_CASES
 from mechdiffusers.microstructures import random_composites
@@ -22,8 +25,6 @@ from mechdiffusers.training.publish import model_card
 from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.stages import run_stages
 from mechdiffusers.training.train import train
-from safetensors.torch import load_file
-from scipy.stats import binomtest
 from small_runs import MEANING, assert_same_weights, conditional, responses_of, small, write_dataset
 
 DESIGNS = random_composites(64, size=8)[0]

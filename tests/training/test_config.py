@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+
 from mechdiffusers.training import TrainingConfig, parse_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "training" / "configs").glob("*.yaml"))

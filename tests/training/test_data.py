@@ -5,10 +5,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.training import TrainingConfig
 from mechdiffusers.training.data import load_designs
-from PIL import Image
 
 BINARY = np.random.default_rng(0).integers(0, 2, (12, 6, 10)).astype(np.uint8) * 255
 GREY = np.random.default_rng(1).integers(0, 256, (12, 6, 10)).astype(np.uint8)

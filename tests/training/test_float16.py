@@ -9,12 +9,13 @@ import shutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors import safe_open
+from torch import nn
+
 from mechdiffusers.training import accelerators
 from mechdiffusers.training.loop import run_stage
 from mechdiffusers.training.train import train
-from safetensors import safe_open
 from small_runs import assert_same_weights, loss_curve, small
-from torch import nn
 
 
 def half_accelerator(config, name, init_scale=2.0**22):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from hub_server import Commit, Repository
 from mechdiffusers.training.data import load_designs
 from small_runs import SCRIPT, assert_same_weights, command_line, conditional, finish, small, start, write_dataset

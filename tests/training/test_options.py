@@ -11,6 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
+
 from mechdiffusers.schedulers.log_snr_curve import alpha_sigma
 from mechdiffusers.training import parse_config
 from mechdiffusers.training.accelerators import stage_accelerator
@@ -22,9 +25,7 @@ from mechdiffusers.training.metrics import read_metrics
 from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.rehearsal import rehearse
 from mechdiffusers.training.train import train
-from safetensors.torch import load_file
 from small_runs import command_line, finish, loss_curve, small, start
-from torch import nn
 
 
 class Shifted(nn.Module):

@@ -5,6 +5,8 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from mechdiffusers.mechanics import simulate
 from mechdiffusers.mechanics.load_cases import mirrored_cases, transposed_cases
 from mechdiffusers.microstructures import random_composites
@@ -16,7 +18,6 @@ from mechdiffusers.training.publish import model_card
 from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.rehearsal import rehearse
 from mechdiffusers.training.train import train
-from safetensors.torch import load_file
 from small_runs import MEANING, conditional, responses_of, small, weights, write_dataset
 
 CASES = ["uniaxial_extension", "uniaxial_extension_x", "equibiaxial_extension", "shear", "shear_x"]

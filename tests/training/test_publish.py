@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from hub_server import READER
 from huggingface_hub import ModelCard
+
+from hub_server import READER
 from mechdiffusers.evaluation.plots import save_image_grid
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.training import TrainingConfig, parse_config

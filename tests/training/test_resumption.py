@@ -13,12 +13,14 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import nn
+
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.training import checkpoints
 from mechdiffusers.training.checkpoints import BestWeights
 from mechdiffusers.training.output_folder import claim
 from mechdiffusers.training.train import train
-from safetensors.torch import load_file
 from small_runs import (
     SCRIPT,
     SMALL,
@@ -31,7 +33,6 @@ from small_runs import (
     weights,
     write_dataset,
 )
-from torch import nn
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,9 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from scipy.stats import kstest
+from torch.utils.data import TensorDataset
+
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.models import response_normalisation
 from mechdiffusers.training.accelerators import stage_accelerator
@@ -24,7 +27,6 @@ from mechdiffusers.training.loop import run_stage
 from mechdiffusers.training.moving_average import MovingAverage
 from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.train import train
-from scipy.stats import kstest
 from small_runs import (
     SCRIPT,
     assert_same_weights,
@@ -36,7 +38,6 @@ from small_runs import (
     start,
     write_dataset,
 )
-from torch.utils.data import TensorDataset
 
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file"]
 CONFIGS = SCRIPT.parent / "configs" / "accelerate"

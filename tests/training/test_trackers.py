@@ -4,10 +4,11 @@ import json
 from dataclasses import fields
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from mechdiffusers.training import TrainingConfig
 from mechdiffusers.training.train import train
 from small_runs import command_line, finish, small, start
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 #: What Accelerate calls of either.
 STAND_IN = """

@@ -12,6 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from PIL import Image
+from torch import nn
+
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.schedulers import VDMScheduler
@@ -24,9 +27,7 @@ from mechdiffusers.training.latent_bound import autoencoder_nats, latent_nats
 from mechdiffusers.training.latent_denoiser import LatentDenoiser
 from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.train import train
-from PIL import Image
 from small_runs import SCRIPT, SMALL, assert_same_weights, small, weights
-from torch import nn
 
 
 @pytest.fixture(scope="module")
