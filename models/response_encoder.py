@@ -1,9 +1,9 @@
 r"""From a response to the tokens that a denoiser attends to.
 
-A response is an array (B, L, S): L load cases, S strains, in physical units; NaN marks an entry that the user leaves
-open. Each load case becomes one token: a small network sees its normalised values, zero where open, and the mask of
-what is given. A response that is open everywhere becomes the learned null tokens, so that "no response" needs no
-second denoiser: dropping a condition, as classifier-free guidance does, is leaving it open (Ho & Salimans 2021).
+A response is an array (B, L, S): L load cases, S strains, in physical units; NaN marks an unspecified entry. Each load
+case becomes one token: a small network sees its normalised values, zero where unspecified, and the mask of the others.
+A response that is unspecified everywhere becomes the learned null tokens. So classifier-free guidance needs no second
+denoiser (Ho & Salimans 2021).
 
 What counts of a response is its relative error in each load case, and responses of two-phase designs range over more
 than a decade. So an entry :math:`y` is normalised on a logarithmic scale, but one that has a place for zero and below,
@@ -13,6 +13,8 @@ data, and :math:`m` and :math:`d` the mean and the standard deviation of the fir
 This file travels inside checkpoints: it imports torch, numpy and diffusers alone.
 """
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-__all__ = ["ResponseEncoder", "response_normalisation"]
+__all__ = ["ResponseEncoder", "difference_of_meanings", "normalise_response", "response_normalisation"]
 
 
 def response_normalisation(response: Tensor) -> dict[str, list[list[float]]]:
@@ -57,8 +59,16 @@ def response_normalisation(response: Tensor) -> dict[str, list[list[float]]]:
     return {"scale": scale.tolist(), "mean": mean.tolist(), "std": std.tolist()}
 
 
+def normalise_response(
+    response: Tensor, scale: list[list[float]], mean: list[list[float]], std: list[list[float]]
+) -> Tensor:
+    """Normalises responses ``(B, L, S)`` by what :func:`response_normalisation` measured: float32, NaN stays NaN."""
+    response = response.float()  # units may need more digits than the weights have
+    return (torch.asinh(response / response.new_tensor(scale)) - response.new_tensor(mean)) / response.new_tensor(std)
+
+
 class ResponseEncoder(ModelMixin, ConfigMixin):
-    r"""Encodes responses, NaN where open, as tokens for cross-attention.
+    r"""Encodes responses, NaN where unspecified, as tokens for cross-attention.
 
     Args:
         token_dim: D, the denoiser's ``cross_attention_dim``.
@@ -119,11 +129,16 @@ class ResponseEncoder(ModelMixin, ConfigMixin):
         self.layers = nn.Sequential(nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU())
         self.proj_out = nn.Linear(hidden_dim, token_dim)
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in diffusers, which warns of the entry that it writes for ``AutoModel``."""
+        return super().extract_init_dict({key: config_dict[key] for key in config_dict if key != "auto_map"}, **kwargs)
+
     def forward(self, response: Tensor) -> Tensor:
         """Tokens of a batch of responses.
 
         Args:
-            response: Shape ``(B, L, S)``, NaN where open; ``(B, 0, 0)`` for an unconditional model.
+            response: Shape ``(B, L, S)``, NaN where unspecified; ``(B, 0, 0)`` for an unconditional model.
 
         Returns:
             Tokens, shape ``(B, N, D)`` with one token a load case (one for an unconditional model), in the dtype of
@@ -138,9 +153,102 @@ class ResponseEncoder(ModelMixin, ConfigMixin):
         if self.config.meaning is None:
             return null
         given = ~response.isnan()
-        response = response.float()  # units may need more digits than the weights have
-        scale, mean, std = (response.new_tensor(self.config[name]) for name in ("scale", "mean", "std"))
-        values = torch.where(given, (torch.asinh(response / scale) - mean) / std, 0.0)
+        values = torch.where(given, self.normalise(response), 0.0)
         features = torch.cat([values, given.float()], dim=-1).to(self.null_tokens.dtype)
         tokens = self.proj_out(self.layers(self.proj_in(features) + self.case_embedding))
         return torch.where(given.flatten(1).any(1)[:, None, None], tokens, null)
+
+    def normalise(self, response: Tensor) -> Tensor:
+        """Normalises responses ``(B, L, S)``, NaN where unspecified.
+
+        Args:
+            response: In physical units, shape ``(B, L, S)``.
+
+        Returns:
+            Same shape, float32.
+        """
+        return normalise_response(response, self.config.scale, self.config.mean, self.config.std)
+
+    def prepare(self, response: Tensor | np.ndarray | None, batch_size: int = 1) -> Tensor:
+        """A wanted response, checked against what this encoder was trained for.
+
+        Args:
+            response: Shape ``(B, L, S)``, NaN where unspecified; ``None`` is unspecified everywhere, ``batch_size``
+                times.
+            batch_size: Number of responses, or 1 for as many as there are.
+
+        Returns:
+            The response, float32, shape ``(B, L, S)``.
+
+        Raises:
+            ValueError: If the response does not fit the checkpoint.
+        """
+        num_cases, num_strains = self.response_shape
+        if response is None:
+            return torch.full((batch_size, num_cases, num_strains), math.nan)
+        if self.config.meaning is None:
+            raise ValueError("response must be None: this checkpoint was trained without responses")
+        try:
+            # a copy, since torch takes no view that runs backwards
+            wanted = torch.as_tensor(response if isinstance(response, Tensor) else np.array(response))
+            if wanted.is_complex() or wanted.dtype == torch.bool:
+                raise TypeError
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"response must be a tensor or array of numbers, got {type(response).__name__}") from None
+        wanted, cases = wanted.float(), self.config.meaning["load_cases"]
+        if wanted.ndim != 3 or tuple(wanted.shape[1:]) != self.response_shape:
+            raise ValueError(
+                f"response must have shape (B, {num_cases}, {num_strains}): the load cases {cases} at {num_strains} "
+                f"strains each; got shape {tuple(wanted.shape)}"
+            )
+        if batch_size not in (1, len(wanted)):
+            raise ValueError(f"batch_size must be left out or be the {len(wanted)} responses, got {batch_size}")
+        if not len(wanted) or wanted.isnan().flatten(1).all(1).any() or wanted.isinf().any():
+            raise ValueError(
+                "response must be finite somewhere in each sample, NaN only where unspecified, and never infinite"
+            )
+        if (wanted < 0).any():
+            sample, case, strain = (wanted < 0).nonzero()[0].tolist()
+            raise ValueError(
+                "response must be non-negative, since it belongs to magnitudes of strain, in compression too; got "
+                f"{wanted[sample, case, strain].item():g} in sample {sample}, load case {cases[case]!r}"
+            )
+        if ((wanted == 0).any(-1) & ~(wanted > 0).any(-1)).any():
+            raise ValueError("response must not be zero all along a load case: NaN leaves it unspecified")
+        return wanted
+
+    def check_meaning(self, name: str, meaning: Mapping[str, Any]) -> None:
+        """Raises a ``ValueError`` unless a meaning, named in the message, is what this encoder was trained for."""
+        if self.config.meaning is None:
+            raise ValueError(f"{name} must be None: this checkpoint was trained without responses")
+        if not isinstance(meaning, Mapping):
+            raise ValueError(
+                f"{name} must be a dictionary as mechdiffusers.response_meaning reads it from a dataset, got "
+                f"{meaning!r}"
+            )
+        if (other := difference_of_meanings(meaning, self.config.meaning)) is not None:
+            raise ValueError(f"{name} must agree with what response_encoder was trained for, got {other}")
+
+
+def difference_of_meanings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """The first entry in which two meanings differ, in words, ``None`` if there is none."""
+    one, other = _as_saved(found), _as_saved(wanted)
+    for key in sorted(one.keys() | other.keys()):
+        if one.get(key) != other.get(key):
+            return f"another {key}: {one.get(key)}, not {other.get(key)}"
+    return None
+
+
+def _as_saved(value: Any) -> Any:
+    """A meaning as a file holds it, where tuples and arrays are lists, but not to the last digit."""
+    if isinstance(value, (np.ndarray, np.generic, Tensor)):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): _as_saved(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_saved(entry) for entry in value]
+    return float(f"{value:.9g}") if isinstance(value, float) else value
+
+
+# for AutoModel.from_pretrained(checkpoint, subfolder="response_encoder", trust_remote_code=True)
+ResponseEncoder.register_for_auto_class()

@@ -7,13 +7,13 @@ A symmetry of the cell and its loads tells the response of a turned or mirrored 
 all that are known: networks see them differently, and their errors cancel in part.
 
 It predicts normalised responses, :math:`(\operatorname{asinh}(y / s) - m) / d` of an entry :math:`y`, as
-:mod:`response_encoder` sees them and explains. The two cannot share the lines that do so: diffusers downloads a single
-file of code for a part with weights.
+:mod:`response_encoder` sees them and explains.
 
 This file travels inside checkpoints: it imports torch, numpy and diffusers alone.
 """
 
 import copy
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -116,6 +116,11 @@ class ResponsePredictor(ModelMixin, ConfigMixin):
             nn.Linear(2 * widths[-1], math.prod(self.response_shape)),
         )
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in diffusers, which warns of the entry that it writes for ``AutoModel``."""
+        return super().extract_init_dict({key: config_dict[key] for key in config_dict if key != "auto_map"}, **kwargs)
+
     def forward(self, images: Tensor) -> Tensor:
         """The normalised response of images, as the network alone sees them.
 
@@ -135,14 +140,10 @@ class ResponsePredictor(ModelMixin, ConfigMixin):
             hidden = layer(hidden, None) if isinstance(layer, ResnetBlock2D) else layer(hidden)
         return self.head(hidden).unflatten(1, self.response_shape)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """As in diffusers, but in half precision: half the size, and rounded by far less than the predictor is wrong.
-
-        Args:
-            save_directory: Folder to write to.
-            **kwargs: As in diffusers.
-        """
-        super(ResponsePredictor, copy.deepcopy(self).half()).save_pretrained(save_directory, **kwargs)
+    @functools.wraps(ModelMixin.save_pretrained)  # whose signature tells diffusers what it may pass on
+    def save_pretrained(self, save_directory: str | os.PathLike, **options: Any) -> None:
+        """As in diffusers, but in half precision: half the size, and a rounding far below the predictor's error."""
+        super(ResponsePredictor, copy.deepcopy(self).half()).save_pretrained(save_directory, **options)
 
     def predict(self, images: Tensor) -> Tensor:
         """The response of images, the mean over what the symmetries tell of it.
@@ -164,19 +165,15 @@ class ResponsePredictor(ModelMixin, ConfigMixin):
                     told[case].append(values)
         return self.denormalise(torch.stack([torch.stack(values).mean(0) for values in told], dim=1))
 
-    def normalise(self, response: Tensor) -> Tensor:
-        """Normalises responses ``(B, L, S)``, NaN where open; float32, as units may need more digits than weights."""
-        scale, mean, std = self._normalisation(response.device)
-        return (torch.asinh(response.float() / scale) - mean) / std
-
     def denormalise(self, values: Tensor) -> Tensor:
-        """The inverse of :meth:`normalise`."""
-        scale, mean, std = self._normalisation(values.device)
+        """Normalised responses ``(B, L, S)`` in physical units, float32: inverts ``ResponseEncoder.normalise``."""
+        scale, mean, std = (torch.tensor(self.config[name], device=values.device) for name in ("scale", "mean", "std"))
         return torch.sinh(values.float() * std + mean) * scale
-
-    def _normalisation(self, device: torch.device) -> list[Tensor]:
-        return [torch.tensor(self.config[name], device=device) for name in ("scale", "mean", "std")]
 
 
 def _residual_layer(width: int, groups: int) -> ResnetBlock2D:
     return ResnetBlock2D(in_channels=width, out_channels=width, temb_channels=None, groups=groups, eps=1e-5)
+
+
+# for AutoModel.from_pretrained(checkpoint, subfolder="response_predictor", trust_remote_code=True)
+ResponsePredictor.register_for_auto_class()

@@ -80,6 +80,23 @@ class LogSnrCurve:
         first, last = math.atan(math.exp(-high / 2)), math.atan(math.exp(-low / 2))
         return cls(-2 * np.log(np.tan(np.linspace(first, last, num))), num)
 
+    @classmethod
+    def of_scheduler(cls, scheduler: Any) -> LogSnrCurve:
+        """The curve of a variance-preserving scheduler of ours, or of diffusers by its ``alphas_cumprod``."""
+        if hasattr(scheduler, "curve"):  # which knows more digits than single precision near 1 holds
+            return scheduler.curve
+        return cls(_log_snr(scheduler.alphas_cumprod), len(scheduler.alphas_cumprod))
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Log-SNR at timestep 0 and at ``num_train_timesteps - 1``."""
+        return float(self._values[0]), float(self._values[-2])
+
+    @property
+    def last(self) -> float:
+        """The last timestep, T - 1."""
+        return float(self._knots[-2])
+
     def __call__(self, timesteps: Tensor) -> Tensor:
         """Log-SNR at timesteps of any shape, float64 (on MPS float32), on their device."""
         lower, weight = self._segment(timesteps)
@@ -139,19 +156,19 @@ def prediction_coefficients(prediction_type: str, alpha: Any, sigma: Any) -> tup
 
 
 def ancestral_coefficients(log_snr_t: Any, log_snr_s: Any) -> tuple[Any, Any, Any]:
-    r"""Of a draw from :math:`q(x_s \mid x_t, x_0)`, s the less noisy time (Kingma et al. 2021, appendix A.4).
+    r"""Of :math:`q(x_s \mid x_t, x_0)`, s the less noisy time (Kingma et al. 2021, equations 23 to 25; Luo 2022, 84).
 
     Args:
-        log_snr_t: Log-SNR at the noisier time, any shape, numpy.
+        log_snr_t: Log-SNR at the noisier time, any shape, numpy or a tensor.
         log_snr_s: Log-SNR at the less noisy time, likewise; ``inf`` for clean data.
 
     Returns:
-        What the noisy sample, the clean one and standard normal noise are multiplied by.
+        What the noisy sample and the clean one are multiplied by in the mean, and the variance.
     """
     (alpha_t, _), (alpha_s, sigma_s) = alpha_sigma(log_snr_t), alpha_sigma(log_snr_s)
     # expm1 keeps the digits when the two times are close, where 1 - exp(...) has none left
-    c = -np.expm1(log_snr_t - log_snr_s)
-    return alpha_s / alpha_t * (1 - c), alpha_s * c, sigma_s * np.sqrt(c)
+    c = -(torch if isinstance(log_snr_t, Tensor) else np).expm1(log_snr_t - log_snr_s)
+    return alpha_s / alpha_t * (1 - c), alpha_s * c, sigma_s**2 * c
 
 
 def _log_snr_of_betas(config: Any) -> np.ndarray:
@@ -170,8 +187,12 @@ def _log_snr_of_betas(config: Any) -> np.ndarray:
         ) from error
     if len(alphas_cumprod) != config.num_train_timesteps:
         raise ValueError(f"trained_betas must be {config.num_train_timesteps} numbers, got {len(alphas_cumprod)}")
-    alphas_cumprod = alphas_cumprod.double().numpy()
-    if alphas_cumprod[-1] == 0:  # rescaled to no signal at all, whose logarithm a curve cannot hold
-        alphas_cumprod[-1] = min(2**-24, alphas_cumprod[-2] / 2)
+    return _log_snr(alphas_cumprod)
+
+
+def _log_snr(alphas_cumprod: Tensor) -> np.ndarray:
+    table = alphas_cumprod.cpu().double().numpy().copy()
+    if table[-1] == 0:  # rescaled to no signal at all, whose logarithm a curve cannot hold
+        table[-1] = min(2**-24, table[-2] / 2)
     with np.errstate(divide="ignore"):
-        return np.log(alphas_cumprod) - np.log1p(-alphas_cumprod)
+        return np.log(table) - np.log1p(-table)

@@ -18,10 +18,12 @@ class Tableau(NamedTuple):
     Args:
         stages: For each stage the weights of the slopes before it; their sum is how far into the step it lies.
         weights: Weights of all slopes at the end of the step.
+        error: These less the weights of the embedded method of lower order, where there is one.
     """
 
     stages: tuple[tuple[float, ...], ...]
     weights: tuple[float, ...]
+    error: tuple[float, ...] = ()
 
 
 TABLEAUX: Mapping[str, Tableau] = {

@@ -131,4 +131,10 @@ def _euler_maruyama(log_snr_t: float, log_snr_s: float) -> tuple[float, float, f
     return 1 + beta / 2 - drift, drift * alpha_t, np.sqrt(beta) if np.isfinite(log_snr_s) else 0.0
 
 
-_PREDICT: dict[str, Any] = {"ancestral": ancestral_coefficients, "euler_maruyama": _euler_maruyama}
+def _ancestral(log_snr_t: float, log_snr_s: float) -> tuple[float, float, float]:
+    r"""A draw from :math:`q(x_s \mid x_t, x_0)`."""
+    of_sample, of_x0, variance = ancestral_coefficients(log_snr_t, log_snr_s)
+    return of_sample, of_x0, np.sqrt(variance)
+
+
+_PREDICT: dict[str, Any] = {"ancestral": _ancestral, "euler_maruyama": _euler_maruyama}

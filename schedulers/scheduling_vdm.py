@@ -120,13 +120,13 @@ class VDMScheduler(VariancePreservingScheduler, SchedulerMixin):
         log_snr_t = self.curve.at(grid)
         log_snr_s = np.append(log_snr_t[1:], np.inf)
         alpha_t, sigma_t = alpha_sigma(log_snr_t)
-        of_sample, of_x0, std = ancestral_coefficients(log_snr_t, log_snr_s)
+        of_sample, of_x0, variance = ancestral_coefficients(log_snr_t, log_snr_s)
         if self.config.variance_type == "optimal":
             errors = self.config.velocity_error
             error = np.interp(grid, np.linspace(0, len(self) - 1, len(errors)), errors)
         else:  # that of a clean sample that is known, or of a standard normal one (Ho et al. 2020, section 3.2)
             error = float(self.config.variance_type == "fixed_large")
-        std = np.sqrt(std**2 + (of_x0 * sigma_t) ** 2 * error)
+        std = np.sqrt(variance + (of_x0 * sigma_t) ** 2 * error)
         std[-1] = 0  # the last step ends at the mean
         x0_coefficients, _ = prediction_coefficients(self.config.prediction_type, alpha_t, sigma_t)
         columns = np.broadcast_arrays(grid, *x0_coefficients, of_sample, of_x0, std)

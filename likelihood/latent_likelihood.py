@@ -1,0 +1,312 @@
+r"""How likely images are: the evidence lower bound of a latent diffusion model, and its importance-weighted sharpening.
+
+.. math:: \log p(x) \ge E_q[\log p(x \mid z)] + H[q(z \mid x)] + E_q[\log p_\theta(z)],
+
+all in the space of the latents that the diffusion works in (Luo 2022, equations 16 and 19, where the last two are one
+divergence). The first two are the autoencoder's; :math:`\log p_\theta(z)` is the prior's. Of the importance-weighted
+bound each draw has the weight that is in the logarithm of Luo's equation 16, or of 29 for the path of a chain.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from mechdiffusers.likelihood.latent_diffusion import LatentDiffusion, as_float64
+from mechdiffusers.likelihood.priors import ContinuousPrior, Prior
+from mechdiffusers.pipelines.pipeline_latent_ddpm import decoder_log_prob, decoder_output, posterior_of
+
+__all__ = ["LatentLikelihood", "LikelihoodOutput", "log_prob_given"]
+
+logger = logging.getLogger(__name__)
+
+#: Numbers in the largest tensor of a batch, whichever of pixels and latents it holds.
+_ENTRIES_A_BATCH = 2**17
+#: Nats a latent dimension above which a value is not to be relied on.
+_LARGE_ERROR = 0.01
+_LEVELS = 255
+_POSSIBLE_WITHOUT = "without it only LatentDiffusion is possible"
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+@dataclass
+class LikelihoodOutput(BaseOutput):
+    """Log-likelihoods, each with its error.
+
+    Args:
+        log_likelihood (`torch.Tensor`):
+            Log-probability of each image or a lower bound of it, in nats, shape ``(B,)``, float64.
+        bits_per_dim (`torch.Tensor`):
+            The same as a cost in bits a pixel, shape ``(B,)``.
+        terms (`dict[str, torch.Tensor]`):
+            What it is the sum of, by name, in nats, each of shape ``(B,)``.
+        error (`torch.Tensor`):
+            Estimated error in nats, shape ``(B,)``: the standard error over the draws and the flow's own error. Of one
+            draw only the noise levels' or the flow's is known; NaN where there is neither.
+        is_lower_bound (`bool`):
+            Whether the expected value is below the log-likelihood. A flow whose error exceeds 0.01 nats a latent
+            dimension may lie above.
+        effective_sample_size (`torch.Tensor`, *optional*):
+            Of the importance weights, between 1 and ``num_samples``, shape ``(B,)``; of ``iwae``.
+    """
+
+    log_likelihood: Tensor
+    bits_per_dim: Tensor
+    terms: dict[str, Tensor]
+    error: Tensor
+    is_lower_bound: bool
+    effective_sample_size: Tensor | None = None
+
+
+class LatentLikelihood:
+    """Log-likelihoods of images under a pipeline: its autoencoder, and a prior of the latents.
+
+    Args:
+        pipe: A [`LatentDDPMPipeline`]; it is not changed.
+        prior: [`ContinuousPrior`] (default), [`AncestralPrior`], [`FlowPrior`] or [`StandardNormalPrior`].
+
+    Raises:
+        ValueError: If the prior is none of these.
+
+    Example:
+        >>> likelihood = LatentLikelihood(pipe, FlowPrior(num_steps=16))  # doctest: +SKIP
+        >>> output = likelihood.elbo(designs)  # doctest: +SKIP
+        >>> output.bits_per_dim.mean(), output.error.max()  # doctest: +SKIP
+
+    References:
+        | Importance Weighted Autoencoders (Burda et al., 2016)
+        | https://arxiv.org/abs/1509.00519
+    """
+
+    def __init__(self, pipe: Any, prior: Prior | None = None):
+        self.pipe, self.prior = pipe, ContinuousPrior() if prior is None else prior
+        if not hasattr(self.prior, "log_density"):
+            raise ValueError(f"prior must be a prior such as ContinuousPrior(num_levels=16), got {prior!r}")
+
+    def elbo(
+        self,
+        images: Any,
+        num_samples: int = 1,
+        response: Any = None,
+        generator: Generators = None,
+        batch_size: int | None = None,
+    ) -> LikelihoodOutput:
+        r"""The evidence lower bound of images.
+
+        Args:
+            images: Images of the checkpoint's size; of 0 and 1 alone for a Bernoulli decoder.
+            num_samples (`int`, defaults to 1):
+                Draws from the posterior for each image.
+            response (`torch.Tensor` or `np.ndarray`, *optional*):
+                Condition, shape ``(B, L, S)``, NaN where unspecified: the likelihood given these responses.
+            generator (`torch.Generator` or a list of them, *optional*):
+                Source of all random numbers. A list has one for each image.
+            batch_size (`int`, *optional*):
+                Draws in memory at once; by default as many as suit the size of the images and the number of probes.
+
+        Returns:
+            [`LikelihoodOutput`].
+
+        Raises:
+            ValueError: If the images have another size or range, or the decoder gives them no probability, the
+                autoencoder is deterministic, the pipeline cannot give the prior, or an argument is out of range.
+        """
+        return self._bound(images, num_samples, response, generator, batch_size, importance=False)
+
+    def iwae(
+        self,
+        images: Any,
+        num_samples: int = 64,
+        response: Any = None,
+        generator: Generators = None,
+        batch_size: int | None = None,
+    ) -> LikelihoodOutput:
+        """The importance-weighted bound of images, which rises with ``num_samples`` to the log-likelihood.
+
+        Arguments, output and errors are those of :meth:`elbo`. ``AncestralPrior`` takes the weights of whole paths,
+        ``FlowPrior`` needs the exact trace, and ``ContinuousPrior`` is refused.
+        """
+        return self._bound(images, num_samples, response, generator, batch_size, importance=True)
+
+    # the flow's divergence is a gradient, which there is none of in an inference_mode around the call
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _bound(
+        self,
+        images: Any,
+        num_samples: int,
+        response: Any,
+        generator: Generators,
+        batch_size: int | None,
+        importance: bool,
+    ) -> LikelihoodOutput:
+        pipe = self.pipe
+        for name, count in (("num_samples", num_samples), ("batch_size", batch_size)):
+            of_its_own = name == "batch_size" and count is None
+            if not of_its_own and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+                raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
+        pixels = pipe.prepare_images(images)
+        self._check_mass(pixels)
+        self.prior.check(pipe, importance)
+        diffusion = LatentDiffusion(pipe, response)
+        if len(diffusion.tokens) not in (1, len(pixels)):
+            raise ValueError(f"response must be one for each of {len(pixels)} samples, got {len(diffusion.tokens)}")
+        seeds = _row_seeds(generator, len(pixels), num_samples)
+        dims, num_pixels = math.prod(pipe.latent_shape), pixels[0].numel()
+
+        rows = torch.arange(len(pixels)).repeat_interleave(num_samples)
+        values: dict[str, Tensor] = {}
+        errors: dict[str, Tensor] = {}
+        size = batch_size or max(1, _ENTRIES_A_BATCH // max(dims * self.prior.draws_in_memory(pipe), num_pixels))
+        for chunk in pipe.progress_bar(torch.arange(len(rows)).split(size)):
+            of = pixels[rows[chunk]]
+            mean, std = self._posterior(of)
+            draw = _source([torch.Generator().manual_seed(seeds[row]) for row in chunk.tolist()], mean.device)
+            noise = draw(mean.shape[1:])
+            latents = mean + std * noise  # Luo 2022, equation 20
+            spread = noise.square().flatten(1).sum(1) if importance else dims  # minus log q, as drawn or its mean
+            prior = self.prior.log_density(pipe, diffusion.rows(rows[chunk]), latents, draw, importance)
+            terms = {  # Luo 2022, equation 19
+                "reconstruction": self._log_prob_given(latents, of),
+                "entropy": std.log().flatten(1).sum(1) + (dims * math.log(2 * math.pi) + spread) / 2,
+                **prior.terms,
+            }
+            for kept, found in ((values, terms), (errors, prior.errors)):
+                for name, value in found.items():
+                    # one place for all: small tensors between large ones that go leave the memory in pieces
+                    kept.setdefault(name, torch.empty(len(rows), dtype=torch.float64))[chunk] = value.cpu()
+        pipe.maybe_free_model_hooks()
+        values, errors = (
+            {name: value.reshape(-1, num_samples) for name, value in kept.items()} for kept in (values, errors)
+        )
+        return _summary(values, errors, importance, dims, num_pixels)
+
+    def _check_mass(self, pixels: Tensor) -> None:
+        """Raises a ``ValueError`` unless the decoder gives a probability to pixels in [0, 1]."""
+        levels = 1 if self.pipe.decoder_likelihood == "bernoulli" else _LEVELS
+        # in parts, as there may be far more images than go through the networks at once
+        if any(((part * levels).round() - part * levels).abs().max() > 1e-3 for part in pixels.split(1024)):
+            accepted = "0 or 1" if levels == 1 else "multiples of 1/255"
+            raise ValueError(
+                f"images must have pixels of {accepted}, to which alone a {self.pipe.decoder_likelihood} decoder gives "
+                "a probability, got others"
+            )
+
+    def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents of pixels, float64: those of the codes, shifted and scaled."""
+        vae = self.pipe.vae
+        posterior = posterior_of(vae, pixels.to(self.pipe._execution_device, vae.dtype))
+        if posterior.deterministic or not (posterior.std > 0).all():
+            raise ValueError(
+                "vae must have a posterior of positive variance for a likelihood of images, got a deterministic one: "
+                + _POSSIBLE_WITHOUT
+            )
+        scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
+        return (as_float64(posterior.mean) - shift) * scale, as_float64(posterior.std) * abs(scale)
+
+    def _log_prob_given(self, latents: Tensor, pixels: Tensor) -> Tensor:
+        vae, device = self.pipe.vae, self.pipe._execution_device
+        return log_prob_given(
+            vae, latents.to(device, vae.dtype), pixels, self.pipe.decoder_likelihood, self.pipe.decoder_scale
+        )
+
+
+def log_prob_given(vae: Any, latents: Tensor, pixels: Tensor, likelihood: str, scale: float | None = None) -> Tensor:
+    r"""Log-probability of images given their latents, in nats.
+
+    Args:
+        vae: Autoencoder, its shift and scale measured.
+        latents: In the space that the diffusion works in, shape ``(B, C, h, w)``.
+        pixels: As in :func:`~mechdiffusers.pipelines.pipeline_latent_ddpm.decoder_log_prob`, shape ``(B, C, H, W)``.
+        likelihood: What the decoder's output means.
+        scale: Scale of the logistic distribution on [0, 1]; ``discretized_logistic`` needs it.
+
+    Returns:
+        Shape ``(B,)``, float64.
+    """
+    codes = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    decoded = as_float64(decoder_output(vae, codes.to(vae.dtype)))
+    return decoder_log_prob(decoded, pixels.to(decoded), likelihood, scale).flatten(1).sum(1)
+
+
+def _row_seeds(generator: Generators, num: int, num_samples: int) -> list[int]:
+    """A seed for each draw of each image: the first draws do not depend on how many draws or images follow."""
+
+    def seeds(source: torch.Generator | None, count: int) -> list[int]:
+        device = "cpu" if source is None else source.device
+        return torch.randint(2**62, (count,), generator=source, device=device).tolist()
+
+    if isinstance(generator, list):
+        if len(generator) != num:
+            raise ValueError(f"generator must be one or a list of {num}, one an image, got {len(generator)}")
+        return [seed for source in generator for seed in seeds(source, num_samples)]
+    images = [torch.Generator().manual_seed(seed) for seed in seeds(generator, num)]
+    return [seed for source in images for seed in seeds(source, num_samples)]
+
+
+def _source(generators: list[torch.Generator], device: Any) -> Callable[..., Tensor]:
+    def draw(shape: tuple[int, ...] | None = None) -> Tensor:
+        """Standard normal numbers of a shape for each generator; without a shape, one uniform number."""
+        if shape is None:
+            values = [torch.rand((), generator=generator, dtype=torch.float64) for generator in generators]
+        else:
+            values = [torch.randn(shape, generator=generator, dtype=torch.float64) for generator in generators]
+        return torch.stack(values).to(device)
+
+    return draw
+
+
+def _summary(
+    values: dict[str, Tensor], errors: dict[str, Tensor], importance: bool, dims: int, num_pixels: int
+) -> LikelihoodOutput:
+    """The output for terms and errors of every draw, each (B, K)."""
+    terms = {name: value.mean(1) for name, value in values.items()}
+    total = torch.stack(list(values.values())).sum(0)
+    num_samples = total.shape[1]
+    effective = None
+    if importance:
+        log_weights = torch.log_softmax(total, dim=1)
+        effective = torch.exp(-torch.logsumexp(2 * log_weights, dim=1))
+        value = torch.logsumexp(total, dim=1) - math.log(num_samples)
+        terms["importance_gain"] = value - total.mean(1)
+        # the delta method: relative standard error of the mean weight
+        error = ((num_samples / effective - 1) / max(num_samples - 1, 1)).clamp(min=0).sqrt()
+    else:
+        value = total.mean(1)
+        error = total.std(1) / num_samples**0.5 if num_samples > 1 else value
+    if num_samples == 1:  # the spread over draws is unknown, and so is the error unless something else tells of it
+        known = torch.zeros_like(value) if "steps" in errors else torch.full_like(value, torch.nan)
+        error = errors["levels"][:, 0] if "levels" in errors else known
+    converged = True
+    if "steps" in errors:
+        steps, probes = errors["steps"].mean(1), errors["probes"].square().sum(1).sqrt() / num_samples
+        flow_error = (steps.square() + probes.square()).sqrt()
+        error = (error.square() + flow_error.square()).sqrt()
+        converged = bool((flow_error <= _LARGE_ERROR * dims).all())
+        if not converged:
+            logger.warning(
+                "The flow's log-density is uncertain by more than %g nats a latent dimension for %d of %d images, by "
+                "%.2g at most, %.2g of it from the steps and %.2g from the probes: raise num_steps or num_probes.",
+                _LARGE_ERROR,
+                int((flow_error > _LARGE_ERROR * dims).sum()),
+                len(value),
+                flow_error.max().item() / dims,
+                steps.max().item() / dims,
+                probes.max().item() / dims,
+            )
+    return LikelihoodOutput(
+        log_likelihood=value,
+        bits_per_dim=-value / (num_pixels * math.log(2)),
+        terms=terms,
+        error=error,
+        is_lower_bound=converged,
+        effective_sample_size=effective,
+    )

@@ -1,0 +1,216 @@
+r"""The log-density of latents under a latent diffusion, which is the prior of its autoencoder.
+
+:math:`\log p_\theta(z)` is one of three models', which are never mixed: the continuous-time process, bounded below by
+one integral over the log-SNR (Kingma et al. 2021, equation 17); the scheduler's own ancestral chain, bounded below by a
+sum over its steps (Luo 2022, equation 58); or the probability flow, a value. The first two end in a last draw
+:math:`p(z \mid z_0) = N(\hat x_0(z_0), \sigma_0^2 / \alpha_0^2)`, at the noise that is left at timestep 0. A fourth,
+the standard normal, leaves the diffusion out: it is what the autoencoder alone has.
+
+Each prior gives the terms of one draw, and what is known of their errors.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdiffusers.likelihood.latent_diffusion import ContinuousDiffusion
+from mechdiffusers.likelihood.log_density import (
+    Draw,
+    LogDensity,
+    ancestral_terms,
+    continuous_terms,
+    flow_log_density,
+    squared_norm,
+)
+from mechdiffusers.likelihood.runge_kutta import check_solver
+
+__all__ = [
+    "AncestralPrior",
+    "ContinuousPrior",
+    "FlowPrior",
+    "Prior",
+    "StandardNormalPrior",
+]
+
+_FIXED = ("fixed_small", "fixed_small_log", "fixed_large")
+#: The variances of each scheduler with an ancestral chain; another may have the option too, left over from these.
+_VARIANCE_TYPES = {"DDPMScheduler": _FIXED, "VDMScheduler": (*_FIXED, "optimal")}
+
+
+class Prior(Protocol):
+    """A model of the latents."""
+
+    def check(self, pipe: Any, importance: bool) -> None:
+        """Raises a ``ValueError`` if it cannot be one for a pipeline, or not for an importance-weighted bound."""
+        ...
+
+    def draws_in_memory(self, pipe: Any) -> int:
+        """How many numbers are held for each entry of a latent."""
+        ...
+
+    def log_density(
+        self, pipe: Any, diffusion: ContinuousDiffusion, latents: Tensor, draw: Draw, importance: bool
+    ) -> LogDensity:
+        """One draw for latents, shape ``(B, C, h, w)``; for an importance-weighted bound, its log-weight."""
+        ...
+
+
+@dataclass(frozen=True)
+class ContinuousPrior:
+    """The continuous-time process, by its lower bound.
+
+    Args:
+        num_levels: Noise levels for each draw.
+
+    Raises:
+        ValueError: If ``num_levels`` is no integer of at least 1.
+    """
+
+    num_levels: int = 16
+
+    def __post_init__(self) -> None:
+        _check_count("num_levels", self.num_levels)
+
+    def check(self, pipe: Any, importance: bool) -> None:
+        """Refuses an importance-weighted bound, whose weights an integral that is drawn would bias."""
+        if importance:
+            raise ValueError(
+                "prior must be AncestralPrior, FlowPrior or StandardNormalPrior for iwae, got ContinuousPrior, whose "
+                "estimate would lift it above the log-likelihood"
+            )
+
+    def draws_in_memory(self, pipe: Any) -> int:  # noqa: D102
+        return 1
+
+    def log_density(  # noqa: D102
+        self, pipe: Any, diffusion: ContinuousDiffusion, latents: Tensor, draw: Draw, importance: bool
+    ) -> LogDensity:
+        terms, error = continuous_terms(diffusion, latents, self.num_levels, draw)
+        return LogDensity(terms, {"levels": error})
+
+
+@dataclass(frozen=True)
+class AncestralPrior:
+    """The ancestral chain of ``DDPMScheduler`` or ``VDMScheduler``, by its lower bound or by weights of whole paths.
+
+    Args:
+        num_steps: Steps of the chain, by default all of the scheduler's.
+
+    Raises:
+        ValueError: If ``num_steps`` is no integer of at least 1.
+    """
+
+    num_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_steps is not None:
+            _check_count("num_steps", self.num_steps)
+
+    def check(self, pipe: Any, importance: bool) -> None:
+        """Refuses a scheduler without an ancestral chain, and more steps than its timesteps."""
+        self._chain(pipe.scheduler)
+
+    def draws_in_memory(self, pipe: Any) -> int:  # noqa: D102
+        return 1
+
+    def log_density(  # noqa: D102
+        self, pipe: Any, diffusion: ContinuousDiffusion, latents: Tensor, draw: Draw, importance: bool
+    ) -> LogDensity:
+        return LogDensity(ancestral_terms(diffusion, latents, *self._chain(pipe.scheduler), draw, importance), {})
+
+    def _chain(self, scheduler: Any) -> tuple[Tensor, Tensor]:
+        """The timesteps of the scheduler's ancestral chain, and the error of the velocity that it allows for there."""
+        name, config = type(scheduler).__name__, scheduler.config
+        variance_type = config.get("variance_type")
+        if variance_type not in _VARIANCE_TYPES.get(name, ()):
+            raise ValueError(
+                "scheduler must have an ancestral chain for AncestralPrior, as VDMScheduler has, and DDPMScheduler "
+                f"with a variance_type of {_FIXED}, got {name} with {variance_type!r}; ContinuousPrior and FlowPrior "
+                "need none"
+            )
+        last = len(scheduler.alphas_cumprod) - 1
+        if self.num_steps is None:
+            timesteps = torch.arange(last, -1, -1)
+        else:
+            scheduler = copy.deepcopy(scheduler)  # whose steps may be in use
+            scheduler.set_timesteps(self.num_steps)
+            timesteps = scheduler.timesteps.cpu()
+        # the fixed variances are the optimal ones of a latent that is known, and of a standard normal one
+        table = config.velocity_error if variance_type == "optimal" else [float(variance_type == "fixed_large")] * 2
+        errors = np.interp(timesteps.numpy(), np.linspace(0, last, len(table)), table)
+        return timesteps, torch.from_numpy(errors)
+
+
+@dataclass(frozen=True)
+class FlowPrior:
+    """The probability flow, a value that has an error.
+
+    Args:
+        num_steps: Runge-Kutta steps of four evaluations each, even.
+        num_probes: Probes of the flow's divergence, at least 2; as many as a latent has entries make it exact.
+        tolerance: Error of a step of an adaptive method, instead of ``num_steps``.
+
+    Raises:
+        ValueError: If one of them is out of range.
+    """
+
+    num_steps: int = 8
+    num_probes: int = 8
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        check_solver(self.num_steps, self.tolerance)
+        _check_count("num_probes", self.num_probes)
+
+    def check(self, pipe: Any, importance: bool) -> None:
+        """Refuses a single probe, and for an importance-weighted bound all but an exact trace."""
+        dims = math.prod(pipe.latent_shape)
+        if self.num_probes < 2 and self.num_probes < dims:
+            raise ValueError(f"num_probes must be an integer of at least 2, got {self.num_probes!r}")
+        if importance and self.num_probes < dims:
+            raise ValueError(
+                f"num_probes must be at least the {dims} entries of a latent for iwae with FlowPrior, since an "
+                f"estimated trace would lift it above the log-likelihood, got {self.num_probes}; or take AncestralPrior"
+            )
+
+    def draws_in_memory(self, pipe: Any) -> int:
+        """The flow keeps a draw's probes, each as large as a latent, along the whole way."""
+        return self.num_probes if self.num_probes < math.prod(pipe.latent_shape) else 1
+
+    def log_density(  # noqa: D102
+        self, pipe: Any, diffusion: ContinuousDiffusion, latents: Tensor, draw: Draw, importance: bool
+    ) -> LogDensity:
+        dims = latents[0].numel()
+        probes = None if self.num_probes >= dims else draw((self.num_probes, dims)).sign()
+        return flow_log_density(diffusion, latents, probes, self.num_steps, self.tolerance)
+
+
+@dataclass(frozen=True)
+class StandardNormalPrior:
+    """The autoencoder's own N(0, I), of its codes, in the place of the diffusion."""
+
+    def check(self, pipe: Any, importance: bool) -> None:
+        """Suits every pipeline and both bounds."""
+
+    def draws_in_memory(self, pipe: Any) -> int:  # noqa: D102
+        return 1
+
+    def log_density(  # noqa: D102
+        self, pipe: Any, diffusion: ContinuousDiffusion, latents: Tensor, draw: Draw, importance: bool
+    ) -> LogDensity:
+        scale = pipe.vae.config.scaling_factor
+        codes = latents / scale + (pipe.vae.config.shift_factor or 0.0)
+        constant = math.log(2 * math.pi) + 2 * math.log(abs(scale))
+        return LogDensity({"prior": -(squared_norm(codes) + latents[0].numel() * constant) / 2}, {})
+
+
+def _check_count(name: str, count: Any) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
