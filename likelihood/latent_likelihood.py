@@ -21,7 +21,12 @@ from torch import Tensor
 
 from mechdiffusers.likelihood.latent_diffusion import LatentDiffusion, as_float64
 from mechdiffusers.likelihood.priors import ContinuousPrior, Prior
-from mechdiffusers.pipelines.pipeline_latent_ddpm import decoder_log_prob, decoder_output, posterior_of
+from mechdiffusers.pipelines.pipeline_latent_ddpm import (
+    decoder_log_prob,
+    decoder_meaning,
+    decoder_output,
+    posterior_of,
+)
 
 __all__ = ["LatentLikelihood", "LikelihoodOutput", "log_prob_given"]
 
@@ -213,28 +218,23 @@ class LatentLikelihood:
         return (as_float64(posterior.mean) - shift) * scale, as_float64(posterior.std) * abs(scale)
 
     def _log_prob_given(self, latents: Tensor, pixels: Tensor) -> Tensor:
-        vae, device = self.pipe.vae, self.pipe._execution_device
-        return log_prob_given(
-            vae, latents.to(device, vae.dtype), pixels, self.pipe.decoder_likelihood, self.pipe.decoder_scale
-        )
+        return log_prob_given(self.pipe.vae, latents.to(self.pipe._execution_device), pixels)
 
 
-def log_prob_given(vae: Any, latents: Tensor, pixels: Tensor, likelihood: str, scale: float | None = None) -> Tensor:
+def log_prob_given(vae: Any, latents: Tensor, pixels: Tensor) -> Tensor:
     r"""Log-probability of images given their latents, in nats.
 
     Args:
-        vae: Autoencoder, its shift and scale measured.
+        vae: Autoencoder, its shift and scale measured, and what its decoder means in its configuration.
         latents: In the space that the diffusion works in, shape ``(B, C, h, w)``.
-        pixels: As in :func:`~mechdiffusers.pipelines.pipeline_latent_ddpm.decoder_log_prob`, shape ``(B, C, H, W)``.
-        likelihood: What the decoder's output means.
-        scale: Scale of the logistic distribution on [0, 1]; ``discretized_logistic`` needs it.
+        pixels: In [0, 1], shape ``(B, C, H, W)``.
 
     Returns:
         Shape ``(B,)``, float64.
     """
     codes = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
     decoded = as_float64(decoder_output(vae, codes.to(vae.dtype)))
-    return decoder_log_prob(decoded, pixels.to(decoded), likelihood, scale).flatten(1).sum(1)
+    return decoder_log_prob(decoded, pixels.to(decoded), *decoder_meaning(vae)).flatten(1).sum(1)
 
 
 def _row_seeds(generator: Generators, num: int, num_samples: int) -> list[int]:

@@ -11,8 +11,6 @@ where :math:`k = 1 - e^{\lambda_t - \lambda_s}` for a scheduler that draws noise
 :math:`k = 1 - e^{(\lambda_t - \lambda_s)/2}` for one that solves the probability flow, as in a step of DDIM. What is at
 hand after the step is the gradient at its end. A noisy latent of unit variance tells of the clean one in proportion to
 :math:`\alpha`, so that the gradient at the start is :math:`\alpha_t / \alpha_s` of it.
-
-This file imports torch and numpy alone.
 """
 
 import math
@@ -22,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from mechdiffusers.schedulers.log_snr_curve import LogSnrCurve
 
 __all__ = ["ClassifierGuidance"]
 
@@ -74,9 +74,10 @@ class ClassifierGuidance:
         if step >= len(self._weights):  # the last step ends at clean data
             return {}
         latents = tensors["latents"]
-        with torch.enable_grad():
-            variable = latents.detach().requires_grad_()
-            log_likelihood = self.log_likelihood(variable, pipe.scheduler.timesteps[step + 1])
+        # enable_grad does not undo an inference_mode around the call, whose tensors have no gradient: hence a copy
+        with torch.inference_mode(False), torch.enable_grad():
+            variable = latents.detach().clone().requires_grad_()
+            log_likelihood = self.log_likelihood(variable, pipe.scheduler.timesteps[step + 1].clone())
             if log_likelihood.shape != latents.shape[:1]:
                 raise ValueError(
                     f"log_likelihood must give one number a sample, shape ({len(latents)},), "
@@ -89,19 +90,13 @@ class ClassifierGuidance:
 def _weights(scheduler: Any) -> list[float]:
     """What the gradient is weighted by after each step but the last."""
     draws_noise = _draws_noise(scheduler)
-    timesteps = scheduler.timesteps.double().cpu().numpy()
+    timesteps = scheduler.timesteps.cpu().double().numpy()
     if (np.diff(timesteps) >= 0).any():
         raise ValueError(
             "scheduler must evaluate the network once a timestep for classifier guidance, such as VDMScheduler or "
             f"DDIMScheduler, got {type(scheduler).__name__}"
         )
-    if hasattr(scheduler, "curve"):  # of ours, which keeps the digits that alphas_cumprod loses near 1
-        log_snr = scheduler.curve.at(timesteps)
-    else:
-        alphas_cumprod = scheduler.alphas_cumprod.double().cpu().numpy()
-        with np.errstate(divide="ignore"):  # where no signal is left
-            table = np.log(alphas_cumprod) - np.log1p(-alphas_cumprod)
-        log_snr = np.interp(timesteps, np.arange(len(table)), table)
+    log_snr = LogSnrCurve.of_scheduler(scheduler).at(timesteps)
     share = -np.expm1(-np.diff(log_snr) * (1 if draws_noise else 0.5))
     return (share / (1 + np.exp(log_snr[:-1]))).tolist()
 

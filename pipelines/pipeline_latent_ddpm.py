@@ -56,6 +56,7 @@ __all__ = [
     "DecoderLikelihood",
     "LatentDDPMPipeline",
     "decoder_log_prob",
+    "decoder_meaning",
     "decoder_output",
     "latent_size",
     "most_likely_images",
@@ -189,12 +190,12 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
     @property
     def decoder_likelihood(self) -> str:
         """What the decoder's output means: ``"bernoulli"`` or ``"discretized_logistic"``."""
-        return self.vae.config.get("_decoder_likelihood", "bernoulli")
+        return decoder_meaning(self.vae)[0]
 
     @property
     def decoder_scale(self) -> float | None:
         """Scale of a ``"discretized_logistic"`` decoder on [0, 1]."""
-        return self.vae.config.get("_decoder_scale")
+        return decoder_meaning(self.vae)[1]
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -640,7 +641,7 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
             codes = part / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
             # a logistic tail needs more digits than a half-precision decoder has
             decoded = decoder_output(self.vae, codes, size).float()
-            images.append(most_likely_images(decoded, self.decoder_likelihood, self.decoder_scale))
+            images.append(most_likely_images(decoded, *decoder_meaning(self.vae)))
         return torch.cat(images)
 
     def _expected_images(self, latents: Tensor) -> Tensor:
@@ -731,6 +732,11 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
         noise = _TOLERANCE**2 * torch.eye(gram.shape[1], dtype=gram.dtype)
         change = torch.linalg.solve(gram + noise, -excess.detach().cpu().double()[..., None])
         return (variance * jacobian.mT @ change.to(jacobian)).reshape(latents.shape)
+
+
+def decoder_meaning(vae: Any) -> tuple[str, float | None]:
+    """The likelihood of an autoencoder's decoder, and its scale, as its configuration has them."""
+    return vae.config.get("_decoder_likelihood", "bernoulli"), vae.config.get("_decoder_scale")
 
 
 def posterior_of(vae: Any, images: Tensor) -> Any:
@@ -860,7 +866,7 @@ def _check_kind_of_scheduler(scheduler: Any) -> None:
 
 def _check_parts(vae: Any, unet: Any, encoder: Any, predictor: Any) -> None:
     """Raises a ``ValueError`` that names the first part that does not fit the others."""
-    likelihood, scale = vae.config.get("_decoder_likelihood", "bernoulli"), vae.config.get("_decoder_scale")
+    likelihood, scale = decoder_meaning(vae)
     if likelihood not in get_args(DecoderLikelihood):
         raise ValueError(f"vae must have a _decoder_likelihood of {get_args(DecoderLikelihood)}, got {likelihood!r}")
     if likelihood == "bernoulli" and scale is not None:

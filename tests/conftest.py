@@ -80,6 +80,7 @@ def tiny_pipeline(
         shift_factor=0.2,
         mid_block_add_attention=False,
     )
+    vae.register_to_config(_decoder_likelihood=decoder_likelihood, _decoder_scale=decoder_scale)
     unet = UNet2DConditionModel(
         sample_size=size,
         in_channels=2,
@@ -96,7 +97,7 @@ def tiny_pipeline(
     options = {"meaning": MEANING, **normalisation} if conditional else {}
     encoder = ResponseEncoder(token_dim=6, hidden_dim=8, **options)
     scheduler = DDPMScheduler(**{"clip_sample": False, "prediction_type": "v_prediction", **scheduler_options})
-    pipe = LatentDDPMPipeline(vae.eval(), unet.eval(), scheduler, encoder.eval(), decoder_likelihood, decoder_scale)
+    pipe = LatentDDPMPipeline(vae.eval(), unet.eval(), scheduler, encoder.eval())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

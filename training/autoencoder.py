@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from mechdiffusers.evaluation.plots import save_image_grid
 from mechdiffusers.models.response_predictor import SYMMETRIES
-from mechdiffusers.pipelines.latent_likelihood import (
+from mechdiffusers.pipelines.pipeline_latent_ddpm import (
     decoder_log_prob,
     decoder_output,
     latent_size,

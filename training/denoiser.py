@@ -22,7 +22,7 @@ from mechdiffusers.evaluation import two_point_error
 from mechdiffusers.evaluation.plots import save_image_grid
 from mechdiffusers.models import response_normalisation
 from mechdiffusers.pipelines import LatentDDPMPipeline
-from mechdiffusers.pipelines.latent_likelihood import latent_size
+from mechdiffusers.pipelines.pipeline_latent_ddpm import latent_size, record_training_schedule
 from mechdiffusers.schedulers import estimate_velocity_error, stock_scheduler
 from mechdiffusers.training.conditioning import leave_open
 from mechdiffusers.training.config import TrainingConfig
@@ -94,7 +94,6 @@ def train_denoiser(
     accelerator: Accelerator,
     config: TrainingConfig,
     vae: AutoencoderKL,
-    decoder_scale: float | None,
     designs: Designs,
     train: TensorDataset,
     heldout_moments: Tensor,
@@ -104,8 +103,7 @@ def train_denoiser(
     Args:
         accelerator: From :func:`~mechdiffusers.training.accelerators.stage_accelerator`.
         config: Settings of the run.
-        vae: Trained autoencoder, its shift and scale measured.
-        decoder_scale: Scale of its decoder, if that has one.
+        vae: Trained autoencoder, its shift and scale measured, and what its decoder means in its configuration.
         designs: What the latents are of.
         train: Means and log-variances of the training designs, shape ``(N, V, 2 C, h, w)``, and their responses.
         heldout_moments: Those of the held-out designs, shape ``(N, 1, 2 C, h, w)``.
@@ -120,8 +118,9 @@ def train_denoiser(
 
     def pipeline(module: nn.Module, velocity_error: list[float] | None = None) -> LatentDDPMPipeline:
         assert isinstance(module, LatentDenoiser)
-        scheduler, likelihood = module.scheduler(velocity_error), config.decoder_likelihood
-        return LatentDDPMPipeline(vae, module.unet, scheduler, module.response_encoder, likelihood, decoder_scale)
+        scheduler = module.scheduler(velocity_error)
+        record_training_schedule(module.unet, scheduler)  # anew, as it may be learned
+        return LatentDDPMPipeline(vae, module.unet, scheduler, module.response_encoder)
 
     @torch.no_grad()
     def validate(module: nn.Module, step: int) -> dict[str, float]:
@@ -145,8 +144,8 @@ def train_denoiser(
         pipe = pipeline(module).to(device)
         if not of_autoencoder:
             images = designs.heldout.to(device).float() / 255
-            logvar, likelihood = moments[:, 0].chunk(2, dim=1)[1], config.decoder_likelihood
-            of_autoencoder.append(autoencoder_nats(vae, logvar, latents, images, likelihood, decoder_scale))
+            logvar = moments[:, 0].chunk(2, dim=1)[1]
+            of_autoencoder.append(autoencoder_nats(vae, logvar, latents, images))
         metrics["elbo_nats"] = of_autoencoder[0] + latent_nats(module.process, latents, nats)
         metrics["elbo_bits_per_dim"] = -metrics["elbo_nats"] / (math.prod(designs.size) * math.log(2))
 

@@ -17,8 +17,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from mechdiffusers.pipelines.latent_likelihood import DecoderLikelihood, log_prob_given
-from mechdiffusers.pipelines.latent_prior import noise_divergence
+from mechdiffusers.likelihood.latent_likelihood import log_prob_given
+from mechdiffusers.likelihood.log_density import noise_divergence
 from mechdiffusers.schedulers import VDMScheduler
 
 __all__ = ["autoencoder_nats", "latent_nats"]
@@ -32,23 +32,16 @@ def autoencoder_nats(
     logvar: Tensor,
     latents: Tensor,
     images: Tensor,
-    likelihood: DecoderLikelihood,
-    decoder_scale: float | None,
 ) -> float:
     """The reconstruction term of designs and the entropy of their posteriors: the mean.
 
     Args:
-        vae: Trained autoencoder, its shift and scale measured.
+        vae: Trained autoencoder, its shift and scale measured, and what its decoder means in its configuration.
         logvar: Log-variances of the codes, shape ``(N, C, h, w)``.
         latents: Draws of :math:`z_0`, one a design, same shape.
         images: The designs, in [0, 1], shape ``(N, 1, H, W)``.
-        likelihood: Of the decoder.
-        decoder_scale: Of the decoder, if it has one.
     """
-    log_prob = [
-        log_prob_given(vae, z, x, likelihood, decoder_scale)
-        for z, x in zip(latents.split(_BATCH), images.split(_BATCH), strict=True)
-    ]
+    log_prob = [log_prob_given(vae, z, x) for z, x in zip(latents.split(_BATCH), images.split(_BATCH), strict=True)]
     entropy = (math.log(2 * math.pi * math.e) + logvar.double()) / 2 + math.log(vae.config.scaling_factor)
     return (torch.cat(log_prob).mean() + entropy.flatten(1).sum(1).mean()).item()
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mechdiffusers.evaluation import response_error
 from mechdiffusers.mechanics.load_cases import mirrored_cases, transposed_cases
-from mechdiffusers.models import ResponsePredictor, response_normalisation
+from mechdiffusers.models import ResponsePredictor, normalise_response, response_normalisation
 from mechdiffusers.models.response_predictor import SYMMETRIES
 from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.data import Designs
@@ -44,19 +44,20 @@ def train_predictor(
         The predictor with averaged weights, on the CPU, in the main process.
     """
     assert designs.meaning is not None  # where there is none there are no responses to predict
+    normalisation = response_normalisation(responses)
     predictor = ResponsePredictor(
         block_out_channels=tuple(config.predictor_block_out_channels),
         layers_per_block=config.predictor_layers_per_block,
         meaning=designs.meaning,
         symmetries=symmetries(config, designs.meaning["load_cases"], designs.size),
-        **response_normalisation(responses),
+        **normalisation,
     )
 
     def compute_loss(
         module: nn.Module, batch: tuple[Tensor, ...], randomness: StepRandomness
     ) -> tuple[Tensor, dict[str, Tensor]]:
         images, response = turned(batch[0].float() / 255, batch[1], predictor.config.symmetries, randomness)
-        loss = _square_error(module(images), predictor.normalise(response)).mean()
+        loss = _square_error(module(images), normalise_response(response, **normalisation)).mean()
         return loss, {"loss": loss}
 
     @torch.no_grad()
@@ -64,7 +65,8 @@ def train_predictor(
         assert isinstance(module, ResponsePredictor)
         images, response = designs.heldout.to(module.device).float() / 255, designs.heldout_response.to(module.device)
         predicted = torch.cat([module.predict(batch) for batch in images.split(256)])
-        loss = _square_error(module.normalise(predicted), module.normalise(response)).double().mean()
+        found, wanted = (normalise_response(each, **normalisation) for each in (predicted, response))
+        loss = _square_error(found, wanted).double().mean()
         metrics = {"loss": loss.item()}
         known = ~response.isnan().flatten(1).all(1)
         if known.any():

@@ -20,7 +20,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from mechdiffusers.atomic_file import atomic_write
-from mechdiffusers.pipelines.hub_checkpoint import claim_repository, upload_checkpoint
+from mechdiffusers.pipelines.portable_checkpoint import claim_repository, upload_checkpoint
 
 __all__ = ["model_card", "publish", "write_card"]
 

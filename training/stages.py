@@ -36,6 +36,8 @@ def run_stages(config: TrainingConfig, designs: Designs) -> LatentDDPMPipeline:
     accelerator = stage_accelerator(config, "autoencoder")
     autoencoder = train_autoencoder(accelerator, config, designs)
     vae, scale = autoencoder.vae, autoencoder.decoder_scale
+    meaning = {"_decoder_likelihood": autoencoder.likelihood, "_decoder_scale": None if scale is None else scale.item()}
+    vae.register_to_config(**meaning)
     latents = _cached_latents(accelerator, config, vae, designs)
     measure_latents(vae, latents["train"])
 
@@ -44,7 +46,6 @@ def run_stages(config: TrainingConfig, designs: Designs) -> LatentDDPMPipeline:
         accelerator,
         config,
         vae,
-        None if scale is None else scale.item(),
         designs,
         TensorDataset(latents["train"], latents["response"]),
         latents["heldout"],

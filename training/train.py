@@ -23,7 +23,7 @@ import transformers
 from safetensors import SafetensorError
 
 from mechdiffusers.pipelines import LatentDDPMPipeline
-from mechdiffusers.pipelines.hub_checkpoint import claim_repository
+from mechdiffusers.pipelines.portable_checkpoint import claim_repository
 from mechdiffusers.training.accelerators import precision_of, process_state
 from mechdiffusers.training.config import TrainingConfig, parse_config
 from mechdiffusers.training.data import load_designs
