@@ -30,7 +30,6 @@ from mechdiffusers.evaluation.verify import (
 )
 from mechdiffusers.mechanics.simulate import checked_device
 from mechdiffusers.pipelines import LatentDDPMPipeline
-from mechdiffusers.pipelines.latent_likelihood import image_size
 from mechdiffusers.schedulers import STOCK_SCHEDULERS, stock_scheduler
 
 __all__ = ["main"]
@@ -108,7 +107,7 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
     pipe.scheduler = stock_scheduler(arguments.scheduler, pipe.scheduler.config)
     if pipe.response_encoder.config.meaning is None:
         raise ValueError(f"checkpoint must be trained with responses, got {arguments.checkpoint}, trained without")
-    binary = pipe.config.decoder_likelihood == "bernoulli"
+    binary = pipe.decoder_likelihood == "bernoulli"
     if arguments.num_rounds < 0 or (arguments.num_rounds and not (binary and pipe.response_predictor is not None)):
         raise ValueError(
             "num_rounds must be 0, or positive for a checkpoint of binary designs that has a response_predictor, got "
@@ -134,7 +133,7 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
         splits = {"dataset": "train", "heldout": "heldout"}
         stored = {name: load_split(arguments.dataset, split) for name, split in splits.items()}
     kept = num_refined if arguments.num_rounds else num_designs
-    shape = (len(targets) * kept, *image_size(pipe.vae))
+    shape = (len(targets) * kept, *pipe.image_size)
     checked_question(targets, meaning, shape, **stored)  # what cannot be verified is not generated
     reach = None
     if stored:

@@ -35,7 +35,7 @@ from mechdiffusers.mechanics.load_cases import load_case
 from mechdiffusers.mechanics.materials import CompressibleNeoHookean
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.microstructures.build_dataset.parts import simulated_response
-from mechdiffusers.pipelines.response_conditioning import difference_of_meanings
+from mechdiffusers.models.response_encoder import difference_of_meanings
 
 __all__ = ["VerificationReport", "verify"]
 

@@ -13,7 +13,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from mechdiffusers.pipelines.response_conditioning import difference_of_meanings
+from mechdiffusers.models.response_encoder import difference_of_meanings
 from mechdiffusers.schedulers import STOCK_SCHEDULERS, VDMScheduler, stock_scheduler
 
 
