@@ -93,7 +93,7 @@ class LatentLikelihood:
 
     def __init__(self, pipe: Any, prior: Prior | None = None):
         self.pipe, self.prior = pipe, ContinuousPrior() if prior is None else prior
-        if not hasattr(self.prior, "log_density"):
+        if not isinstance(self.prior, Prior):
             raise ValueError(f"prior must be a prior such as ContinuousPrior(num_levels=16), got {prior!r}")
 
     def elbo(
@@ -170,7 +170,7 @@ class LatentLikelihood:
         rows = torch.arange(len(pixels)).repeat_interleave(num_samples)
         values: dict[str, Tensor] = {}
         errors: dict[str, Tensor] = {}
-        size = batch_size or max(1, _ENTRIES_A_BATCH // max(dims * self.prior.draws_in_memory(pipe), num_pixels))
+        size = batch_size or max(1, _ENTRIES_A_BATCH // max(self.prior.numbers_in_memory(dims), num_pixels))
         for chunk in pipe.progress_bar(torch.arange(len(rows)).split(size)):
             of = pixels[rows[chunk]]
             mean, std = self._posterior(of)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,26 +44,25 @@ _FIXED = ("fixed_small", "fixed_small_log", "fixed_large")
 _VARIANCE_TYPES = {"DDPMScheduler": _FIXED, "VDMScheduler": (*_FIXED, "optimal")}
 
 
-class Prior(Protocol):
-    """A model of the latents."""
+class Prior:
+    """A model of the latents; its options are those of the way in which its log-density is computed."""
 
     def check(self, pipe: Any, importance: bool) -> None:
         """Raises a ``ValueError`` if it cannot be one for a pipeline, or not for an importance-weighted bound."""
-        ...
 
-    def draws_in_memory(self, pipe: Any) -> int:
-        """How many numbers are held for each entry of a latent."""
-        ...
+    def numbers_in_memory(self, dims: int) -> int:
+        """How many numbers one draw for a latent of ``dims`` entries keeps."""
+        return dims
 
     def log_density(
         self, pipe: Any, diffusion: ContinuousDiffusion, latents: Tensor, draw: Draw, importance: bool
     ) -> LogDensity:
         """One draw for latents, shape ``(B, C, h, w)``; for an importance-weighted bound, its log-weight."""
-        ...
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class ContinuousPrior:
+class ContinuousPrior(Prior):
     """The continuous-time process, by its lower bound.
 
     Args:
@@ -86,9 +85,6 @@ class ContinuousPrior:
                 "estimate would lift it above the log-likelihood"
             )
 
-    def draws_in_memory(self, pipe: Any) -> int:  # noqa: D102
-        return 1
-
     def log_density(  # noqa: D102
         self, pipe: Any, diffusion: ContinuousDiffusion, latents: Tensor, draw: Draw, importance: bool
     ) -> LogDensity:
@@ -97,7 +93,7 @@ class ContinuousPrior:
 
 
 @dataclass(frozen=True)
-class AncestralPrior:
+class AncestralPrior(Prior):
     """The ancestral chain of ``DDPMScheduler`` or ``VDMScheduler``, by its lower bound or by weights of whole paths.
 
     Args:
@@ -116,9 +112,6 @@ class AncestralPrior:
     def check(self, pipe: Any, importance: bool) -> None:
         """Refuses a scheduler without an ancestral chain, and more steps than its timesteps."""
         self._chain(pipe.scheduler)
-
-    def draws_in_memory(self, pipe: Any) -> int:  # noqa: D102
-        return 1
 
     def log_density(  # noqa: D102
         self, pipe: Any, diffusion: ContinuousDiffusion, latents: Tensor, draw: Draw, importance: bool
@@ -149,7 +142,7 @@ class AncestralPrior:
 
 
 @dataclass(frozen=True)
-class FlowPrior:
+class FlowPrior(Prior):
     """The probability flow, a value that has an error.
 
     Args:
@@ -180,9 +173,9 @@ class FlowPrior:
                 f"estimated trace would lift it above the log-likelihood, got {self.num_probes}; or take AncestralPrior"
             )
 
-    def draws_in_memory(self, pipe: Any) -> int:
+    def numbers_in_memory(self, dims: int) -> int:
         """The flow keeps a draw's probes, each as large as a latent, along the whole way."""
-        return self.num_probes if self.num_probes < math.prod(pipe.latent_shape) else 1
+        return dims * self.num_probes if self.num_probes < dims else dims
 
     def log_density(  # noqa: D102
         self, pipe: Any, diffusion: ContinuousDiffusion, latents: Tensor, draw: Draw, importance: bool
@@ -193,14 +186,8 @@ class FlowPrior:
 
 
 @dataclass(frozen=True)
-class StandardNormalPrior:
+class StandardNormalPrior(Prior):
     """The autoencoder's own N(0, I), of its codes, in the place of the diffusion."""
-
-    def check(self, pipe: Any, importance: bool) -> None:
-        """Suits every pipeline and both bounds."""
-
-    def draws_in_memory(self, pipe: Any) -> int:  # noqa: D102
-        return 1
 
     def log_density(  # noqa: D102
         self, pipe: Any, diffusion: ContinuousDiffusion, latents: Tensor, draw: Draw, importance: bool

@@ -158,30 +158,6 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
         self.check_scheduler()
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_grayscale=True)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "LatentDDPMPipeline":
-        """As in diffusers, from safetensors alone, from a folder or the Hub.
-
-        Args:
-            pretrained_model_name_or_path: Folder of a checkpoint, or its repository on the Hub as ``"owner/name"``.
-            **kwargs: Further arguments of ``DiffusionPipeline.from_pretrained``, such as ``dtype``, ``revision`` or
-                ``scheduler``, which takes the place of the checkpoint's and has to suit the same denoiser.
-
-        Raises:
-            ValueError: If there is no such checkpoint, it may not be read, or a file of it is damaged; or if
-                ``scheduler`` has another noise schedule or prediction type than the denoiser was trained with.
-
-        Example:
-            >>> ddim = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", clip_sample=False)  # doctest: +SKIP
-            >>> pipe = LatentDDPMPipeline.from_pretrained(folder, scheduler=ddim)  # doctest: +SKIP
-        """
-        scheduler = kwargs.pop("scheduler", None)
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if scheduler is not None:  # only now: a checkpoint of the earlier layout records its own first
-            pipe.register_modules(scheduler=scheduler)
-            pipe.check_scheduler()
-        return pipe
-
     def _upgrade(self, index: dict[str, Any]) -> None:
         if "decoder_likelihood" in index:  # which was an argument of the pipeline once
             meaning = {f"_{name}": index[name] for name in ("decoder_likelihood", "decoder_scale")}
@@ -253,28 +229,22 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
 
         Args:
             response (`torch.Tensor` or `np.ndarray`, *optional*):
-                Wanted responses, shape ``(B, L, S)``, NaN where unspecified. Their load cases, strains, quantity and
-                units are those of ``response_encoder.config.meaning``.
-            batch_size (`int`, defaults to 1):
-                Number of images without a ``response``.
+                Wanted responses, shape ``(B, L, S)``, NaN where unspecified; ``response_encoder.config.meaning`` has
+                their load cases, strains, quantity and units.
+            batch_size (`int`, defaults to 1): Number of images without a ``response``.
             num_images_per_response (`int`, defaults to 1):
                 Images for each response; the images of one response are neighbours.
             height (`int`, *optional*):
-                Height of the images in pixels, by default that of the checkpoint's designs, to which alone a
-                ``response`` belongs.
-            width (`int`, *optional*):
-                Likewise.
-            num_inference_steps (`int`, defaults to 50):
-                Number of denoising steps.
+                Height in pixels, by default that of the checkpoint's designs, to which alone a ``response`` belongs.
+            width (`int`, *optional*): Likewise.
+            num_inference_steps (`int`, defaults to 50): Number of denoising steps.
             timesteps (`Sequence[float]`, *optional*):
                 The steps themselves, for schedulers whose ``set_timesteps`` takes them.
-            sigmas (`Sequence[float]`, *optional*):
-                Likewise, by their noise levels.
+            sigmas (`Sequence[float]`, *optional*): Likewise, by their noise levels.
             guidance_scale (`float`, defaults to 1.0):
                 Weight :math:`w` of classifier-free guidance :math:`u + w (c - u)`, from the prediction without to the
                 one with a ``response`` (Imagen, Saharia et al. 2022, equation 2); 1 is none.
-            eta (`float`, defaults to 0.0):
-                Share of the noise of DDIM's steps, for schedulers whose ``step`` takes it.
+            eta (`float`, defaults to 0.0): Share of the noise of DDIM's steps, for schedulers whose ``step`` takes it.
             generator (`torch.Generator` or a list of them, *optional*):
                 Source of all random numbers. A list has one for each image. A single one is spread to one for each
                 image first, so that image ``i`` does not depend on how many images follow.
@@ -282,27 +252,26 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
                 Gaussian noise to start from, shape ``(images, C, h, w)``, the candidates of an image being neighbours.
             output_type (`str`, defaults to `"pil"`):
                 ``"pil"``, ``"np"`` (B, H, W, C), ``"pt"`` (B, C, H, W) or ``"latent"`` (B, C, h, w).
-            return_dict (`bool`, defaults to `True`):
-                Whether to return an [`ImagePipelineOutput`] instead of a tuple.
+            return_dict (`bool`, defaults to `True`): Whether to return an [`ImagePipelineOutput`], not a tuple.
             callback_on_step_end (`Callable`, [`PipelineCallback`] or [`MultiPipelineCallbacks`], *optional*):
-                Called as ``callback_on_step_end(pipe, step, timestep, tensors)`` after every step; what it returns
-                replaces these tensors. A refinement goes through its steps again.
+                Called as ``callback_on_step_end(pipe, step, timestep, tensors)`` after every step, those of refinements
+                too; the tensors that it returns replace these.
             callback_on_step_end_tensor_inputs (`Sequence[str]`, defaults to `("latents",)`):
                 Which tensors a function is given: ``"latents"``, and ``"prompt_embeds"``, the tokens of the responses
                 by the name that stock callbacks know, behind those without a response while guidance acts.
             guidance_rescale (`float`, defaults to 0.0):
-                How much of the guided prediction's standard deviation is brought back to the conditional one's, in
+                Share of the guided prediction's standard deviation that is brought back to the conditional one's, in
                 [0, 1] (Lin et al. 2024, section 3.4).
             guidance_start (`float`, defaults to 0.0):
                 Fraction of the steps after which guidance starts (Kynkäänniemi et al. 2024).
             guidance_stop (`float`, defaults to 1.0):
                 Fraction of the steps after which it stops; outside, the conditional prediction stands alone.
             predictor_guidance_scale (`float`, defaults to 4.0):
-                Weight of the guidance by the ``response_predictor``; 0 is none. 1 is the theoretical weight. 4 gave the
-                lowest error in our benchmark. It needs a ``response`` and a checkpoint with a predictor.
+                Weight of the guidance by ``response_predictor``; 0 is none. 1 is the theoretical weight. 4 gave the
+                lowest error in our benchmark. It acts with a ``response`` and a predictor alone.
             num_candidates (`int`, defaults to 1):
-                Number of images drawn for each one that is returned: the best by predicted response. More than one
-                needs a ``response`` and a predictor.
+                Images drawn for each one that is returned, the best by predicted response. More than one needs a
+                ``response`` and a predictor.
             num_refinements (`int`, defaults to 0):
                 Number of SDEdit rounds (Meng et al. 2022): re-noise the best image to log-SNR 1, denoise
                 ``num_candidates`` variants, keep the best by predicted response. It needs what candidates need.
@@ -318,16 +287,18 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
         """
         self.check_scheduler()
         _check_output_type(output_type)
-        for name, count, least in (
-            ("batch_size", batch_size, 1),
-            ("num_images_per_response", num_images_per_response, 1),
-            ("num_inference_steps", num_inference_steps, 1),
-            ("num_candidates", num_candidates, 1),
-            ("num_refinements", num_refinements, 0),
-        ):
-            _check_count(name, count, least)
-        _check_guidance(guidance_scale, guidance_rescale, guidance_start, guidance_stop)
-        _check_number("predictor_guidance_scale", predictor_guidance_scale, 0)
+        counts = {"batch_size": batch_size, "num_images_per_response": num_images_per_response}
+        counts |= {"num_inference_steps": num_inference_steps, "num_candidates": num_candidates}
+        for name, count in counts.items():
+            _check_count(name, count, 1)
+        _check_count("num_refinements", num_refinements, 0)
+        scales = {"guidance_scale": guidance_scale, "predictor_guidance_scale": predictor_guidance_scale, "eta": eta}
+        for name, scale in scales.items():
+            _check_number(name, scale)
+        for name, share in (("rescale", guidance_rescale), ("start", guidance_start), ("stop", guidance_stop)):
+            _check_number(f"guidance_{name}", share, 1)
+        if guidance_start > guidance_stop:
+            raise ValueError(f"guidance_start must be at most guidance_stop={guidance_stop!r}, got {guidance_start!r}")
         size = self._checked_size(height, width, response)
         steps = self._checked_steps(num_inference_steps, timesteps, sigmas)
         step_kwargs = self._checked_step_kwargs(eta)
@@ -376,13 +347,14 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
         null_tokens = self.response_encoder(torch.full_like(responses, math.nan))
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_kwargs["generator"] = generator
-        self._guidance_scale, self._interrupt = guidance_scale, False
+        self._interrupt = False
 
         def denoise(latents: Tensor, begin: int = 0) -> Tensor:
+            self._guidance_scale = guidance_scale
             num_steps = self._num_timesteps = len(self.scheduler.timesteps)
             guided = range(int(guidance_start * num_steps), int(guidance_stop * num_steps))
             prompt_embeds = tokens
-            if response is not None and self._guidance_scale != 1:
+            if response is not None and guidance_scale != 1:
                 prompt_embeds = torch.cat([null_tokens, tokens])
             for i, t in enumerate(self.progress_bar(self.scheduler.timesteps[begin:]), begin):
                 if self.interrupt:
@@ -390,8 +362,8 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
                 model_input = self.scheduler.scale_model_input(latents, t)
                 if len(prompt_embeds) > num_images and self._guidance_scale != 1 and i in guided:
                     prediction = self.unet(torch.cat([model_input] * 2), t, encoder_hidden_states=prompt_embeds).sample
-                    without, given = prediction.chunk(2)
-                    prediction = _guide(without, given, self._guidance_scale, guidance_rescale)
+                    unconditional, conditional = prediction.chunk(2)
+                    prediction = _guide(unconditional, conditional, self._guidance_scale, guidance_rescale)
                 else:
                     prediction = self.unet(model_input, t, encoder_hidden_states=prompt_embeds[-num_images:]).sample
                 if predicts and predictor_guidance_scale:
@@ -399,9 +371,9 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
                     prediction = self._guide_by_predictor(prediction, model_input, t, responses, scale)
                 latents = self.scheduler.step(prediction, t, latents, **step_kwargs).prev_sample.to(dtype)
                 if callback_on_step_end is not None:
-                    given = {"latents": latents, "prompt_embeds": prompt_embeds}
-                    given = {name: given[name] for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, i, t, given)
+                    tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
+                    asked_for = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    changed = callback_on_step_end(self, i, t, asked_for)
                     latents = changed.pop("latents", latents)
                     embeds = changed.pop("prompt_embeds", prompt_embeds)
                     # a stock cut-off keeps the last row, as of a single image
@@ -504,19 +476,9 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
         return self._predicted(self.prepare_images(images))
 
     def log_likelihood(self, images: PipelineImageInput, **options: Any) -> Any:
-        """The evidence lower bound of images: the short way to ``LatentLikelihood(pipe).elbo`` of the package.
+        """The evidence lower bound of images, by the package: ``LatentLikelihood(pipe).elbo(images, **options)``.
 
-        Args:
-            images: Images of the checkpoint's size, see the class; of 0 and 1 alone for a Bernoulli decoder.
-            **options: Of :meth:`mechdiffusers.likelihood.LatentLikelihood.elbo`, such as ``num_samples``, ``response``
-                and ``generator``.
-
-        Returns:
-            [`~mechdiffusers.likelihood.LikelihoodOutput`].
-
-        Raises:
-            ImportError: If mechdiffusers is not installed.
-            ValueError: As ``LatentLikelihood.elbo`` does.
+        Raises an ``ImportError`` where mechdiffusers is not installed.
 
         Example:
             >>> pipe.log_likelihood(designs).bits_per_dim.mean()  # doctest: +SKIP
@@ -524,7 +486,7 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
         return _likelihood_package().LatentLikelihood(self).elbo(images, **options)
 
     def interpolate(self, a: PipelineImageInput, b: PipelineImageInput, num: int = 8, output_type: str = "pil") -> Any:
-        """Images between two images, by way of noise: the short way to ``LatentDiffusion(pipe).interpolate``.
+        """Images between two images, by way of noise, by the package: ``LatentDiffusion(pipe).interpolate``.
 
         Args:
             a: The image to start from, one, see the class for its kinds.
@@ -532,21 +494,16 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
             num: Number of images, both ends included, at least 2.
             output_type: ``"pil"``, ``"np"`` (num, H, W, C) or ``"pt"`` (num, C, H, W).
 
-        Returns:
-            ``num`` images.
-
         Raises:
             ImportError: If mechdiffusers is not installed.
             ValueError: If ``num`` is below 2, or ``a`` or ``b`` is not one image of the checkpoint's size.
         """
-        _check_count("num", num, 2)
         _check_output_type(output_type, _OUTPUT_TYPES[:3])
-        ends = {"a": self.encode(a), "b": self.encode(b)}
+        diffusion, ends = _likelihood_package().LatentDiffusion(self), {"a": self.encode(a), "b": self.encode(b)}
         for name, end in ends.items():
             if len(end) != 1:
                 raise ValueError(f"{name} must be one image, got {len(end)}")
-        latents = _likelihood_package().LatentDiffusion(self).interpolate(ends["a"], ends["b"], num)
-        return self.decode(latents.to(ends["a"]), output_type)
+        return self.decode(diffusion.interpolate(**ends, num=num).to(ends["a"]), output_type)
 
     def prepare_images(self, images: PipelineImageInput) -> Tensor:
         """Images as float32 pixels, checked.
@@ -627,7 +584,6 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
 
     def _checked_step_kwargs(self, eta: float) -> dict[str, Any]:
         """What the scheduler's ``step`` is to be given beside the noise."""
-        _check_number("eta", eta, 0)
         if "eta" in inspect.signature(self.scheduler.step).parameters:
             return {"eta": eta}
         if eta:
@@ -658,16 +614,7 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
         return torch.cat([self.response_predictor.predict(batch) for batch in batches])
 
     def _best(self, images: Tensor, latents: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the candidates for each target the one whose predicted response is nearest.
-
-        Args:
-            images: Decoded candidates, ``(B, 1, H, W)``, those for a target being neighbours.
-            latents: What they were decoded from, ``(B, C, h, w)``.
-            wanted: The targets, shape ``(T, L, S)``, NaN where unspecified; T divides B.
-
-        Returns:
-            T images and their latents.
-        """
+        """Of the candidates ``(B, *)`` for T targets, neighbours, those T with the nearest predicted response."""
         predicted = self._predicted(images).unflatten(0, (len(wanted), -1))
         error = _response_error(predicted.flatten(0, 1), wanted.repeat_interleave(predicted.shape[1], dim=0))
         best = error.unflatten(0, predicted.shape[:2]).argmin(1)
@@ -694,18 +641,7 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
     def _guide_by_predictor(
         self, prediction: Tensor, noisy: Tensor, timestep: Any, wanted: Tensor, scale: float
     ) -> Tensor:
-        r"""The denoiser's output, its :math:`\hat z_0` moved towards a wanted response.
-
-        Args:
-            prediction: Output of the denoiser, shape ``(B, C, h, w)``.
-            noisy: What it saw, same shape.
-            timestep: One for all.
-            wanted: Responses, shape ``(B, L, S)``, NaN where unspecified.
-            scale: :math:`w`.
-
-        Returns:
-            Shape ``(B, C, h, w)``, of the dtype of ``prediction``.
-        """
+        r"""The denoiser's output ``(B, C, h, w)``, its :math:`\hat z_0` moved towards wanted responses."""
         log_snr = self._log_snr(timestep)
         if log_snr < _LEAST_LOG_SNR:
             return prediction
@@ -904,22 +840,12 @@ def _check_count(name: str, count: Any, least: int) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {count!r}")
 
 
-def _check_number(name: str, value: Any, least: float = -math.inf) -> None:
+def _check_number(name: str, value: Any, most: float = math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise ValueError(f"{name} must be a number, got {value!r}")
-    if not least <= value < math.inf:
-        raise ValueError(f"{name} must be a {'non-negative ' if least == 0 else 'finite '}number, got {value!r}")
-
-
-def _check_guidance(scale: float, rescale: float, start: float, stop: float) -> None:
-    for name, value in (("scale", scale), ("rescale", rescale), ("start", start), ("stop", stop)):
-        _check_number(f"guidance_{name}", value, 0)
-    if rescale > 1:
-        raise ValueError(f"guidance_rescale must lie in [0, 1], got {rescale!r}")
-    if not start <= stop <= 1:
-        raise ValueError(
-            f"guidance_start and guidance_stop must be ordered and lie in [0, 1], got {start!r} and {stop!r}"
-        )
+    if not 0 <= value <= most or math.isinf(value):
+        accepted = "be a non-negative number" if math.isinf(most) else "lie in [0, 1]"
+        raise ValueError(f"{name} must {accepted}, got {value!r}")
 
 
 def _guide(unconditional: Tensor, conditional: Tensor, scale: float, rescale: float) -> Tensor:
@@ -935,12 +861,7 @@ def _guide(unconditional: Tensor, conditional: Tensor, scale: float, rescale: fl
 def _response_error(found: Tensor, wanted: Tensor) -> Tensor:
     r"""What designs are judged by: mean of :math:`\|y - y^*\| / \|y^*\|` over the load cases, those of zeros left out.
 
-    Args:
-        found: Responses in physical units, shape ``(B, L, S)``.
-        wanted: Their targets, same shape, NaN where unspecified.
-
-    Returns:
-        Shape ``(B,)``, infinite for a response that is not finite.
+    Infinite for a response that is not finite; of ``(B, L, S)`` in physical units, NaN where a target is unspecified.
     """
     given = ~wanted.isnan()
     distance, size = (torch.where(given, values, 0.0).norm(dim=-1) for values in (found - wanted, wanted))

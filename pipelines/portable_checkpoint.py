@@ -182,7 +182,7 @@ class PortableCheckpoint:
             private: Whether a repository that is made is private; by default as its owner has set it.
             token: Access token; by default that of ``hf auth login`` or of ``HF_TOKEN``.
             create_pr: Whether to open a pull request instead of committing.
-            safe_serialization: Must be true, as in :meth:`save_pretrained`.
+            safe_serialization: As in :meth:`save_pretrained`, like ``variant``, ``max_shard_size`` and the last one.
             variant: As in diffusers.
             card: The model card. Without it, a card that the repository has stays, and one that has none gets a card
                 that says how to load the checkpoint.
@@ -194,8 +194,8 @@ class PortableCheckpoint:
             Address of the commit.
 
         Raises:
-            ValueError: If ``repo_id`` may not be written to, or it exists and is public although ``private`` is set, or
-                the card's metadata are unfit, or as in :meth:`save_pretrained`. Nothing has been committed then.
+            ValueError: If ``repo_id`` may not be written to, it exists and is public although ``private`` is set, the
+                card's metadata are unfit, or as in :meth:`save_pretrained`. Nothing has been committed then.
 
         Example:
             >>> pipe.push_to_hub("my-composites", private=True)  # doctest: +SKIP
@@ -283,18 +283,10 @@ class PortableCheckpoint:
 
 
 def claim_repository(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-    """Makes a repository on the Hub unless it exists.
-
-    Args:
-        repo_id: ``"name"`` or ``"owner/name"``.
-        private: Whether it is made private; by default as its owner has set it.
-        token: Access token; by default that of ``hf auth login`` or of ``HF_TOKEN``.
+    """Makes a repository on the Hub unless it exists; arguments and errors as in ``push_to_hub``.
 
     Returns:
         ``"owner/name"``.
-
-    Raises:
-        ValueError: If the token may not make it, or it exists and is public although ``private`` is set.
     """
     with _refusals_explained(repo_id):
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
@@ -315,23 +307,13 @@ def upload_checkpoint(
     create_pr: bool = False,
     revision: str | None = None,
 ) -> str:
-    """Uploads a folder that ``save_pretrained`` has written to a repository on the Hub, in one commit.
+    """Uploads a folder that ``save_pretrained`` has written, a card and pictures in it too, in one commit.
 
-    Args:
-        folder: All its files are uploaded, a card and pictures too. Earlier weights of the same components and variants
-            are deleted by the same commit.
-        repo_id: ``"owner/name"``, from :func:`claim_repository`.
-        commit_message: Subject of the commit.
-        token: Access token; by default that of ``hf auth login`` or of ``HF_TOKEN``.
-        create_pr: Whether to open a pull request instead of committing.
-        revision: Branch to commit to, made if need be; the main one by default.
+    Earlier weights of the same components and variants are deleted by that commit. Arguments and errors are those of
+    ``push_to_hub``; ``repo_id`` is from :func:`claim_repository`.
 
     Returns:
         Address of the commit.
-
-    Raises:
-        ValueError: If the token may not write to the repository, or the card's metadata are unfit. Nothing has been
-            committed then.
     """
     with _refusals_explained(repo_id):
         if revision is not None:
