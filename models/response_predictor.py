@@ -9,6 +9,15 @@ all that are known: networks see them differently, and their errors cancel in pa
 It predicts normalised responses, :math:`(\operatorname{asinh}(y / s) - m) / d` of an entry :math:`y`, as
 :mod:`response_encoder` sees them and explains.
 
+Given noisy latents :math:`z_t`, the clean ones are about Gaussian, with the denoiser's :math:`\hat z_0` as mean and the
+variance :math:`\sigma_t^2`. A response that is observed up to an error :math:`\varepsilon` moves that mean by
+
+.. math:: \sigma_t^2 J^T (\sigma_t^2 J J^T + \varepsilon^2 I)^{-1} (y - f(\hat z_0)),
+
+with :math:`J = \partial f / \partial z_0` through the decoder: the pseudo-inverse guidance of Song et al. (2023), the
+observation linearised, and without the denoiser's own derivative, by which they multiply. The curve of a load case is
+nearly one number, so :math:`y` and :math:`f` are means of normalised stresses, one for each load case.
+
 This file travels inside checkpoints: it imports torch, numpy and diffusers alone.
 """
 
@@ -34,6 +43,9 @@ SYMMETRIES: dict[str, Callable[[Tensor], Tensor]] = {
     "mirror": lambda designs: designs.flip(-1),
     "transpose": lambda designs: designs.mT,
 }
+
+#: The error up to which a wanted response is observed, in standard deviations of the training data.
+_TOLERANCE = 0.03
 
 #: What is left of a design's height and width before the last layers, which tell places apart.
 _COARSEST = 4
@@ -169,6 +181,55 @@ class ResponsePredictor(ModelMixin, ConfigMixin):
         """Normalised responses ``(B, L, S)`` in physical units, float32: inverts ``ResponseEncoder.normalise``."""
         scale, mean, std = (torch.tensor(self.config[name], device=values.device) for name in ("scale", "mean", "std"))
         return torch.sinh(values.float() * std + mean) * scale
+
+    def posterior_mean_shift(
+        self, decode: Callable[[Tensor], Tensor], latents: Tensor, target: Tensor, variance: float
+    ) -> Tensor:
+        r"""By how much the mean of clean latents moves, given a wanted response.
+
+        Args:
+            decode: The mean image of latents ``(B, C, h, w)``, differentiable.
+            latents: Their mean, :math:`\hat z_0`.
+            target: Normalised responses, shape ``(B, L, S)``, NaN where unspecified.
+            variance: :math:`\sigma_t^2`.
+
+        Returns:
+            Of the shape of ``latents``, float32.
+
+        References:
+            | Pseudoinverse-Guided Diffusion Models for Inverse Problems (Song et al., 2023)
+            | https://openreview.net/forum?id=9_gsMA8MRKQ
+        """
+        # enable_grad does not undo an inference_mode around the call, whose tensors have no gradient: hence a copy
+        with torch.inference_mode(False), torch.enable_grad():
+            given = ~target.isnan()
+            variable = latents.detach().clone().requires_grad_()
+            # the target has single precision, whatever the networks run in, and so has the difference
+            excess = torch.where(given, self(decode(variable).to(self.dtype)) - target, 0.0).sum(-1)
+            excess = excess / given.sum(-1).clamp(min=1)
+            rows = [torch.autograd.grad(mean.sum(), variable, retain_graph=True)[0] for mean in excess.unbind(1)]
+        jacobian = torch.stack(rows, 1).flatten(2).to(excess.dtype)
+        # a number a load case: double precision costs nothing on the CPU, and some devices have none
+        gram = (variance * jacobian @ jacobian.mT).cpu().double()
+        noise = _TOLERANCE**2 * torch.eye(gram.shape[1], dtype=gram.dtype)
+        change = torch.linalg.solve(gram + noise, -excess.detach().cpu().double()[..., None])
+        return (variance * jacobian.mT @ change.to(jacobian)).reshape(latents.shape)
+
+    @staticmethod
+    def response_error(found: Tensor, wanted: Tensor) -> Tensor:
+        r"""Mean of :math:`\|y - y^*\| / \|y^*\|` over the load cases, those of zeros left out.
+
+        Args:
+            found: Responses in physical units, shape ``(*, L, S)``.
+            wanted: Their targets, NaN where unspecified.
+
+        Returns:
+            Shape ``(*)``, infinite for a response that is not finite.
+        """
+        given = ~wanted.isnan()
+        distance, size = (torch.where(given, values, 0.0).norm(dim=-1) for values in (found - wanted, wanted))
+        error = torch.where(size > 0, distance / size, 0.0).sum(-1) / (size > 0).sum(-1).clamp(min=1)
+        return torch.where(found.isfinite().flatten(-2).all(-1), error, math.inf)
 
 
 def _residual_layer(width: int, groups: int) -> ResnetBlock2D:

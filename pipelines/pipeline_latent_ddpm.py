@@ -14,16 +14,9 @@ The autoencoder is a latent-variable model, whose decoder is a probability mass 
     distribution with one common ``scale``; a pixel value has the mass of its bin of width 1/255, and the bins at 0 and
     1 are open, so that the 256 masses sum to 1 (Salimans et al. 2017, section 2.1).
 
-Two ways lead to a wanted response. The denoiser attends to tokens of it, with classifier-free guidance (Ho & Salimans
-2021). And a network that predicts the response :math:`f(x)` of a design shifts the denoiser's estimate
-:math:`\hat z_0`: given noisy latents :math:`z_t`, the clean ones are about Gaussian, with that mean and the variance
-:math:`\sigma_t^2`; a response that is observed up to an error :math:`\varepsilon` moves their mean by
-
-.. math:: w \, \sigma_t^2 J^T (\sigma_t^2 J J^T + \varepsilon^2 I)^{-1} (y - f(\hat z_0)),
-
-with :math:`J = \partial f / \partial z_0` through the decoder: the pseudo-inverse guidance of Song et al. (2023), the
-observation linearised, and without the denoiser's own derivative, by which they multiply. The curve of a load case is
-nearly one number, so :math:`y` and :math:`f` are means of normalised stresses, one for each load case.
+Two ways lead to a wanted response: the denoiser attends to tokens of it, with classifier-free guidance (Ho & Salimans
+2021), and a network that predicts the response of a design shifts the denoiser's estimate :math:`\hat z_0`, see
+``response_predictor.py``.
 
 This file travels inside checkpoints: it imports torch, numpy, diffusers and its sibling alone.
 """
@@ -83,8 +76,6 @@ _SCHEDULERS = (
 _UNFIT_SETTINGS = {"clip_sample": True, "thresholding": True, "use_flow_sigmas": True, "timestep_type": "continuous"}
 #: Timesteps at which the schedule of a training is written down.
 _RECORDED = 21
-#: The error up to which a wanted response is observed, in standard deviations of the training data.
-_TOLERANCE = 0.03
 #: The log-SNR before which the decoder makes nothing of :math:`\hat z_0` that a predictor could tell of.
 _LEAST_LOG_SNR = -2.5
 #: The log-SNR to which a kept sample is re-noised: a few in a hundred pixels change.
@@ -616,8 +607,7 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
     def _best(self, images: Tensor, latents: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Of the candidates ``(B, *)`` for T targets, neighbours, those T with the nearest predicted response."""
         predicted = self._predicted(images).unflatten(0, (len(wanted), -1))
-        error = _response_error(predicted.flatten(0, 1), wanted.repeat_interleave(predicted.shape[1], dim=0))
-        best = error.unflatten(0, predicted.shape[:2]).argmin(1)
+        best = self.response_predictor.response_error(predicted, wanted[:, None]).argmin(1)
         best = best + predicted.shape[1] * torch.arange(len(best), device=best.device)
         return images[best.to(images.device)], latents[best.to(latents.device)]
 
@@ -648,26 +638,11 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
         alpha, sigma = math.sqrt(1 / (1 + math.exp(-log_snr))), math.sqrt(1 / (1 + math.exp(log_snr)))
         slope, offset = output_from_velocity(self.scheduler.config.prediction_type, alpha, sigma)
         clean = alpha * noisy - sigma * (prediction - offset * noisy) / slope
-        pairs = zip(clean.split(_BATCH), wanted.split(_BATCH), strict=True)
-        shifts = torch.cat([self._posterior_mean_shift(latents, response, sigma**2) for latents, response in pairs])
+        means, targets = clean.to(self.vae.dtype).split(_BATCH), self.response_encoder.normalise(wanted).split(_BATCH)
+        shift_of = self.response_predictor.posterior_mean_shift
+        pairs = zip(means, targets, strict=True)
+        shifts = torch.cat([shift_of(self._expected_images, mean, target, sigma**2) for mean, target in pairs])
         return prediction - (scale * slope / sigma * shifts).to(prediction)
-
-    def _posterior_mean_shift(self, latents: Tensor, wanted: Tensor, variance: float) -> Tensor:
-        """By how much the mean of clean latents of this variance moves, given a wanted response."""
-        # enable_grad does not undo an inference_mode around the call, whose tensors have no gradient: hence a copy
-        with torch.inference_mode(False), torch.enable_grad():
-            given = ~wanted.isnan()
-            variable = latents.detach().to(self.vae.dtype, copy=True).requires_grad_()
-            found = self.response_predictor(self._expected_images(variable).to(self.response_predictor.dtype))
-            # normalise gives single precision, whatever the networks run in, and the difference has it
-            excess = _load_case_means(found - self.response_encoder.normalise(wanted), given)
-            rows = [torch.autograd.grad(mean.sum(), variable, retain_graph=True)[0] for mean in excess.unbind(1)]
-        jacobian = torch.stack(rows, 1).flatten(2).to(excess.dtype)
-        # a number a load case: double precision costs nothing on the CPU, and some devices have none
-        gram = (variance * jacobian @ jacobian.mT).cpu().double()
-        noise = _TOLERANCE**2 * torch.eye(gram.shape[1], dtype=gram.dtype)
-        change = torch.linalg.solve(gram + noise, -excess.detach().cpu().double()[..., None])
-        return (variance * jacobian.mT @ change.to(jacobian)).reshape(latents.shape)
 
 
 def decoder_meaning(vae: Any) -> tuple[str, float | None]:
@@ -856,22 +831,6 @@ def _guide(unconditional: Tensor, conditional: Tensor, scale: float, rescale: fl
     entries = tuple(range(1, guided.ndim))
     spread = conditional.std(entries, keepdim=True) / guided.std(entries, keepdim=True)
     return torch.lerp(guided, guided * spread, rescale)
-
-
-def _response_error(found: Tensor, wanted: Tensor) -> Tensor:
-    r"""What designs are judged by: mean of :math:`\|y - y^*\| / \|y^*\|` over the load cases, those of zeros left out.
-
-    Infinite for a response that is not finite; of ``(B, L, S)`` in physical units, NaN where a target is unspecified.
-    """
-    given = ~wanted.isnan()
-    distance, size = (torch.where(given, values, 0.0).norm(dim=-1) for values in (found - wanted, wanted))
-    error = torch.where(size > 0, distance / size, 0.0).sum(-1) / (size > 0).sum(-1).clamp(min=1)
-    return torch.where(found.isfinite().flatten(1).all(1), error, math.inf)
-
-
-def _load_case_means(values: Tensor, given: Tensor) -> Tensor:
-    """Means over the given strains of each load case, 0 where none is: shape ``(B, L)`` from ``(B, L, S)``."""
-    return torch.where(given, values, 0.0).sum(-1) / given.sum(-1).clamp(min=1)
 
 
 def _beside(kept: Tensor, candidates: Tensor) -> Tensor:
