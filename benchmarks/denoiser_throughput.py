@@ -23,7 +23,7 @@ from record import record
 from torch.utils.data import DataLoader, TensorDataset
 
 from mechdiffusers.microstructures import random_composites
-from mechdiffusers.pipelines.latent_likelihood import latent_size
+from mechdiffusers.pipelines.pipeline_latent_ddpm import latent_size
 from mechdiffusers.training import parse_config
 from mechdiffusers.training.accelerators import stage_accelerator
 from mechdiffusers.training.autoencoder import LikelihoodAutoencoder, encode_all

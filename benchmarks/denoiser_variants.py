@@ -105,9 +105,8 @@ def train(released: LatentDDPMPipeline, config: TrainingConfig) -> None:
     train, responses = encode_all(released.vae, designs.train, accelerator.device, designs.num_train, turned)
     held = TensorDataset(designs.heldout, designs.heldout_response)
     heldout, _ = encode_all(released.vae, held, accelerator.device, len(held))
-    scale = released.config.decoder_scale
     latents = TensorDataset(train, responses)
-    pipe = train_denoiser(accelerator, config, released.vae, scale, designs, latents, heldout)
+    pipe = train_denoiser(accelerator, config, released.vae, designs, latents, heldout)
     pipe.register_modules(response_predictor=released.response_predictor)
     unfinished = Path(config.output_dir) / "unfinished"
     pipe.save_pretrained(unfinished)

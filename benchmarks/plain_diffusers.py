@@ -32,7 +32,7 @@ else:
 latents = []
 keep = lambda pipe, step, t, tensors: latents.append(tensors["latents"]) or tensors
 options = {"generator": torch.manual_seed(0), "output_type": "np", "callback_on_step_end": keep}
-images = pipe(8, num_inference_steps=20, **options).images
+images = pipe(batch_size=8, num_inference_steps=20, **options).images
 numpy.savez(sys.argv[2], images=images, latents=latents[-1].numpy())
 """
 

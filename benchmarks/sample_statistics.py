@@ -27,7 +27,6 @@ from mechdiffusers.evaluation import (
 from mechdiffusers.evaluation.plots import save_image_grid, save_statistics_figure
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.pipelines import LatentDDPMPipeline
-from mechdiffusers.pipelines.latent_likelihood import latent_size
 from mechdiffusers.schedulers import STOCK_SCHEDULERS, stock_scheduler
 
 HELD_OUT_SEED = 1_000_000  # training configurations use small seeds
@@ -111,16 +110,14 @@ def sample(pipe: LatentDDPMPipeline, num: int, steps: int, seed: int) -> np.ndar
     batches = []
     for start in tqdm(range(0, num, BATCH), desc="sampling", unit="batch"):
         generators = [torch.Generator().manual_seed(seed * num + i) for i in range(start, min(start + BATCH, num))]
-        batches.append(
-            pipe(len(generators), num_inference_steps=steps, generator=generators, output_type="np").images[..., 0]
-        )
+        drawn = pipe(batch_size=len(generators), num_inference_steps=steps, generator=generators, output_type="np")
+        batches.append(drawn.images[..., 0])
     return np.concatenate(batches)
 
 
 def decode_prior(pipe: LatentDDPMPipeline, num: int, seed: int) -> np.ndarray:
     """Designs (num, H, W) of the autoencoder alone, its codes drawn from N(0, I)."""
-    shape = (num, pipe.vae.config.latent_channels, *latent_size(pipe.vae))
-    codes = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    codes = torch.randn((num, *pipe.latent_shape), generator=torch.Generator().manual_seed(seed))
     latents = (codes - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
     return np.concatenate([pipe.decode(batch, output_type="np")[..., 0] for batch in latents.split(BATCH)])
 

@@ -19,7 +19,7 @@ arguments = parser.parse_args()
 
 pipe = LatentDDPMPipeline.from_pretrained(arguments.checkpoint)
 pipe.scheduler = stock_scheduler("dpmsolver++", pipe.scheduler.config)
-designs = pipe(16, num_inference_steps=25, generator=torch.manual_seed(0), output_type="np").images[..., 0]
+designs = pipe(batch_size=16, num_inference_steps=25, generator=torch.manual_seed(0), output_type="np").images[..., 0]
 path = pipe.interpolate(designs[:1], designs[1:2], num=8, output_type="np")[..., 0]
 
 save_image_grid(designs, arguments.output_dir / "samples.png")

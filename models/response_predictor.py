@@ -1,7 +1,7 @@
 r"""From a design to its response, without a simulation: a network that learned from simulated designs.
 
 It is wrong by some per cent where finite elements are not, but takes a thousandth of their time and has a gradient:
-it draws samples towards a wanted response (:mod:`predictor_guidance`), and is no judge of them.
+it draws samples towards a wanted response, and is no judge of them.
 
 A symmetry of the cell and its loads tells the response of a turned or mirrored design. A prediction is the mean over
 all that are known: networks see them differently, and their errors cancel in part.

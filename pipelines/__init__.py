@@ -1,6 +1,6 @@
 """Pipelines: what a user calls."""
 
 from mechdiffusers.pipelines.classifier_guidance import ClassifierGuidance
-from mechdiffusers.pipelines.pipeline_latent_ddpm import LatentDDPMPipeline
+from mechdiffusers.pipelines.pipeline_latent_ddpm import LatentDDPMPipeline, record_training_schedule
 
-__all__ = ["ClassifierGuidance", "LatentDDPMPipeline"]
+__all__ = ["ClassifierGuidance", "LatentDDPMPipeline", "record_training_schedule"]

@@ -35,7 +35,6 @@ from huggingface_hub import (
     create_branch,
     create_repo,
     file_exists,
-    list_repo_files,
     model_info,
     snapshot_download,
     upload_folder,
@@ -318,7 +317,7 @@ def upload_checkpoint(
     with _refusals_explained(repo_id):
         if revision is not None:
             create_branch(repo_id, branch=revision, token=token, exist_ok=True)
-        there = list_repo_files(repo_id, revision=revision, token=token)
+        there = [file.rfilename for file in model_info(repo_id, revision=revision, token=token).siblings or []]
         commit = upload_folder(
             repo_id=repo_id,
             folder_path=folder,

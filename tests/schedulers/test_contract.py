@@ -19,7 +19,7 @@ from diffusers import (
     UNet2DModel,
 )
 
-from mechdiffusers.pipelines import LatentDDPMPipeline
+from mechdiffusers.pipelines import LatentDDPMPipeline, record_training_schedule
 from mechdiffusers.schedulers import (
     PredictorCorrectorScheduler,
     ProbabilityFlowScheduler,
@@ -372,7 +372,7 @@ def test_our_pipeline_runs_them_and_an_image_depends_on_its_generator_alone(make
 
     def images(seeds: range) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return pipe(len(generators), num_inference_steps=3, generator=generators, output_type="pt").images
+        return pipe(batch_size=len(generators), num_inference_steps=3, generator=generators, output_type="pt").images
 
     torch.testing.assert_close(images(range(3))[1:2], images(range(1, 2)), rtol=0, atol=1.5 / 255)
 
@@ -381,6 +381,7 @@ def test_our_pipeline_runs_them_and_an_image_depends_on_its_generator_alone(make
 def test_a_checkpoint_ships_the_scheduler_and_the_installed_class_loads_it(make_pipeline, cls, tmp_path):
     pipe = make_pipeline()
     pipe.scheduler = cls.from_config(pipe.scheduler.config, log_snr="cosine")
+    record_training_schedule(pipe.unet, pipe.scheduler)
     again = LatentDDPMPipeline(pipe.vae, pipe.unet, pipe.scheduler, pipe.response_encoder)
     again.save_pretrained(tmp_path)
     stems = {cls.__module__.split(".")[-1], "log_snr_curve", "variance_preserving_scheduler"}

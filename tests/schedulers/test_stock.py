@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from mechdiffusers.pipelines import record_training_schedule
 from mechdiffusers.schedulers import STOCK_SCHEDULERS, VDMScheduler, stock_scheduler
 
 MEAN, STD = 0.5, 0.3
@@ -66,6 +67,7 @@ def test_nothing_of_a_solver_stays_behind_when_it_is_replaced(first):
 def test_a_curve_of_ours_goes_along_as_betas(make_pipeline, log_snr):
     pipe = make_pipeline()
     ours = VDMScheduler.from_config(pipe.scheduler.config, log_snr=log_snr, timestep_spacing="log_snr")
+    record_training_schedule(pipe.unet, ours)
     pipe = type(pipe)(pipe.vae, pipe.unet, ours, pipe.response_encoder)
     pipe.set_progress_bar_config(disable=True)
     for name in STOCK_SCHEDULERS:

@@ -191,7 +191,7 @@ def test_a_run_that_could_not_be_uploaded_is_published_when_it_goes_on(hub, tmp_
         raise OSError("connection lost")
 
     with monkeypatch.context() as broken:
-        broken.setattr("mechdiffusers.pipelines.hub_checkpoint.upload_folder", break_off)
+        broken.setattr("mechdiffusers.pipelines.portable_checkpoint.upload_folder", break_off)
         with pytest.raises(OSError, match="the Hub could not be reached: connection lost; the run itself is complete"):
             train(small(tmp_path / "composites", push_to_hub=True))
     assert (tmp_path / "composites" / "pipeline" / "model_index.json").exists()

@@ -133,7 +133,7 @@ def test_the_script_trains_on_a_folder_of_grey_images(tmp_path):
     assert done.returncode == 0, done.stderr
     pipe = LatentDDPMPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     pipe.set_progress_bar_config(disable=True)
-    assert pipe.config.decoder_scale > 0
+    assert pipe.decoder_scale > 0
     assert pipe(num_inference_steps=2, output_type="np").images.shape == (1, 7, 10, 1)
 
 
@@ -274,7 +274,7 @@ def test_under_the_priors_log_density_of_the_latents_the_whole_bound_is_the_auto
     def nats(scale: float = 1.0) -> float:
         autoencoder.vae.register_to_config(scaling_factor=scale, shift_factor=0.1)
         latents = (mean + torch.exp(logvar / 2) * noise - 0.1) * scale
-        return autoencoder_nats(autoencoder.vae, logvar, latents, images, "bernoulli", None)
+        return autoencoder_nats(autoencoder.vae, logvar, latents, images)
 
     with torch.no_grad():
         reconstruction, kl, _ = autoencoder(images, noise)
