@@ -64,6 +64,6 @@ def estimate_velocity_error(
         output = denoiser(noisy, t)
         if output.shape != samples.shape:
             raise ValueError(f"denoiser must give the samples' shape {tuple(samples.shape)}, got {tuple(output.shape)}")
-        clean = of_sample * noisy.double() + of_output * output.double()
-        errors.append(((samples.double() - clean) / sigma).square().mean())
+        clean = of_sample * noisy.cpu().double() + of_output * output.cpu().double()
+        errors.append(((samples.cpu().double() - clean) / sigma).square().mean())
     return torch.stack(errors).tolist()

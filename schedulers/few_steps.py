@@ -92,7 +92,7 @@ def optimize_steps(
 
     def error(shares: np.ndarray) -> np.ndarray:
         found, _ = _coarse_solution(denoiser, trial, noise, grid(shares), trajectory, end)
-        return (found - end).double().flatten().cpu().numpy() / end.numel() ** 0.5
+        return (found - end).flatten().cpu().double().numpy() / end.numel() ** 0.5
 
     def jacobian(shares: np.ndarray) -> np.ndarray:
         """By one-sided differences of a step that stands in no relation to the shares, which may be 0."""
@@ -135,8 +135,8 @@ def _fine_solution(
             level = float(fine.curve.at(row.timestep))
             slope = row.noise_coefficients[0] * x + row.noise_coefficients[1] * output
             levels.append(level)
-            states.append((x / row.alpha).double().cpu().numpy())
-            slopes.append(slope.double().cpu().numpy() * -np.exp(-level / 2) / 2)  # d varsigma / d lambda
+            states.append((x / row.alpha).cpu().double().numpy())
+            slopes.append(slope.cpu().double().numpy() * -np.exp(-level / 2) / 2)  # d varsigma / d lambda
         x = fine.step(output, t, x).prev_sample
     return CubicHermiteSpline(levels, np.stack(states), np.stack(slopes)), x
 
@@ -164,8 +164,8 @@ def _coarse_solution(
         y = x / row.alpha
         is_last = i + 1 == len(timesteps)
         target = end if is_last else torch.from_numpy(trajectory(levels[i + 1])).to(x)
-        basis = torch.stack([slope.flatten() for slope in slopes], dim=1).double()
-        found = torch.linalg.lstsq(basis.cpu(), (target - y).flatten().double().cpu()[:, None]).solution[:, 0]
+        basis = torch.stack([slope.flatten() for slope in slopes], dim=1).cpu().double()
+        found = torch.linalg.lstsq(basis, (target - y).flatten().cpu().double()[:, None]).solution[:, 0]
         y = y + sum(weight * slope for weight, slope in zip(found.tolist(), slopes, strict=True))
         x = y if is_last else y * (1 + np.exp(-levels[i + 1])) ** -0.5
         weights.append(found.tolist())
