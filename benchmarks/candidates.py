@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from mechdiffusers.atomic_file import atomic_write
-from mechdiffusers.evaluation import response_error
+from mechdiffusers.evaluation.inverse_design import response_error
 from mechdiffusers.microstructures.build_dataset.columns import designs_of, grey_levels
 from mechdiffusers.microstructures.build_dataset.parts import compute_by_parts
 from mechdiffusers.pipelines import LatentDDPMPipeline

@@ -22,9 +22,7 @@ from candidates import bound, common_arguments, errors_of, fingerprint, kept, su
 from record import record
 from torch.utils.data import TensorDataset
 
-from mechdiffusers.evaluation import stored_designs, stored_responses
-from mechdiffusers.evaluation.design import designs_for
-from mechdiffusers.evaluation.response import load_split
+from mechdiffusers.evaluation.inverse_design import designs_for, load_split, stored_designs, stored_responses
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.schedulers import stock_scheduler

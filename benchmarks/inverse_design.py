@@ -27,17 +27,15 @@ from candidates import (
 )
 from record import record
 
-from mechdiffusers.evaluation import (
-    diversity,
+from mechdiffusers.evaluation import diversity, novelty, stiff_connectivity
+from mechdiffusers.evaluation.inverse_design import (
+    designs_for,
+    load_split,
     nearest_training_designs,
-    novelty,
-    stiff_connectivity,
     stored_designs,
     stored_responses,
     verify,
 )
-from mechdiffusers.evaluation.design import designs_for
-from mechdiffusers.evaluation.response import load_split
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.pipelines import LatentDDPMPipeline
 

@@ -17,9 +17,14 @@ from candidates import common_arguments, errors_of, fingerprint, kept, percent, 
 from matplotlib.figure import Figure
 from record import record
 
-from mechdiffusers.evaluation import nearest_training_designs, response_error, stored_designs, stored_responses
-from mechdiffusers.evaluation.design import designs_for
-from mechdiffusers.evaluation.response import load_split
+from mechdiffusers.evaluation.inverse_design import (
+    designs_for,
+    load_split,
+    nearest_training_designs,
+    response_error,
+    stored_designs,
+    stored_responses,
+)
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.schedulers import (

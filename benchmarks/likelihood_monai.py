@@ -20,7 +20,7 @@ from monai.inferers import DiffusionInferer
 from monai.networks.schedulers import DDPMScheduler as MonaiScheduler
 from record import record
 
-from mechdiffusers.evaluation import GaussianMixture
+from analytic_denoisers import GaussianMixture
 from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion, log_snr_table
 from mechdiffusers.pipelines.latent_prior import ancestral_terms, continuous_terms
 from mechdiffusers.pipelines.probability_flow import flow_log_density

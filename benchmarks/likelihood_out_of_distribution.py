@@ -23,14 +23,9 @@ import torch
 from matplotlib.figure import Figure
 from record import record
 
-from mechdiffusers.evaluation.out_of_distribution import (
-    DESIGN_FAMILIES,
-    Roc,
-    StatisticsDistance,
-    receiver_operating_characteristic,
-)
+from mechdiffusers.evaluation.out_of_distribution import Roc, StatisticsDistance, receiver_operating_characteristic
 from mechdiffusers.evaluation.plots import save_image_grid
-from mechdiffusers.microstructures import random_composites
+from mechdiffusers.microstructures import DESIGN_FAMILIES, random_composites
 from mechdiffusers.pipelines import LatentDDPMPipeline
 
 HELD_OUT_SEED = 1_000_000  # training configurations use small seeds

@@ -25,17 +25,17 @@ from candidates import (
 )
 from record import record
 
-from mechdiffusers.evaluation import (
+from mechdiffusers.evaluation import novelty
+from mechdiffusers.evaluation.inverse_design import (
+    designs_for,
+    load_split,
     nearest_training_designs,
-    novelty,
     response_error,
+    save_verification_figure,
     stored_designs,
     stored_responses,
     verify,
 )
-from mechdiffusers.evaluation.design import designs_for
-from mechdiffusers.evaluation.plots import save_verification_figure
-from mechdiffusers.evaluation.response import load_split
 from mechdiffusers.microstructures import response_meaning
 
 

@@ -16,9 +16,13 @@ import numpy as np
 from candidates import add_sampling, common_arguments, drawing, errors_of, kept, summary
 from record import record
 
-from mechdiffusers.evaluation import nearest_training_designs, response_error, stored_responses
-from mechdiffusers.evaluation.design import designs_for
-from mechdiffusers.evaluation.response import load_split
+from mechdiffusers.evaluation.inverse_design import (
+    designs_for,
+    load_split,
+    nearest_training_designs,
+    response_error,
+    stored_responses,
+)
 from mechdiffusers.microstructures import response_meaning
 
 

@@ -15,10 +15,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from record import record
 
-from mechdiffusers.evaluation import TargetRange, stored_responses
-from mechdiffusers.evaluation.response import load_split
+from mechdiffusers.evaluation.inverse_design import TargetRange, load_split, stored_responses
+from mechdiffusers.mechanics import simulated_response
 from mechdiffusers.microstructures import response_meaning
-from mechdiffusers.microstructures.build_dataset.parts import simulated_response
 
 LEVELS = (0.01, 0.05)
 

@@ -29,9 +29,7 @@ from torch.nn.functional import mse_loss
 from tqdm.auto import tqdm
 
 from mechdiffusers.atomic_file import atomic_write
-from mechdiffusers.evaluation import stored_designs, stored_responses
-from mechdiffusers.evaluation.design import designs_for
-from mechdiffusers.evaluation.response import load_split
+from mechdiffusers.evaluation.inverse_design import designs_for, load_split, stored_designs, stored_responses
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.models import ResponseEncoder
 from mechdiffusers.pipelines import LatentDDPMPipeline

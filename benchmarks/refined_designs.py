@@ -27,20 +27,20 @@ from record import record
 from tqdm.auto import tqdm
 
 from mechdiffusers.atomic_file import atomic_write
-from mechdiffusers.evaluation import (
+from mechdiffusers.evaluation import novelty
+from mechdiffusers.evaluation.inverse_design import (
     curve_shape_error,
+    designs_for,
+    load_split,
     nearest_in_curve_shape,
     nearest_training_designs,
-    novelty,
     refine,
     response_error,
     stored_designs,
     stored_responses,
 )
-from mechdiffusers.evaluation.design import designs_for
-from mechdiffusers.evaluation.response import load_split
+from mechdiffusers.mechanics import simulated_response
 from mechdiffusers.microstructures import response_meaning
-from mechdiffusers.microstructures.build_dataset.parts import simulated_response
 
 #: Targets of a part.
 _PART = 4

@@ -16,8 +16,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from analytic_denoisers import two_moons
 from mechdiffusers.atomic_file import atomic_write
-from mechdiffusers.evaluation import two_moons
 from mechdiffusers.schedulers import (
     PredictorCorrectorScheduler,
     ProbabilityFlowScheduler,

@@ -37,13 +37,8 @@ from diffusers import IPNDMScheduler, PNDMScheduler
 from record import record
 from tqdm.auto import tqdm
 
-from mechdiffusers.evaluation import (
-    GaussianMixture,
-    sliced_wasserstein_distance,
-    two_moons,
-    two_point_error,
-    volume_fraction_distance,
-)
+from analytic_denoisers import GaussianMixture, two_moons
+from mechdiffusers.evaluation import sliced_wasserstein_distance, two_point_error, volume_fraction_distance
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.schedulers import (

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from mechdiffusers import LatentDDPMPipeline, random_composites
-from mechdiffusers.evaluation import DESIGN_FAMILIES
 from mechdiffusers.evaluation.plots import save_image_grid
+from mechdiffusers.microstructures import DESIGN_FAMILIES
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "composites-32"
 

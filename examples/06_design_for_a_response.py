@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mechdiffusers import LatentDDPMPipeline, verify
-from mechdiffusers.evaluation import read_targets
+from mechdiffusers.evaluation.inverse_design import read_targets
 from mechdiffusers.schedulers import stock_scheduler
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from mechdiffusers.evaluation import GaussianMixture
+from analytic_denoisers import GaussianMixture
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion, log_snr_table
 from mechdiffusers.schedulers import VDMScheduler

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechdiffusers.evaluation import stored_responses
+from mechdiffusers.evaluation.inverse_design import stored_responses
 from mechdiffusers.microstructures import build_dataset, random_composites, response_meaning
 from mechdiffusers.models import ResponseEncoder, ResponsePredictor, response_normalisation
 

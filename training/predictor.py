@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mechdiffusers.evaluation import response_error
+from mechdiffusers.evaluation.inverse_design import response_error
 from mechdiffusers.mechanics.load_cases import mirrored_cases, transposed_cases
 from mechdiffusers.models import ResponsePredictor, normalise_response, response_normalisation
 from mechdiffusers.models.response_predictor import SYMMETRIES

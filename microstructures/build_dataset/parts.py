@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from mechdiffusers.atomic_file import atomic_write
-from mechdiffusers.mechanics import simulate
+from mechdiffusers.mechanics import simulated_response
 from mechdiffusers.microstructures.build_dataset.columns import designs_of
 
-__all__ = ["compute_by_parts", "simulated_response"]
+__all__ = ["compute_by_parts"]
 
 #: Designs of a part. On a CPU it is what a kill can lose: half a minute on binary composites of 32 x 32 pixels.
 _CPU_PART = 16
@@ -57,26 +57,6 @@ def compute_by_parts(
             for num in work:
                 bar.update(num)
     return np.concatenate([np.load(path) for path in paths])
-
-
-def simulated_response(
-    designs: np.ndarray, meaning: Mapping[str, Any], device: str | torch.device | None = None, progress: bool = False
-) -> np.ndarray:
-    """The response, shape ``(B, L, S)``, that a meaning speaks of, for designs ``(B, H, W)`` in [0, 1]; float64."""
-    material = meaning["material"]
-    result = simulate(
-        designs,
-        meaning["load_cases"],
-        meaning["strains"],
-        element_order=meaning["element_order"],
-        young_soft=material["young_soft"],
-        young_stiff=material["young_stiff"],
-        poisson=material["poisson"],
-        pixel_size=meaning["pixel_size"],
-        device=device,
-        progress=progress,
-    )
-    return getattr(result, meaning["quantity"])
 
 
 class _Parts(Dataset[int]):

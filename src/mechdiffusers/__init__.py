@@ -1,86 +1,60 @@
 """Diffusers for mechanics: latent diffusion models of microstructures.
 
-The names below are imported from their rooms on first use, so that ``import mechdiffusers`` costs nothing.
+The names below are imported from their subpackages on first use, so that ``import mechdiffusers`` costs nothing.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from mechdiffusers.evaluation import (
-        TargetRange,
-        VerificationReport,
-        nearest_in_curve_shape,
-        nearest_training_designs,
-        refine,
-        response_error,
-        verify,
-    )
-    from mechdiffusers.mechanics import SimulationResult, simulate
-    from mechdiffusers.microstructures import (
-        build_dataset,
-        load_mechanical_mnist,
-        random_composites,
-        response_meaning,
-    )
-    from mechdiffusers.models import ResponseEncoder, ResponsePredictor
-    from mechdiffusers.pipelines import ClassifierGuidance, LatentDDPMPipeline
-    from mechdiffusers.schedulers import PredictorCorrectorScheduler, ProbabilityFlowScheduler, VDMScheduler
+if TYPE_CHECKING:  # for type checkers and editors; an alias that repeats the name is what exports it (PEP 484)
+    from mechdiffusers.evaluation.inverse_design import TargetRange as TargetRange
+    from mechdiffusers.evaluation.inverse_design import VerificationReport as VerificationReport
+    from mechdiffusers.evaluation.inverse_design import nearest_in_curve_shape as nearest_in_curve_shape
+    from mechdiffusers.evaluation.inverse_design import nearest_training_designs as nearest_training_designs
+    from mechdiffusers.evaluation.inverse_design import refine as refine
+    from mechdiffusers.evaluation.inverse_design import response_error as response_error
+    from mechdiffusers.evaluation.inverse_design import verify as verify
+    from mechdiffusers.mechanics import SimulationResult as SimulationResult
+    from mechdiffusers.mechanics import simulate as simulate
+    from mechdiffusers.microstructures import build_dataset as build_dataset
+    from mechdiffusers.microstructures import load_mechanical_mnist as load_mechanical_mnist
+    from mechdiffusers.microstructures import random_composites as random_composites
+    from mechdiffusers.microstructures import response_meaning as response_meaning
+    from mechdiffusers.models import ResponseEncoder as ResponseEncoder
+    from mechdiffusers.models import ResponsePredictor as ResponsePredictor
+    from mechdiffusers.pipelines import ClassifierGuidance as ClassifierGuidance
+    from mechdiffusers.pipelines import LatentDDPMPipeline as LatentDDPMPipeline
+    from mechdiffusers.schedulers import PredictorCorrectorScheduler as PredictorCorrectorScheduler
+    from mechdiffusers.schedulers import ProbabilityFlowScheduler as ProbabilityFlowScheduler
+    from mechdiffusers.schedulers import VDMScheduler as VDMScheduler
 
 __version__ = "0.1.0"
 
-_ROOMS = {
-    "ClassifierGuidance": "mechdiffusers.pipelines",
-    "LatentDDPMPipeline": "mechdiffusers.pipelines",
-    "PredictorCorrectorScheduler": "mechdiffusers.schedulers",
-    "ProbabilityFlowScheduler": "mechdiffusers.schedulers",
-    "ResponseEncoder": "mechdiffusers.models",
-    "ResponsePredictor": "mechdiffusers.models",
-    "SimulationResult": "mechdiffusers.mechanics",
-    "TargetRange": "mechdiffusers.evaluation",
-    "VDMScheduler": "mechdiffusers.schedulers",
-    "VerificationReport": "mechdiffusers.evaluation",
-    "build_dataset": "mechdiffusers.microstructures",
-    "load_mechanical_mnist": "mechdiffusers.microstructures",
-    "nearest_in_curve_shape": "mechdiffusers.evaluation",
-    "nearest_training_designs": "mechdiffusers.evaluation",
-    "random_composites": "mechdiffusers.microstructures",
-    "refine": "mechdiffusers.evaluation",
-    "response_error": "mechdiffusers.evaluation",
-    "response_meaning": "mechdiffusers.microstructures",
-    "simulate": "mechdiffusers.mechanics",
-    "verify": "mechdiffusers.evaluation",
+_NAMES = {
+    "evaluation.inverse_design": (
+        "TargetRange",
+        "VerificationReport",
+        "nearest_in_curve_shape",
+        "nearest_training_designs",
+        "refine",
+        "response_error",
+        "verify",
+    ),
+    "mechanics": ("SimulationResult", "simulate"),
+    "microstructures": ("build_dataset", "load_mechanical_mnist", "random_composites", "response_meaning"),
+    "models": ("ResponseEncoder", "ResponsePredictor"),
+    "pipelines": ("ClassifierGuidance", "LatentDDPMPipeline"),
+    "schedulers": ("PredictorCorrectorScheduler", "ProbabilityFlowScheduler", "VDMScheduler"),
 }
+_SUBPACKAGE_OF = {name: f"mechdiffusers.{subpackage}" for subpackage, names in _NAMES.items() for name in names}
 
-__all__ = [
-    "ClassifierGuidance",
-    "LatentDDPMPipeline",
-    "PredictorCorrectorScheduler",
-    "ProbabilityFlowScheduler",
-    "ResponseEncoder",
-    "ResponsePredictor",
-    "SimulationResult",
-    "TargetRange",
-    "VDMScheduler",
-    "VerificationReport",
-    "__version__",
-    "build_dataset",
-    "load_mechanical_mnist",
-    "nearest_in_curve_shape",
-    "nearest_training_designs",
-    "random_composites",
-    "refine",
-    "response_error",
-    "response_meaning",
-    "simulate",
-    "verify",
-]
+__all__ = ["__version__", *_SUBPACKAGE_OF]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _SUBPACKAGE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_ROOMS[name]), name)
+    return getattr(import_module(_SUBPACKAGE_OF[name]), name)
 
 
 def __dir__() -> list[str]:

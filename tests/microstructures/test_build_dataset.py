@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 
 import datasets
 import numpy as np
@@ -11,13 +12,14 @@ import torch
 
 from mechdiffusers.mechanics import simulate
 from mechdiffusers.microstructures import build_dataset, random_composites, response_meaning
-from mechdiffusers.microstructures.build_dataset import builder, parts
+from mechdiffusers.microstructures.build_dataset import builder
 from mechdiffusers.microstructures.build_dataset.__main__ import main
 from mechdiffusers.microstructures.build_dataset.columns import designs_of, grey_levels
 from mechdiffusers.training import TrainingConfig
 from mechdiffusers.training.data import load_designs
 
 CASES, STRAINS = ("uniaxial_extension", "shear_x"), [0.1, 0.25]
+SIMULATED_RESPONSE = import_module("mechdiffusers.mechanics.simulated_response")  # the module, not the function
 DESIGNS, PARAMETERS = random_composites(40, size=4, seed=1)  # three parts
 
 
@@ -127,7 +129,7 @@ def test_a_design_that_is_not_solved_is_kept_as_nan_and_flagged(monkeypatch, tmp
             result.stress[3, 1, 1:] = np.nan
         return result
 
-    monkeypatch.setattr(parts, "simulate", fails_once)
+    monkeypatch.setattr(SIMULATED_RESPONSE, "simulate", fails_once)
     build(DESIGNS[:20], output=tmp_path / "d.parquet")
     dataset = load(tmp_path / "d.parquet")
     assert len(dataset) == 20
@@ -146,13 +148,13 @@ def test_a_build_that_fails_keeps_its_parts_and_ends_as_an_undisturbed_one(monke
             raise MemoryError
         return simulate(designs, *args, **options)
 
-    monkeypatch.setattr(parts, "simulate", fails_at_the_last_part)
+    monkeypatch.setattr(SIMULATED_RESPONSE, "simulate", fails_at_the_last_part)
     with pytest.raises(MemoryError):
         build(output=tmp_path / "broken" / "d.parquet")
     assert [path.name for path in (tmp_path / "broken").iterdir()] == [".unfinished-d.parquet"]
     done = parts_in(tmp_path)
     assert 0 < len(done) < 3
-    monkeypatch.setattr(parts, "simulate", simulate)
+    monkeypatch.setattr(SIMULATED_RESPONSE, "simulate", simulate)
     monkeypatch.setattr(builder, "dataset_of", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build(output=tmp_path / "broken" / "d.parquet")

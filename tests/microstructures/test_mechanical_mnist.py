@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from mechdiffusers.evaluation import stored_designs, stored_responses, verify
+from mechdiffusers.evaluation.inverse_design import stored_designs, stored_responses, verify
 from mechdiffusers.microstructures import load_mechanical_mnist, response_meaning
 from mechdiffusers.microstructures.mechanical_mnist.__main__ import main
 from mechdiffusers.training import parse_config

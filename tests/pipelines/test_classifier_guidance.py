@@ -19,7 +19,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from mechdiffusers.evaluation import GaussianMixture
+from analytic_denoisers import GaussianMixture
 from mechdiffusers.pipelines import ClassifierGuidance
 from mechdiffusers.schedulers import PredictorCorrectorScheduler, ProbabilityFlowScheduler, VDMScheduler
 

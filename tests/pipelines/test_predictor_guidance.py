@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from exact_pipeline import Denoiser, LinearAutoencoder, rotated_gaussian
-from mechdiffusers.evaluation import response_error
+from mechdiffusers.evaluation.inverse_design import response_error
 from mechdiffusers.models import ResponsePredictor
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.pipelines.predictor_guidance import _TOLERANCE

@@ -4,9 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from mechdiffusers.evaluation import response_error, stored_designs, stored_responses, verify
-from mechdiffusers.evaluation.design import designs_for
-from mechdiffusers.evaluation.response import load_split
+from mechdiffusers.evaluation.inverse_design import (
+    designs_for,
+    load_split,
+    response_error,
+    stored_designs,
+    stored_responses,
+    verify,
+)
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.schedulers import stock_scheduler

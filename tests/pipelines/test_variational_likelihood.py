@@ -8,8 +8,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, ScoreSdeVeScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from analytic_denoisers import GaussianMixture
 from exact_pipeline import NOISE, exact_diffusion, exact_pipeline, rotated_gaussian
-from mechdiffusers.evaluation import GaussianMixture
 from mechdiffusers.pipelines import variational_likelihood
 from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion, log_snr_table
 from mechdiffusers.pipelines.latent_prior import ancestral_terms, continuous_terms

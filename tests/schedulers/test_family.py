@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler, SchedulerMixin
 
-from mechdiffusers.evaluation.analytic_denoisers import GaussianMixture, two_moons
+from analytic_denoisers import GaussianMixture, two_moons
 from mechdiffusers.schedulers import (
     STOCK_SCHEDULERS,
     PredictorCorrectorScheduler,

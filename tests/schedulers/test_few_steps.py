@@ -3,7 +3,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from mechdiffusers.evaluation.analytic_denoisers import GaussianMixture
+from analytic_denoisers import GaussianMixture
 from mechdiffusers.schedulers import ProbabilityFlowScheduler, VDMScheduler, estimate_velocity_error, optimize_steps
 
 DENSITY = GaussianMixture([0.4, 0.6], [[-1.0, 0.3], [0.8, -0.5]], (0.05 * torch.eye(2)).expand(2, 2, 2))

@@ -9,7 +9,13 @@ import torch
 from datasets import Array2D, Dataset, DatasetInfo
 from PIL import Image
 
-from mechdiffusers.evaluation import OutOfRangeWarning, response_error, stored_designs, stored_responses, verify
+from mechdiffusers.evaluation.inverse_design import (
+    OutOfRangeWarning,
+    response_error,
+    stored_designs,
+    stored_responses,
+    verify,
+)
 from mechdiffusers.microstructures import build_dataset, random_composites, response_meaning
 
 
@@ -50,7 +56,7 @@ def test_a_design_that_is_not_solved_is_kept_flagged_and_ranked_last(composites,
         response[0, 1, 2] = math.nan
         return response
 
-    monkeypatch.setattr(import_module("mechdiffusers.evaluation.verify"), "simulated_response", failing)
+    monkeypatch.setattr(import_module("mechdiffusers.evaluation.inverse_design.verify"), "simulated_response", failing)
     report = verify(stored_designs(composites)[:3], np.full((2, 3), 2.0), response_meaning(composites))
     np.testing.assert_array_equal(report.solved, [False, True, True])
     np.testing.assert_array_equal(np.isnan(report.error), [True, False, False])
@@ -64,7 +70,7 @@ def test_a_design_that_fails_where_the_target_is_open_is_flagged_and_ranked_by_i
         response[0] = [[2, 2, 2], [2, 2, math.nan]]
         return response
 
-    monkeypatch.setattr(import_module("mechdiffusers.evaluation.verify"), "simulated_response", failing)
+    monkeypatch.setattr(import_module("mechdiffusers.evaluation.inverse_design.verify"), "simulated_response", failing)
     target = np.array([[2.0, 2.0, 2.0], [2.0, 2.0, math.nan]])
     report = verify(stored_designs(composites)[:3], target, response_meaning(composites))
     np.testing.assert_array_equal(report.solved, [False, True, True])
@@ -188,7 +194,7 @@ def test_a_report_is_saved_under_fit_names_alone(report, tmp_path):
     ],
 )
 def test_unfit_arguments_are_named_before_anything_is_simulated(composites, monkeypatch, changes, message):
-    monkeypatch.setattr(import_module("mechdiffusers.evaluation.verify"), "simulated_response", None)
+    monkeypatch.setattr(import_module("mechdiffusers.evaluation.inverse_design.verify"), "simulated_response", None)
     rows = {name: composites.select(range(24)[value]) for name, value in changes.items() if isinstance(value, slice)}
     arguments = {"designs": np.zeros((2, 8, 8)), "target": np.ones((2, 3)), "meaning": response_meaning(composites)}
     with pytest.raises(ValueError, match=f"^{message}"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechdiffusers.evaluation import OutOfRangeWarning, TargetRange, response_error
+from mechdiffusers.evaluation.inverse_design import OutOfRangeWarning, TargetRange, response_error
 
 STRAINS = np.linspace(0.1, 0.6, 6)
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mechdiffusers.evaluation import (
+from mechdiffusers.cli import main
+from mechdiffusers.evaluation.inverse_design import (
     OutOfRangeWarning,
     nearest_in_curve_shape,
     read_targets,
@@ -15,11 +16,10 @@ from mechdiffusers.evaluation import (
     stored_responses,
     write_targets,
 )
-from mechdiffusers.evaluation.design_command import main
 from mechdiffusers.microstructures import build_dataset, random_composites, response_meaning
 from mechdiffusers.models import ResponsePredictor, response_normalisation
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_the_command_line_leaves_a_table_and_a_picture_of_each_target(conditional, composites, tmp_path, caplog):
@@ -32,7 +32,7 @@ def test_the_command_line_leaves_a_table_and_a_picture_of_each_target(conditiona
     options = ["--num_designs", "3", "--num_inference_steps", "2", "--guidance_scale", "2"]
     folders = ["--checkpoint", str(tmp_path / "checkpoint"), "--dataset", str(tmp_path / "data")]
     with caplog.at_level("INFO"):
-        main([str(tmp_path / "targets.csv"), *folders, *options, "--output_dir", str(tmp_path / "out")])
+        main(["design", str(tmp_path / "targets.csv"), *folders, *options, "--output_dir", str(tmp_path / "out")])
     rows = list(csv.DictReader((tmp_path / "out" / "verification.csv").open()))
     assert [row["target"] for row in rows] == ["soft"] * 3 + ["stiff"] * 3
     for name in ("soft", "stiff"):
@@ -58,7 +58,7 @@ def drawn_and_refined(dataset, pipe, folder: Path, num_designs: int, *options: s
     for rounds in (["0", "--num_candidates", "1", "--num_refinements", "0"], ["2", *options]):
         drawn = ["--num_designs", str(num_designs), "--num_inference_steps", "2", "--num_rounds", *rounds]
         folders = ["--checkpoint", str(folder / "checkpoint"), "--output_dir", str(folder / rounds[0])]
-        main([str(folder / "t.csv"), *folders, *drawn])
+        main(["design", str(folder / "t.csv"), *folders, *drawn])
         rows = list(csv.DictReader((folder / rounds[0] / "verification.csv").open()))
         errors = np.array([float(row["error"]) for row in rows]).reshape(2, -1)
         found.append({"designs": np.load(folder / rounds[0] / "designs.npy"), "error": errors})
@@ -96,13 +96,13 @@ def test_by_default_eight_designs_are_drawn_of_chosen_candidates_or_128_to_choos
     def stopped(pipe, targets, num_designs, **options):
         raise StoppedError(num_designs, options["num_candidates"], options["num_refinements"])
 
-    monkeypatch.setattr(import_module("mechdiffusers.evaluation.design_command"), "designs_for", stopped)
+    monkeypatch.setattr(import_module("mechdiffusers.evaluation.inverse_design.command"), "designs_for", stopped)
     meaning = save_with_predictor(conditional, composites, tmp_path / "checkpoint")
     write_targets(tmp_path / "t.csv", {"a": stored_responses(composites)[20]}, meaning)
     arguments = [str(tmp_path / "t.csv"), "--checkpoint", str(tmp_path / "checkpoint")]
     for rounds, expected in ((["--num_rounds", "3"], (128, 1, 0)), ([], (8, 4, 2))):
         with pytest.raises(StoppedError) as stop:
-            main([*arguments, *rounds])
+            main(["design", *arguments, *rounds])
         assert stop.value.args == expected
 
 
@@ -115,14 +115,14 @@ def test_what_cannot_be_told_of_the_range_is_warned_of_once_and_before_anything_
         warned_before.extend(warned.list)
         return np.repeat(stored_designs(composites)[:1], len(targets) * num_designs, axis=0)
 
-    monkeypatch.setattr(import_module("mechdiffusers.evaluation.design_command"), "designs_for", drawn)
+    monkeypatch.setattr(import_module("mechdiffusers.evaluation.inverse_design.command"), "designs_for", drawn)
     conditional.save_pretrained(tmp_path / "checkpoint")
     composites.select(range(16)).to_parquet(tmp_path / "train.parquet")
     composites.select(range(16, 24)).to_parquet(tmp_path / "heldout.parquet")
     write_targets(tmp_path / "t.csv", {"a": stored_responses(composites)[20]}, response_meaning(composites))
     folders = ["--checkpoint", str(tmp_path / "checkpoint"), "--dataset", str(tmp_path)]
     with pytest.warns(OutOfRangeWarning) as warned:
-        main([str(tmp_path / "t.csv"), *folders, "--num_designs", "1", "--output_dir", str(tmp_path / "out")])
+        main(["design", str(tmp_path / "t.csv"), *folders, "--num_designs", "1", "--output_dir", str(tmp_path / "out")])
     assert len(warned_before) == len(warned.list) == 1
 
 
@@ -138,7 +138,7 @@ def test_a_predictor_chooses_and_refines_where_nothing_else_is_asked_for(conditi
     for name, values in asked.items():
         options = ["--num_designs", "2", "--num_inference_steps", "2", *values]
         folders = ["--checkpoint", str(tmp_path / "checkpoint"), "--output_dir", str(tmp_path / name)]
-        main([str(tmp_path / "t.csv"), *folders, *options])
+        main(["design", str(tmp_path / "t.csv"), *folders, *options])
         designs[name] = np.load(tmp_path / name / "designs.npy")
     np.testing.assert_array_equal(designs["default"], designs["same"])
     assert (designs["default"] != designs["neither"]).any()
@@ -148,39 +148,39 @@ def test_rounds_without_a_predictor_are_refused_in_one_sentence(conditional, com
     conditional.save_pretrained(tmp_path / "checkpoint")
     arguments = [str(tmp_path / "t.csv"), "--checkpoint", str(tmp_path / "checkpoint"), "--num_rounds", "2"]
     with pytest.raises(SystemExit, match="^error: num_rounds must be 0, or positive for a checkpoint of binary"):
-        main(arguments)
+        main(["design", *arguments])
 
 
 def test_designs_to_refine_without_rounds_are_refused_in_one_sentence(conditional, composites, tmp_path):
     save_with_predictor(conditional, composites, tmp_path / "checkpoint")
     arguments = [str(tmp_path / "t.csv"), "--checkpoint", str(tmp_path / "checkpoint"), "--num_refined", "3"]
     with pytest.raises(SystemExit, match="^error: num_refined must come with num_rounds of at least 1, got 3 without"):
-        main(arguments)
+        main(["design", *arguments])
 
 
 def test_more_refined_than_drawn_are_refused_in_one_sentence(conditional, composites, tmp_path):
     save_with_predictor(conditional, composites, tmp_path / "checkpoint")
     arguments = [str(tmp_path / "t.csv"), "--checkpoint", str(tmp_path / "checkpoint"), "--num_rounds", "2"]
     with pytest.raises(SystemExit, match="^error: num_refined must be at most num_designs=3, got 4"):
-        main([*arguments, "--num_designs", "3", "--num_refined", "4"])
+        main(["design", *arguments, "--num_designs", "3", "--num_refined", "4"])
 
 
 def test_a_device_that_is_not_here_is_refused_in_one_sentence(tmp_path):
     for device in ("abacus", "cuda:99"):
         with pytest.raises(SystemExit, match=f"^error: device must be one that torch has here, got '{device}'"):
-            main([str(tmp_path / "t.csv"), "--checkpoint", str(tmp_path), "--device", device])
+            main(["design", str(tmp_path / "t.csv"), "--checkpoint", str(tmp_path), "--device", device])
 
 
 def test_a_checkpoint_that_is_not_there_is_refused_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SystemExit, match="^error: checkpoint must be a folder or a name on the Hub, got"):
-        main([str(tmp_path / "t.csv"), "--checkpoint", str(tmp_path / "none")])
+        main(["design", str(tmp_path / "t.csv"), "--checkpoint", str(tmp_path / "none")])
 
 
 def test_a_checkpoint_without_responses_is_refused_in_one_sentence(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "checkpoint")
     with pytest.raises(SystemExit, match="^error: checkpoint must be trained with responses"):
-        main([str(tmp_path / "targets.csv"), "--checkpoint", str(tmp_path / "checkpoint")])
+        main(["design", str(tmp_path / "targets.csv"), "--checkpoint", str(tmp_path / "checkpoint")])
 
 
 def test_a_folder_without_data_is_refused_in_one_sentence(conditional, composites, tmp_path):
@@ -188,7 +188,7 @@ def test_a_folder_without_data_is_refused_in_one_sentence(conditional, composite
     write_targets(tmp_path / "t.csv", {"a": stored_responses(composites)[0]}, response_meaning(composites))
     arguments = [str(tmp_path / "t.csv"), "--checkpoint", str(tmp_path / "checkpoint"), "--dataset", str(tmp_path)]
     with pytest.raises(SystemExit, match="^error: dataset must be a folder of train.parquet and heldout.parquet"):
-        main(arguments)
+        main(["design", *arguments])
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_folder_without_data_is_refused_in_one_sentence(conditional, composite
 )
 def test_what_cannot_be_verified_is_not_generated(conditional, composites, tmp_path, monkeypatch, changes, message):
     conditional.save_pretrained(tmp_path / "checkpoint")
-    monkeypatch.setattr(import_module("mechdiffusers.evaluation.design_command"), "designs_for", None)
+    monkeypatch.setattr(import_module("mechdiffusers.evaluation.inverse_design.command"), "designs_for", None)
     data = composites
     if {"size", "young_stiff"} & changes.keys():
         designs, _ = random_composites(8, size=changes.get("size", 8))
@@ -225,19 +225,19 @@ def test_what_cannot_be_verified_is_not_generated(conditional, composites, tmp_p
     write_targets(tmp_path / "t.csv", {changes.get("name", "a"): curve}, response_meaning(composites))
     folders = ["--checkpoint", str(tmp_path / "checkpoint"), "--dataset", str(tmp_path / "data")]
     with pytest.raises(SystemExit, match=f"^error: {message}"):
-        main([str(tmp_path / "t.csv"), *folders, "--num_designs", changes.get("num_designs", "3")])
+        main(["design", str(tmp_path / "t.csv"), *folders, "--num_designs", changes.get("num_designs", "3")])
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_generated(
     conditional, composites, tmp_path, monkeypatch
 ):
     conditional.save_pretrained(tmp_path / "checkpoint")
-    monkeypatch.setattr(import_module("mechdiffusers.evaluation.design_command"), "designs_for", None)
+    monkeypatch.setattr(import_module("mechdiffusers.evaluation.inverse_design.command"), "designs_for", None)
     write_targets(tmp_path / "t.csv", {"a": stored_responses(composites)[0]}, response_meaning(composites))
     (tmp_path / "file").touch()
     options = ["--checkpoint", str(tmp_path / "checkpoint"), "--output_dir", str(tmp_path / "file" / "out")]
     with pytest.raises(SystemExit, match="^error: output_dir must be a folder that can be written, got"):
-        main([str(tmp_path / "t.csv"), *options])
+        main(["design", str(tmp_path / "t.csv"), *options])
 
 
 def test_the_shipped_targets_are_three_and_given_at_all_strains_of_the_released_dataset():

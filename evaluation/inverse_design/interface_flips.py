@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
-from mechdiffusers.evaluation.response import as_array
+from mechdiffusers.evaluation.inverse_design.response import as_array
 
 __all__ = ["Predictor", "interface_length", "lengthening", "sets_of_flips"]
 

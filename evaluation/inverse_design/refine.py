@@ -37,11 +37,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechdiffusers.evaluation.design import checked_count
-from mechdiffusers.evaluation.interface_flips import Predictor, interface_length, sets_of_flips
-from mechdiffusers.evaluation.response import as_array, response_error
-from mechdiffusers.evaluation.verify import check_binary, checked_question
-from mechdiffusers.microstructures.build_dataset.parts import simulated_response
+from mechdiffusers.evaluation.inverse_design.checks import check_binary, checked_count, checked_question
+from mechdiffusers.evaluation.inverse_design.interface_flips import Predictor, interface_length, sets_of_flips
+from mechdiffusers.evaluation.inverse_design.response import as_array, response_error
+from mechdiffusers.mechanics import simulated_response
 
 __all__ = ["RefinedDesigns", "refine"]
 

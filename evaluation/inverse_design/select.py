@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechdiffusers.evaluation.design import checked_count
-from mechdiffusers.evaluation.response import as_array, response_error
-from mechdiffusers.evaluation.verify import checked_question
-from mechdiffusers.microstructures.build_dataset.parts import simulated_response
+from mechdiffusers.evaluation.inverse_design.checks import checked_count, checked_question
+from mechdiffusers.evaluation.inverse_design.response import as_array, response_error
+from mechdiffusers.mechanics import simulated_response
 
 __all__ = ["curve_shape_error", "nearest_in_curve_shape"]
 

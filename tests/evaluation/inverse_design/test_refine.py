@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from mechdiffusers.evaluation import refine, response_error
-from mechdiffusers.evaluation.interface_flips import interface_length, lengthening, sets_of_flips
-from mechdiffusers.evaluation.refine import _kriged
+from mechdiffusers.evaluation.inverse_design import refine, response_error
+from mechdiffusers.evaluation.inverse_design.interface_flips import interface_length, lengthening, sets_of_flips
+from mechdiffusers.evaluation.inverse_design.refine import _kriged
+from mechdiffusers.mechanics import simulated_response
 from mechdiffusers.microstructures import random_composites
-from mechdiffusers.microstructures.build_dataset.parts import simulated_response
 
 MEANING = {
     "quantity": "stress",
@@ -58,7 +58,7 @@ def test_what_is_known_of_the_designs_is_not_simulated_again(question, monkeypat
         simulated.append(len(chosen))
         return simulated_response(chosen, *arguments, **options)
 
-    monkeypatch.setattr(import_module("mechdiffusers.evaluation.refine"), "simulated_response", counted)
+    monkeypatch.setattr(import_module("mechdiffusers.evaluation.inverse_design.refine"), "simulated_response", counted)
     expected = refine(designs, targets, MEANING, exact, num_rounds=2)
     of_all = [simulated.pop() for _ in list(simulated)][::-1]
     refined = refine(designs, targets, MEANING, exact, response=known, num_rounds=2)
@@ -88,7 +88,7 @@ def test_coarse_simulations_bring_designs_nearer_by_as_few_of_the_meaning(questi
         simulated[asked["element_order"]] += len(chosen)
         return simulated_response(chosen, asked, *arguments)
 
-    monkeypatch.setattr(import_module("mechdiffusers.evaluation.refine"), "simulated_response", counted)
+    monkeypatch.setattr(import_module("mechdiffusers.evaluation.inverse_design.refine"), "simulated_response", counted)
     refined = refine(designs, targets, FINER, exact, num_rounds=1, num_coarse_steps=4)
     assert simulated[2] <= 2 * (1 + 1)
     assert 2 < simulated[1] <= 2 * (1 + 4)
@@ -105,7 +105,7 @@ class Simulator:
     def __init__(self, monkeypatch, coarse=1.0, fine=1.0, lost=lambda order, design: False) -> None:
         self.factor, self.lost = {1: np.broadcast_to(coarse, (2, 1)), 2: np.broadcast_to(fine, (2, 1))}, lost
         self.simulated = {1: [], 2: []}
-        monkeypatch.setattr(import_module("mechdiffusers.evaluation.refine"), "simulated_response", self)
+        monkeypatch.setattr(import_module("mechdiffusers.evaluation.inverse_design.refine"), "simulated_response", self)
 
     def __call__(self, designs, asked, *_):
         order = asked["element_order"]

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechdiffusers.evaluation import response_error, stored_responses
-from mechdiffusers.evaluation.design import designs_for
+from mechdiffusers.evaluation.inverse_design import designs_for, response_error, stored_responses
 from mechdiffusers.models import ResponsePredictor
 
 
@@ -36,7 +35,8 @@ def test_designs_chosen_from_candidates_are_predicted_nearer_and_do_not_depend_o
         for num, found in designs.items()
     }
     assert errors[16] < errors[1]
-    monkeypatch.setattr(import_module("mechdiffusers.evaluation.design"), "_BATCH", 32)  # two designs at once
+    # two designs at once
+    monkeypatch.setattr(import_module("mechdiffusers.evaluation.inverse_design.sample"), "_BATCH", 32)
     again = designs_for(conditional, targets, 2, num_inference_steps=2, num_candidates=16)
     np.testing.assert_array_equal(again, designs[16])
 

@@ -2,8 +2,8 @@ r"""Does a target lie within what the training data can reach? A generator answe
 
 Two things can be wrong with a target, and each has its score:
 
-- *Nothing comes near it*: the :func:`~mechdiffusers.evaluation.response_error` of the nearest training design, which is
-  large where the curves are too stiff, too soft or contradict each other.
+- *Nothing comes near it*: the :func:`.response_error` of the nearest training design, which is large where the curves
+  are too stiff, too soft or contradict each other.
 - *No curve has its shape*: the Mahalanobis distance :math:`\left((y - m)^T (C + \tau^2 I)^{-1} (y - m)\right)^{1/2}`
   of the logarithms :math:`y` of its entries, with mean :math:`m` and covariance :math:`C` of the training data. These
   fill few of the directions of response space, so that a kink or a falling curve shows, however near its values are.
@@ -25,12 +25,13 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from mechdiffusers.evaluation.response import as_array, response_error
-from mechdiffusers.pipelines.pipeline_latent_ddpm import _check_number as check_number
+from mechdiffusers.evaluation.inverse_design.response import as_array, response_error
 
 __all__ = ["OutOfRangeWarning", "RangeCheck", "TargetRange"]
 
@@ -79,7 +80,7 @@ class TargetRange:
                 f"heldout_responses must be of the load cases and strains of the training responses, "
                 f"{self._training.shape[1:]}, got {self._heldout.shape}"
             )
-        check_number("tolerance", tolerance)
+        _check_number("tolerance", tolerance)
         if not 0 < tolerance < math.inf:
             raise ValueError(f"tolerance must be a positive number, got {tolerance!r}")
         logs = np.log(self._training).reshape(len(self._training), -1)
@@ -114,7 +115,7 @@ class TargetRange:
             )
         if np.isnan(wanted).all((1, 2)).any() or np.isinf(wanted).any() or (wanted <= 0).any():
             raise ValueError("targets must be positive and finite where given, and given somewhere in each")
-        check_number("level", level)
+        _check_number("level", level)
         if not 0 <= level <= 1:
             raise ValueError(f"level must lie in [0, 1], got {level!r}")
         names = [str(index) for index in range(len(wanted))] if names is None else names
@@ -164,3 +165,9 @@ def _solved(name: str, responses: np.ndarray | Tensor) -> np.ndarray:
     if len(values) < 2 or (values <= 0).any():
         raise ValueError(f"{name} must be positive and hold at least two solved designs, got {len(values)} solved")
     return values
+
+
+def _check_number(name: str, value: Any) -> None:
+    """Raises a ``ValueError`` unless the value is a real number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name} must be a number, got {value!r}")

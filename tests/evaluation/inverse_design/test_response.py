@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from mechdiffusers.evaluation import nearest_training_designs, response_error, stored_designs, stored_responses
+from mechdiffusers.evaluation.inverse_design import (
+    nearest_training_designs,
+    response_error,
+    stored_designs,
+    stored_responses,
+)
 
 
 def responses(num: int, seed: int = 0) -> np.ndarray:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechdiffusers.evaluation.response import as_array
+from mechdiffusers.evaluation.inverse_design.checks import checked_count
+from mechdiffusers.evaluation.inverse_design.response import as_array
 
-__all__ = ["checked_count", "designs_for"]
+__all__ = ["designs_for"]
 
 #: Images that the denoiser sees at once.
 _BATCH = 256
@@ -64,10 +65,3 @@ def designs_for(
         generators = [torch.Generator().manual_seed(number) for number in seeds[rows]]
         images.append(pipe(response=wanted[rows], generator=generators, output_type="np", **options).images[..., 0])
     return np.concatenate(images)
-
-
-def checked_count(num: int, name: str = "num_designs", least: int = 1) -> int:
-    """``num``, if it is an integer of at least ``least``, else a ``ValueError`` that names the argument."""
-    if isinstance(num, bool) or not isinstance(num, (int, np.integer)) or num < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {num!r}")
-    return int(num)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 
-from mechdiffusers.evaluation import curve_shape_error, nearest_in_curve_shape, response_error
+from mechdiffusers.evaluation.inverse_design import curve_shape_error, nearest_in_curve_shape, response_error
+from mechdiffusers.mechanics import simulated_response
 from mechdiffusers.microstructures import random_composites
-from mechdiffusers.microstructures.build_dataset.parts import simulated_response
 
 MEANING = {
     "quantity": "stress",
@@ -98,7 +98,9 @@ def test_of_equal_shapes_the_nearest_in_height_comes_first(designs):
 def test_a_design_that_is_not_solved_comes_last(designs, monkeypatch):
     known = simulated_response(designs, {**MEANING, "element_order": 1})
     known[0, 0, 2] = math.nan
-    monkeypatch.setattr(import_module("mechdiffusers.evaluation.curve_shape"), "simulated_response", lambda *_: known)
+    monkeypatch.setattr(
+        import_module("mechdiffusers.evaluation.inverse_design.select"), "simulated_response", lambda *_: known
+    )
     chosen = nearest_in_curve_shape(designs, known[1], MEANING, len(designs))
     np.testing.assert_array_equal(chosen[[0, -1]], designs[[1, 0]])
 

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from mechdiffusers.evaluation import read_targets, write_targets
+from mechdiffusers.evaluation.inverse_design import read_targets, write_targets
 
 MEANING = {"quantity": "stress", "load_cases": ["shear", "shear_x"], "strains": [[0.1, 0.2, 0.3], [0.1, 0.2, 0.3]]}
 HEADER = "target,load_case,strain,stress\n"

@@ -1,0 +1,1 @@
+../tests/analytic_denoisers.py

@@ -1,0 +1,73 @@
+r"""How far responses are from a target.
+
+The error of a response :math:`y` is the mean over load cases of
+
+.. math:: \|y - y^*\|_2 / \|y^*\|_2,
+
+the norms along that case's strains, so that a soft load case counts as much as a stiff one. What the target :math:`y^*`
+leaves open (NaN) is left out, and with it a load case of which nothing is given.
+"""
+
+from __future__ import annotations
+
+from typing import overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["as_array", "response_error"]
+
+
+@overload
+def response_error(response: np.ndarray, target: np.ndarray) -> np.ndarray: ...
+@overload
+def response_error(response: Tensor, target: Tensor) -> Tensor: ...
+def response_error(response: np.ndarray | Tensor, target: np.ndarray | Tensor) -> np.ndarray | Tensor:
+    """Relative error of responses, differentiable.
+
+    Args:
+        response: Shape ``(B, L, S)``, NaN where not solved.
+        target: Shape ``(B, L, S)``, or ``(L, S)`` for one target of all; NaN where open.
+
+    Returns:
+        Shape ``(B,)``, float64, of the kind of ``response``; NaN where an entry that the target gives is not solved.
+
+    Raises:
+        ValueError: If the shapes do not fit, or a target is infinite, open everywhere or zero in a whole load case.
+
+    Example:
+        >>> float(response_error(np.full((1, 2, 3), 1.1), np.ones((2, 3)))[0])
+        0.1000000000000000...
+    """
+    found, wanted = (
+        (values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))).to(torch.float64)
+        for values in (response, target)
+    )
+    if found.ndim != 3 or wanted.shape not in (found.shape, found.shape[1:]):
+        raise ValueError(
+            "target must have the shape (B, L, S) or (L, S) of the response (B, L, S), got "
+            f"{tuple(wanted.shape)} for {tuple(found.shape)}"
+        )
+    given = ~wanted.isnan()
+    size = torch.linalg.vector_norm(torch.where(given, wanted, 0.0), dim=-1)
+    cases = given.any(-1)
+    if not cases.any(-1).all() or wanted.isinf().any() or (cases & (size == 0)).any():
+        raise ValueError("target must be finite, given somewhere, and not zero all along a load case")
+    distance = torch.linalg.vector_norm(torch.where(given, found - wanted, 0.0), dim=-1)
+    relative = torch.where(cases, distance / torch.where(cases, size, 1.0), 0.0)
+    error = relative.sum(-1) / cases.sum(-1)
+    return error if isinstance(response, Tensor) else error.numpy()
+
+
+def as_array(values: np.ndarray | Tensor, name: str = "values") -> np.ndarray:
+    """Numbers on the CPU, float64, without what a tensor knows of its gradient; ``name`` is whose error it would be."""
+    try:
+        if isinstance(values, Tensor) and not values.is_complex():  # which may be of a kind that numpy has not
+            return values.detach().to("cpu", torch.float64).numpy()
+        return np.asarray(values).astype(np.float64, casting="same_kind" if np.iscomplexobj(values) else "unsafe")
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(
+            f"{name} must be a tensor, an array or lists of real numbers, as long as each other, got "
+            f"{type(values).__name__}"
+        ) from None
