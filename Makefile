@@ -6,7 +6,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses logical --dist worksteal
 .PHONY: demo quick test lint wheel-test
 
 demo: .venv/installed
-	$(BIN)/mechdiffusers-design examples/targets.csv --checkpoint checkpoints/composites-32 \
+	$(BIN)/mechdiffusers design examples/targets.csv --checkpoint checkpoints/composites-32 \
 		--dataset data/composites-32 --num_rounds 3 --output_dir runs/demo
 
 quick: .venv/installed

@@ -1,4 +1,4 @@
-"""Checks of a question: can designs be verified for these targets? What cannot be is refused before any simulation."""
+"""Can designs be verified for these targets? What cannot be verified is refused before any simulation."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from mechdiffusers.mechanics.materials import CompressibleNeoHookean
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.models.response_encoder import difference_of_meanings
 
-__all__ = ["check_binary", "checked_count", "checked_meaning", "checked_names", "checked_question"]
+__all__ = ["check_binary", "checked_count", "checked_meaning", "checked_names", "checked_targets"]
 
 _MEANING = {"quantity", "load_cases", "strains", "element_order", "pixel_size", "material"}
 _MATERIAL = {"law", "young_soft", "young_stiff", "poisson"}
 
 
-def checked_question(
+def checked_targets(
     target: np.ndarray | Tensor,
     meaning: Mapping[str, Any] | None,
     shape: Sequence[int],

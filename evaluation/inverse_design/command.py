@@ -18,7 +18,7 @@ from mechdiffusers.evaluation.inverse_design.checks import (
     checked_count,
     checked_meaning,
     checked_names,
-    checked_question,
+    checked_targets,
 )
 from mechdiffusers.evaluation.inverse_design.refine import refine
 from mechdiffusers.evaluation.inverse_design.report import VerificationReport
@@ -129,7 +129,7 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
         stored = {name: load_split(arguments.dataset, split) for name, split in splits.items()}
     kept = num_refined if arguments.num_rounds else num_designs
     shape = (len(targets) * kept, *pipe.image_size)
-    checked_question(targets, meaning, shape, **stored)  # what cannot be verified is not generated
+    checked_targets(targets, meaning, shape, **stored)  # what cannot be verified is not generated
     reach = None
     if stored:
         train, heldout = stored_responses(stored["dataset"]), stored_responses(stored["heldout"])

@@ -33,11 +33,11 @@ def sets_of_flips(
     design: np.ndarray,
     expected: np.ndarray,
     wanted: np.ndarray,
-    longest: int,
+    max_length: int,
     predict: Predictor,
     rng: np.random.Generator,
 ) -> list[np.ndarray]:
-    """Neighbours of a design, with a set of pixels of the other phase each and an interface up to ``longest``."""
+    """Neighbours of a design: in each, a set of pixels changes phase, and the interface is at most ``max_length``."""
     pixels = np.flatnonzero(lengthening(design) < lengthening(np.zeros_like(design)))  # some neighbour is another
     if not len(pixels):
         return []
@@ -54,15 +54,15 @@ def sets_of_flips(
     # all sets at once: shape (sets, pixels); adding pixel j to set i changes |left|^2 by |effect|^2 - 2 left . effect
     free, sizes = rng.random((_SETS, len(pixels))) < _SHARE, rng.integers(1, _LARGEST + 1, _SETS)
     found = np.repeat(design[None], _SETS, axis=0)
-    flat, room = found.reshape(_SETS, -1), np.full(_SETS, longest - interface_length(design))
+    flat, allowance = found.reshape(_SETS, -1), np.full(_SETS, max_length - interface_length(design))
     for step in range(_LARGEST):
         longer = lengthening(found).reshape(_SETS, -1)[:, pixels]
-        gain = np.where(free & (longer <= room[:, None]), (effect**2).sum(1) - 2 * left @ effect.T, np.inf)
+        gain = np.where(free & (longer <= allowance[:, None]), (effect**2).sum(1) - 2 * left @ effect.T, np.inf)
         rows = np.flatnonzero((gain.min(1) < 0) & (step < sizes))
         pixel = gain.argmin(1)[rows]
         free[rows, pixel] = False
         flat[rows, pixels[pixel]] = 1 - flat[rows, pixels[pixel]]
-        room[rows] -= longer[rows, pixel]
+        allowance[rows] -= longer[rows, pixel]
         left[rows] -= effect[pixel]
     return [each for each in np.unique(found, axis=0) if (each != design).any()]
 

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechdiffusers.evaluation.inverse_design.checks import check_binary, checked_count, checked_question
+from mechdiffusers.evaluation.inverse_design.checks import check_binary, checked_count, checked_targets
 from mechdiffusers.evaluation.inverse_design.interface_flips import Predictor, interface_length, sets_of_flips
 from mechdiffusers.evaluation.inverse_design.response import as_array, response_error
 from mechdiffusers.mechanics import simulated_response
@@ -77,7 +77,7 @@ def refine(
 
     Args:
         designs: Shape ``(B, H, W)``, 0 or 1; with T targets, B / T for each, those of a target neighbours.
-        target: Shape ``(T, L, S)``, or ``(L, S)`` for one; NaN where open.
+        target: Shape ``(T, L, S)``, or ``(L, S)`` for one; NaN where unspecified.
         meaning: Of the response, as :func:`.verify` takes it.
         predict: Predicts responses of designs, as ``pipe.predict_response`` does.
         response: Of the designs by finite elements where that is known, as ``report.response`` of :func:`.verify`,
@@ -103,7 +103,7 @@ def refine(
         >>> refined.error[:, [0, -1]].mean(0)  # doctest: +SKIP
     """
     array = as_array(designs, "designs")
-    meaning, targets = checked_question(target, meaning, array.shape)
+    meaning, targets = checked_targets(target, meaning, array.shape)
     check_binary(array)
     num_rounds = checked_count(num_rounds, "num_rounds")
     num_coarse_steps = checked_count(num_coarse_steps, "num_coarse_steps", least=0)
@@ -121,20 +121,21 @@ def refine(
 
     chains = _chains(array, found, wanted, seed)
     errors = [[chain.error for chain in chains]]
-    coarse, below = {**meaning, "element_order": 1}, []
+    coarse_meaning, coarse_chains = {**meaning, "element_order": 1}, []
     if num_coarse_steps and meaning["element_order"] > 1:
-        known = np.where(np.isnan(found), np.nan, simulated_response(array, coarse, device))
+        known = np.where(np.isnan(found), np.nan, simulated_response(array, coarse_meaning, device))
         aims = wanted * _ratio(known, found)
-        below = _chains(array, known, np.where(np.isnan(aims), wanted, aims), seed)
-    steps = num_coarse_steps if below else 0
+        coarse_chains = _chains(array, known, np.where(np.isnan(aims), wanted, aims), seed)
+    steps = num_coarse_steps if coarse_chains else 0
     with tqdm(total=num_rounds * (steps + 1), desc="refine", unit="step", disable=not progress) as bar:
         for _ in range(num_rounds):
             for _ in range(steps):
-                _simulate(below, [chain.neighbour(predict, 1) for chain in below], coarse, device)
+                neighbours = [chain.neighbour(predict, 1) for chain in coarse_chains]
+                _simulate(coarse_chains, neighbours, coarse_meaning, device)
                 bar.update()
-            if below:
-                _simulate(chains, [chain.design for chain in below], meaning, device)
-                for each, chain in zip(below, chains, strict=True):
+            if coarse_chains:
+                _simulate(chains, [chain.design for chain in coarse_chains], meaning, device)
+                for each, chain in zip(coarse_chains, chains, strict=True):
                     each.aim_at(chain.wanted * _ratio(each.response, chain.known[each.design.tobytes()]))
             else:
                 _simulate(chains, [chain.neighbour(predict, _SEARCHES) for chain in chains], meaning, device)
@@ -152,7 +153,7 @@ class _Chain:
     def __init__(self, design: np.ndarray, response: np.ndarray, wanted: np.ndarray, rng: np.random.Generator) -> None:
         self.design, self.response, self.wanted = design, response, wanted  # shapes (H, W) and twice (L, S)
         self.known = {design.tobytes(): response}
-        self._rng, self._solved, self._longest = rng, [(design, response)], interface_length(design)
+        self._rng, self._solved, self._max_length = rng, [(design, response)], interface_length(design)
         self.error = self._error(response)
 
     def neighbour(self, predict: Predictor, num_searches: int) -> np.ndarray | None:
@@ -160,15 +161,15 @@ class _Chain:
         if not np.isfinite(self.error):
             return None
         known, responses = (np.stack(each) for each in zip(*self._solved, strict=True))
-        lacking = responses - as_array(predict(known))
+        residuals = responses - as_array(predict(known))
         nearest, least, expected_of_it = None, np.inf, self.response
         for _ in range(num_searches):
             start = self.design if nearest is None else nearest
-            found = sets_of_flips(start, expected_of_it, self.wanted, self._longest, predict, self._rng)
+            found = sets_of_flips(start, expected_of_it, self.wanted, self._max_length, predict, self._rng)
             found = [design for design in found if design.tobytes() not in self.known]
             if not found:
                 break
-            expected = as_array(predict(np.stack(found))) + _kriged(known, lacking, np.stack(found))
+            expected = as_array(predict(np.stack(found))) + _kriged(known, residuals, np.stack(found))
             error = response_error(expected, self.wanted)
             if error.min() < least:
                 least, nearest, expected_of_it = error.min(), found[error.argmin()], expected[error.argmin()]

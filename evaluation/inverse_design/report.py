@@ -34,7 +34,7 @@ class VerificationReport:
 
     meaning: dict[str, Any]  #: of target and response
     designs: Any  #: shape (B, H, W)
-    target: Any  #: shape (T, L, S), NaN where open
+    target: Any  #: shape (T, L, S), NaN where unspecified
     response: Any  #: by finite elements, shape (B, L, S), NaN where not solved
     error: Any  #: of :func:`.response_error`, shape (B,), NaN where not solved at a strain that the target gives
     rank: Any  #: 1 the least error of the target, shape (B,); what has no error comes last

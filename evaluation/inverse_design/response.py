@@ -4,8 +4,8 @@ The error of a response :math:`y` is the mean over load cases of
 
 .. math:: \|y - y^*\|_2 / \|y^*\|_2,
 
-the norms along that case's strains, so that a soft load case counts as much as a stiff one. What the target :math:`y^*`
-leaves open (NaN) is left out, and with it a load case of which nothing is given.
+the norms along that case's strains, so that a soft load case counts as much as a stiff one. Entries that the target
+:math:`y^*` leaves unspecified (NaN) are left out. A load case without any entry is left out as a whole.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ def response_error(response: np.ndarray | Tensor, target: np.ndarray | Tensor) -
 
     Args:
         response: Shape ``(B, L, S)``, NaN where not solved.
-        target: Shape ``(B, L, S)``, or ``(L, S)`` for one target of all; NaN where open.
+        target: Shape ``(B, L, S)``, or ``(L, S)`` for one target of all; NaN where unspecified.
 
     Returns:
         Shape ``(B,)``, float64, of the kind of ``response``; NaN where an entry that the target gives is not solved.
 
     Raises:
-        ValueError: If the shapes do not fit, or a target is infinite, open everywhere or zero in a whole load case.
+        ValueError: If the shapes do not fit, or a target is infinite, unspecified everywhere or zero all along a load
+            case.
 
     Example:
         >>> float(response_error(np.full((1, 2, 3), 1.1), np.ones((2, 3)))[0])

@@ -35,7 +35,7 @@ def nearest_training_designs(targets: np.ndarray | Tensor, dataset: Any, k: int 
     """Retrieves the designs of a dataset whose stored responses are nearest to targets; nothing is simulated.
 
     Args:
-        targets: Shape ``(T, L, S)``, NaN where open.
+        targets: Shape ``(T, L, S)``, NaN where unspecified.
         dataset: A dataset of :func:`mechdiffusers.build_dataset`; a row without a solved response is never near.
         k: How many designs for each target.
 

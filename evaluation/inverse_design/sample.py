@@ -31,7 +31,7 @@ def designs_for(
 
     Args:
         pipe: A pipeline with a response, such as :class:`mechdiffusers.LatentDDPMPipeline`.
-        targets: Shape ``(T, L, S)``, or ``(L, S)`` for one, in the units of the checkpoint, NaN where open.
+        targets: Shape ``(T, L, S)``, or ``(L, S)`` for one, in the units of the checkpoint, NaN where unspecified.
         num_designs: For each target, at least 1.
         seed: Of all random numbers, at least 0.
         progress: Whether to show a progress bar.

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechdiffusers.evaluation.inverse_design.checks import checked_count, checked_question
+from mechdiffusers.evaluation.inverse_design.checks import checked_count, checked_targets
 from mechdiffusers.evaluation.inverse_design.response import as_array, response_error
 from mechdiffusers.mechanics import simulated_response
 
@@ -30,7 +30,7 @@ def curve_shape_error(response: np.ndarray, target: np.ndarray) -> np.ndarray:
 
     Args:
         response: Shape ``(B, L, S)``, NaN where not solved.
-        target: Shape ``(B, L, S)``, or ``(L, S)`` for one target of all; NaN where open.
+        target: Shape ``(B, L, S)``, or ``(L, S)`` for one target of all; NaN where unspecified.
 
     Returns:
         Shape ``(B,)``, at most the :func:`.response_error`, NaN where that is.
@@ -63,7 +63,7 @@ def nearest_in_curve_shape(
 
     Args:
         designs: Shape ``(B, H, W)``, in [0, 1]; with T targets, B / T for each, those of a target neighbours.
-        target: Shape ``(T, L, S)``, or ``(L, S)`` for one; NaN where open.
+        target: Shape ``(T, L, S)``, or ``(L, S)`` for one; NaN where unspecified.
         meaning: Of the response, as :func:`.verify` takes it.
         num_designs: How many to choose for each target.
         device: Where to simulate; by default on the CPU.
@@ -82,7 +82,7 @@ def nearest_in_curve_shape(
         >>> refined = refine(few, targets, meaning, pipe.predict_response)  # doctest: +SKIP
     """
     array = as_array(designs, "designs")
-    meaning, wanted = checked_question(target, meaning, array.shape)
+    meaning, wanted = checked_targets(target, meaning, array.shape)
     per_target = len(array) // len(wanted)
     if checked_count(num_designs) > per_target:
         raise ValueError(f"num_designs must be at most the {per_target} designs of a target, got {num_designs}")

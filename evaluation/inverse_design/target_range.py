@@ -11,8 +11,8 @@ Two things can be wrong with a target, and each has its score:
 
 Each score becomes a p-value by its rank among those of held-out designs: the fraction of these that are as far out.
 It is exact for whatever distribution the responses have. Twice the smaller one is the p-value of the target
-(Bonferroni): of targets that are drawn as the held-out designs are, at most a fraction p has one of p or less. What a
-target leaves open is left out of all of it.
+(Bonferroni): of targets that are drawn as the held-out designs are, at most a fraction p has one of p or less.
+Unspecified entries of a target are left out of all of it.
 
 References:
     | Testing for Outliers with Conformal p-values (Bates et al., 2023), on p-values by rank
@@ -93,7 +93,7 @@ class TargetRange:
         """Scores targets, and warns of those that lie outside.
 
         Args:
-            targets: Shape ``(T, L, S)``, NaN where open.
+            targets: Shape ``(T, L, S)``, NaN where unspecified.
             level: p-value below which a target lies outside; at most so many of the targets within are called outside
                 too.
             names: Of the targets, for the warning; their numbers by default.
@@ -102,7 +102,7 @@ class TargetRange:
             The p-values and the scores behind them.
 
         Raises:
-            ValueError: If the targets have another shape, or are open everywhere, not positive or infinite, if
+            ValueError: If the targets have another shape, or are unspecified everywhere, not positive or infinite, if
                 ``level`` is not in [0, 1], or the names are not one for each target.
 
         Warns:
@@ -124,7 +124,7 @@ class TargetRange:
         scores = np.empty((2, len(wanted)))
         p_values = np.empty(len(wanted))
         given = ~np.isnan(wanted)
-        for mask in np.unique(given, axis=0):  # targets that leave the same open share their calibration
+        for mask in np.unique(given, axis=0):  # targets with the same unspecified entries share their calibration
             alike = (given == mask).all((1, 2))
             heldout = self._scores(np.where(mask, self._heldout, np.nan))
             scores[:, alike] = self._scores(wanted[alike])
@@ -148,7 +148,7 @@ class TargetRange:
         return RangeCheck(p_values, scores[0], scores[1], outside)
 
     def _scores(self, targets: np.ndarray) -> np.ndarray:
-        """Both scores of targets that leave the same open, shape ``(2, T)``."""
+        """Both scores of targets with the same unspecified entries, shape ``(2, T)``."""
         nearest = np.array([response_error(self._training, target).min() for target in targets])
         given = ~np.isnan(targets[0]).ravel()
         offset = np.log(targets.reshape(len(targets), -1)[:, given]) - self._mean[given]

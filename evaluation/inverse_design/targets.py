@@ -6,11 +6,11 @@ column     what
 target     name of the target that the point belongs to
 load_case  one of the load cases of the checkpoint
 strain     magnitude of nominal strain
-stress     the stress there, or ``energy``, as the checkpoint has it and in its units; empty to leave it open
+stress     the stress there, or ``energy``, as the checkpoint has it and in its units; empty where unspecified
 =========  ====================================================================================
 
-A curve may have its points at other strains than the checkpoint: it is interpolated linearly between them, and open
-before the first, behind the last and on both sides of an empty one. A load case without points is open.
+A curve may have its points at other strains than the checkpoint: it is interpolated linearly between them. It is
+unspecified before the first, behind the last and on both sides of an empty one, and in a load case without points.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def read_targets(path: str | os.PathLike[str], meaning: Mapping[str, Any]) -> tu
         meaning: What the response means, such as ``pipe.response_encoder.config.meaning``.
 
     Returns:
-        The names, in the order of the file, and the targets, shape ``(T, L, S)``, NaN where open.
+        The names, in the order of the file, and the targets, shape ``(T, L, S)``, NaN where unspecified.
 
     Raises:
         ValueError: If the file cannot be read, its columns or load cases are others than those of the meaning, a number
-            is none or negative, a strain comes twice, or a target is open at all strains of the meaning.
+            is none or negative, a strain comes twice, or a target is unspecified at all strains of the meaning.
 
     Example:
         >>> names, targets = read_targets("examples/targets.csv", meaning)  # doctest: +SKIP
@@ -91,7 +91,7 @@ def write_targets(path: str | os.PathLike[str], targets: Mapping[str, np.ndarray
 
     Args:
         path: The CSV file; its folder is made if need be.
-        targets: Curves by the name of the target, shape ``(L, S)`` each, NaN where open, which is left out.
+        targets: Curves by the name of the target, shape ``(L, S)`` each; unspecified points (NaN) are left out.
         meaning: What the curves mean, as :func:`mechdiffusers.response_meaning` has it.
 
     Raises:
@@ -128,7 +128,7 @@ def _number(text: str, where: str) -> float:
 
 
 def _interpolated(strains: np.ndarray, points: Mapping[float, float]) -> np.ndarray:
-    """A curve at ``strains``, NaN where it is open."""
+    """A curve at ``strains``, NaN where it is unspecified."""
     at = np.array(sorted(points))
     values = np.array([points[strain] for strain in at])
     curve = np.interp(strains, at, values, left=math.nan, right=math.nan)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechdiffusers.evaluation.inverse_design.checks import check_binary, checked_names, checked_question
+from mechdiffusers.evaluation.inverse_design.checks import check_binary, checked_names, checked_targets
 from mechdiffusers.evaluation.inverse_design.report import VerificationReport
 from mechdiffusers.evaluation.inverse_design.response import as_array, response_error
 from mechdiffusers.evaluation.inverse_design.retrieval import nearest_training_designs, stored_designs, stored_responses
@@ -42,7 +42,7 @@ def verify(
     Args:
         designs: Shape ``(B, H, W)``, in [0, 1]; with T targets, B / T designs for each, those of a target neighbours,
             as a pipeline gives them.
-        target: Shape ``(T, L, S)``, or ``(L, S)`` for one; NaN where open.
+        target: Shape ``(T, L, S)``, or ``(L, S)`` for one; NaN where unspecified.
         meaning: What the response means, as ``pipe.response_encoder.config.meaning`` or
             :func:`mechdiffusers.response_meaning` has it.
         dataset: The training data, for novelty and for retrieval, the baseline of as many stored designs.
@@ -67,7 +67,7 @@ def verify(
         >>> report.error.min(), report.save("runs/design")  # doctest: +SKIP
     """
     array = as_array(designs, "designs")
-    meaning, wanted = checked_question(target, meaning, array.shape, dataset=dataset, heldout=heldout)
+    meaning, wanted = checked_targets(target, meaning, array.shape, dataset=dataset, heldout=heldout)
     if names is not None:
         names = checked_names(names, len(wanted))
     if binary:
