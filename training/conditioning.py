@@ -1,8 +1,8 @@
 r"""The response that a denoiser is trained under: mostly the whole one, sometimes a part, sometimes none.
 
-Leaving the whole response out teaches the denoiser to do without one, as samples and classifier-free guidance need it
-(Ho & Salimans 2021, section 3.2). Leaving a part open, some load cases or some strains, teaches it what a target may
-leave open. An entry that is open is NaN, as one that the data do not have.
+Dropping the whole response teaches the denoiser to do without one. Classifier-free guidance needs that (Ho & Salimans
+2021, section 3.2). Masking some load cases or some strains teaches it targets that are unspecified in parts. A masked
+entry is NaN, like one that the data do not have.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from torch import Tensor
 
 from mechdiffusers.training.randomness import StepRandomness
 
-__all__ = ["leave_open"]
+__all__ = ["mask_responses"]
 
 
-def leave_open(response: Tensor, randomness: StepRandomness, dropout: float, masking: float) -> Tensor:
-    """Responses of which some are left out, and some in part.
+def mask_responses(response: Tensor, randomness: StepRandomness, dropout: float, masking: float) -> Tensor:
+    """Drops some responses, and masks a part of others.
 
     Args:
         response: Shape ``(B, L, S)``, NaN where unknown.
         randomness: Of the step.
-        dropout: Probability that a response is left out as a whole.
-        masking: Probability, apart from that, that a part of it is: as often some load cases as some entries, half of
-            them on average, never all that is known.
+        dropout: Probability that a response is dropped as a whole.
+        masking: Probability, apart from that, that a part of it is masked: as often some load cases as some entries,
+            half of them on average, never all that is known.
 
     Returns:
-        The responses, NaN where left open or unknown.
+        The responses, NaN where masked or unknown.
     """
     num, num_cases, _ = response.shape
-    left_out, in_part, by_case = randomness.uniform(num, 3).unbind(1)
+    dropped, in_part, by_case = randomness.uniform(num, 3).unbind(1)
     of_cases = randomness.uniform(num, num_cases, 1).expand(response.shape)
     of_entries = randomness.uniform(num, *response.shape[1:])
     unknown = response.isnan().cpu()
     lots = torch.where(by_case[:, None, None] < 0.5, of_cases, of_entries).masked_fill(unknown, math.inf)
     kept = (lots < 0.5) | (lots == lots.amin((1, 2), keepdim=True))
-    opened = (left_out < dropout)[:, None, None] | ((in_part < masking)[:, None, None] & ~kept)
-    return response.masked_fill(opened.to(response.device), math.nan)
+    masked = (dropped < dropout)[:, None, None] | ((in_part < masking)[:, None, None] & ~kept)
+    return response.masked_fill(masked.to(response.device), math.nan)

@@ -131,7 +131,7 @@ class TrainingConfig:
         default=0.1, metadata={"help": "Share of responses that are left out, for guidance and samples without one."}
     )
     response_masking: float = field(
-        default=0.3, metadata={"help": "Share of responses of which some load cases or strains are left open."}
+        default=0.3, metadata={"help": "Share of responses of which some load cases or strains are masked."}
     )
     token_dim: int = field(default=32, metadata={"help": "Length of the response encoder's tokens."})
     denoiser_steps: int = field(default=20_000, metadata={"help": "Optimiser steps of the denoiser."})

@@ -24,7 +24,7 @@ from mechdiffusers.models import response_normalisation
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.pipelines.pipeline_latent_ddpm import latent_size, record_training_schedule
 from mechdiffusers.schedulers import estimate_velocity_error, stock_scheduler
-from mechdiffusers.training.conditioning import leave_open
+from mechdiffusers.training.conditioning import mask_responses
 from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.data import Designs
 from mechdiffusers.training.latent_bound import autoencoder_nats, latent_nats
@@ -64,7 +64,7 @@ def denoising_loss(config: TrainingConfig, shift: float, scale: float) -> LossFu
             noise = noise + config.noise_offset * randomness.normal(*latents.shape[:2], 1, 1).to(latents)
         times = randomness.stratified(len(latents)).to(latents)
         if response.numel():
-            response = leave_open(response, randomness, config.response_dropout, config.response_masking)
+            response = mask_responses(response, randomness, config.response_dropout, config.response_masking)
         errors, nats, curve_loss = module(latents, noise, times, response)
         loss = errors.mean()
         return loss + curve_loss, {"loss": loss, "diffusion_nats": nats.mean()}

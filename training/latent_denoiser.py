@@ -76,7 +76,7 @@ class LatentDenoiser(nn.Module):
             latents: :math:`z_0`, shape ``(B, C, h, w)``.
             noise: :math:`\epsilon`, same shape.
             times: In [0, 1], 0 at the data, shape ``(B,)``.
-            response: Shape ``(B, L, S)``, NaN where open.
+            response: Shape ``(B, L, S)``, NaN where unspecified.
 
         Returns:
             The weighted mean square error of the prediction, shape ``(B,)``; at uniform times the diffusion part of

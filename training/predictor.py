@@ -2,7 +2,7 @@ r"""The third stage: a predictor of responses, for designs that have them.
 
 The loss is the mean square of the error of the normalised response over the entries that are known. It sees the designs
 themselves, nothing of the autoencoder or the denoiser. A turned, mirrored or transposed design responds as the design
-itself under some load cases; the others are left open.
+itself under some load cases; the others are masked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mechdiffusers.training.data import Designs
 from mechdiffusers.training.loop import run_stage
 from mechdiffusers.training.randomness import StepRandomness
 
-__all__ = ["symmetries", "train_predictor", "turned"]
+__all__ = ["augment", "symmetries", "train_predictor"]
 
 #: Share of the designs that each symmetry turns; half a turn leaves all of a response known, the others do not.
 _SHARES = {"half_turn": 0.5, "mirror": 0.25, "transpose": 0.25}
@@ -56,7 +56,7 @@ def train_predictor(
     def compute_loss(
         module: nn.Module, batch: tuple[Tensor, ...], randomness: StepRandomness
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        images, response = turned(batch[0].float() / 255, batch[1], predictor.config.symmetries, randomness)
+        images, response = augment(batch[0].float() / 255, batch[1], predictor.config.symmetries, randomness)
         loss = _square_error(module(images), normalise_response(response, **normalisation)).mean()
         return loss, {"loss": loss}
 
@@ -107,10 +107,10 @@ def symmetries(config: TrainingConfig, load_cases: Sequence[str], size: tuple[in
     return {name: cases for name, cases in found.items() if any(case is not None for case in cases)}
 
 
-def turned(
+def augment(
     images: Tensor, response: Tensor, symmetries: Mapping[str, Sequence[int | None]], randomness: StepRandomness
 ) -> tuple[Tensor, Tensor]:
-    """Turns some designs, with the response that follows from theirs.
+    """Transforms some designs by the symmetries, and their responses with them.
 
     Args:
         images: Shape ``(B, 1, H, W)``.
@@ -119,7 +119,7 @@ def turned(
         randomness: Of the step.
 
     Returns:
-        Both, NaN where nothing is known of the turned design.
+        Both, NaN where nothing is known of the transformed design.
     """
     for name, cases in symmetries.items():
         chosen = (randomness.uniform(len(images)) < _SHARES[name]).to(images.device)[:, None, None]

@@ -18,7 +18,7 @@ from mechdiffusers.microstructures import random_composites
 from mechdiffusers.models import ResponseEncoder
 from mechdiffusers.models.response_predictor import SYMMETRIES
 from mechdiffusers.pipelines import LatentDDPMPipeline
-from mechdiffusers.training.conditioning import leave_open
+from mechdiffusers.training.conditioning import mask_responses
 from mechdiffusers.training.data import load_designs
 from mechdiffusers.training.denoiser import draw_latents
 from mechdiffusers.training.publish import model_card
@@ -107,12 +107,12 @@ def test_a_heldout_split_that_is_too_small_is_refused(dataset):
 
 def opened(num: int, dropout: float, masking: float, known: torch.Tensor | None = None) -> torch.Tensor:
     response = torch.ones(num, 3, 4) if known is None else torch.where(known, 1.0, math.nan).expand(num, 3, 4)
-    return leave_open(response, StepRandomness(("test",)), dropout, masking)
+    return mask_responses(response, StepRandomness(("test",)), dropout, masking)
 
 
 def test_nothing_is_left_open_unless_it_is_asked_for():
     response = torch.randn(100, 3, 4)
-    assert torch.equal(leave_open(response, StepRandomness(("test",)), 0.0, 0.0), response)
+    assert torch.equal(mask_responses(response, StepRandomness(("test",)), 0.0, 0.0), response)
 
 
 def test_as_many_responses_are_left_out_as_wanted_whatever_is_masked():
@@ -149,13 +149,13 @@ def test_a_mask_keeps_something_of_what_is_known():
 
 def test_two_processes_leave_open_what_one_leaves_open():
     response = torch.randn(6, 3, 4)
-    together = leave_open(response, StepRandomness((0, "denoiser", 7)), 0.3, 0.5)
+    together = mask_responses(response, StepRandomness((0, "denoiser", 7)), 0.3, 0.5)
     halves = [
-        leave_open(half, StepRandomness((0, "denoiser", 7), rank, 2), 0.3, 0.5)
+        mask_responses(half, StepRandomness((0, "denoiser", 7), rank, 2), 0.3, 0.5)
         for rank, half in enumerate(response.split(3))
     ]
     assert torch.equal(torch.cat(halves).nan_to_num(9), together.nan_to_num(9))
-    other = leave_open(response, StepRandomness((0, "denoiser", 8)), 0.3, 0.5)
+    other = mask_responses(response, StepRandomness((0, "denoiser", 8)), 0.3, 0.5)
     assert not torch.equal(other.isnan(), together.isnan())
 
 

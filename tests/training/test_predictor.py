@@ -13,7 +13,7 @@ from mechdiffusers.microstructures import random_composites
 from mechdiffusers.microstructures.build_dataset.columns import dataset_of, grey_levels
 from mechdiffusers.models import ResponsePredictor
 from mechdiffusers.pipelines import LatentDDPMPipeline
-from mechdiffusers.training.predictor import symmetries, turned
+from mechdiffusers.training.predictor import augment, symmetries
 from mechdiffusers.training.publish import model_card
 from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.rehearsal import rehearse
@@ -59,14 +59,14 @@ def test_turned_designs_keep_of_their_response_what_follows_from_it() -> None:
     images = torch.rand(400, 1, 4, 4)
     response = torch.arange(3.0)[None, :, None].repeat(400, 1, 2)
     reflections = {"mirror": [0, 1, None], "transpose": [1, 0, None]}
-    seen, told = turned(images, response, reflections, StepRandomness((0,)))
+    seen, told = augment(images, response, reflections, StepRandomness((0,)))
     as_it_was = (seen == images).flatten(1).all(1)
     assert 0.5 < as_it_was.double().mean() < 0.62  # 9 / 16
     torch.testing.assert_close(told[as_it_was], response[as_it_was])
     assert told[~as_it_was][:, 2].isnan().all()
     transposed = (seen == images.mT).flatten(1).all(1)
     torch.testing.assert_close(told[transposed][:, :2, 0], torch.tensor([1.0, 0.0]).expand(int(transposed.sum()), 2))
-    seen, told = turned(images, response, {"half_turn": [0, 1, 2]}, StepRandomness((0,)))
+    seen, told = augment(images, response, {"half_turn": [0, 1, 2]}, StepRandomness((0,)))
     half = (seen == images.flip(-1, -2)).flatten(1).all(1)
     assert 0.4 < half.double().mean() < 0.6
     assert torch.equal(told, response)
