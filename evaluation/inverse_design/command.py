@@ -47,29 +47,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dataset", type=Path, help="folder of train.parquet and heldout.parquet: retrieval, novelty, reach"
     )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/design"))
-    parser.add_argument("--num_designs", type=int, help="drawn for each target; by default 8, or 128 with --num_rounds")
+    parser.add_argument(
+        "--num_designs", type=int, help="samples of each target; by default 8, or 128 with --num_rounds"
+    )
     parser.add_argument("--scheduler", choices=STOCK_SCHEDULERS, default="dpmsolver++")
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=1.0)
     parser.add_argument(
         "--num_candidates",
         type=int,
-        help="for each design; by default 4, or 1 with --num_rounds or without a predictor to choose by",
+        help="variants of each sample to choose from by the predictor; by default 4, or 1 with --num_rounds or without "
+        "a predictor",
     )
     parser.add_argument(
         "--num_refinements",
         type=int,
-        help="times that the last steps are taken again; by default 2, or 0 with --num_rounds or without a predictor",
+        help="SDEdit rounds: re-noise, denoise --num_candidates variants, keep the best; by default 2, or 0 with "
+        "--num_rounds or without a predictor",
     )
     parser.add_argument(
         "--num_rounds",
         type=int,
         default=0,
-        help="of refining the designs whose curves are nearest in shape, each of five simulations with first-order "
-        "elements and one at the checkpoint's order",
+        help="rounds of refinement by finite elements, of the samples whose curves are nearest in shape; each round "
+        "has five simulations with first-order elements and one at the checkpoint's order",
     )
     parser.add_argument(
-        "--num_refined", type=int, help="with --num_rounds: designs of a target to refine and keep; by default 2"
+        "--num_refined", type=int, help="with --num_rounds: samples of each target to refine and keep; by default 2"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="such as cuda")

@@ -1,23 +1,21 @@
-r"""Designs brought nearer to their targets by simulating one after the other.
+r"""Designs brought nearer to their targets by a few simulations.
 
-A predictor that is wrong by some per cent of a response is wrong by nearly the same for a design that differs in a few
-pixels. So what is known of a design :math:`x` by finite elements, :math:`f(x)`, corrects the prediction :math:`p` of
-its neighbours,
+A predictor's error is nearly the same for designs that differ in a few pixels. So the simulated response :math:`f(x)`
+of a design :math:`x` corrects the prediction :math:`p` of its neighbours,
 
-.. math:: f(x') \approx f(x) + p(x') - p(x),
+.. math:: f(x') \approx f(x) + p(x') - p(x).
 
-which is the response correction of output space mapping (Bandler et al. 2004). With several designs known, what the
-prediction lacks between them is interpolated by ordinary kriging (Cressie 1993, section 3.2), whose variogram is the
-number of pixels in which two designs differ. Among many neighbours the one that should be nearest to the target is
-simulated, and is the design to go on from if it is nearer indeed.
+This is the response correction of output space mapping (Bandler et al. 2004). Where several designs are simulated, the
+residual :math:`f - p` is interpolated between them by ordinary kriging (Cressie 1993, section 3.2); its variogram is
+the number of pixels in which two designs differ. The neighbour that should be nearest to the target is simulated. If it
+is nearer, it becomes the current design.
 
-A correction of that kind, by a factor, serves once more where first-order elements stand for those of the meaning.
-Their responses :math:`f_1` are too stiff, but by nearly the same factor for a design and its neighbours. So a chain of
-coarse simulations goes for the target
+First-order elements allow a second correction of this kind. Their responses :math:`f_1` are too stiff, but by nearly
+the same factor for a design and its neighbours. So a chain of coarse simulations takes some steps towards the target
 
-.. math:: y^*_1 = y^* \, f_1(x) / f(x)
+.. math:: y^*_1 = y^* \, f_1(x) / f(x).
 
-for some steps, and only where it arrives is simulated at the order of the meaning, which gives the next factor.
+Only the design where it arrives is simulated at the element order of the meaning. That gives the next factor.
 
 References:
     | Space mapping: the state of the art (Bandler et al., 2004)
@@ -44,8 +42,8 @@ from mechdiffusers.mechanics import simulated_response
 
 __all__ = ["RefinedDesigns", "refine"]
 
-#: Times that neighbours of neighbours are looked at before one is simulated at the order of the meaning; once is enough
-#: before a coarse simulation, which takes less time than that.
+#: Searches among neighbours, and neighbours of these, before a simulation at the order of the meaning. Before a coarse
+#: simulation one search is enough: a second one would take longer than the simulation.
 _SEARCHES = 2
 
 

@@ -1,4 +1,4 @@
-"""Designs for targets, drawn from a checkpoint in batches."""
+"""Samples designs for targets from a checkpoint, in batches."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-r"""Which designs have curves of the wanted shape, whatever their height: the ones worth refining.
+r"""Selects the designs whose curves have the wanted shape, whatever their height: these are worth refining.
 
-A few pixels can change how stiff a design is in each load case, but hardly the shape of its curves. What a curve
-:math:`y` is wrong by in shape is what no factor takes away,
+A few pixels can change how stiff a design is in each load case, but hardly the shape of its curves. The shape error of
+a curve :math:`y` is what remains of its error when it is scaled by the best factor,
 
 .. math:: \min_s \|s \, y - y^*\|_2 / \|y^*\|_2,
 
-the mean over load cases being the shape error of a design. First-order elements tell it well: they are too stiff, but
-by nearly the same factor all along a curve.
+and that of a design is the mean over load cases. First-order elements predict it well: they are too stiff, but by
+nearly the same factor all along a curve.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["curve_shape_error", "nearest_in_curve_shape"]
 
 
 def curve_shape_error(response: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Relative error of responses, each load case of which is scaled by what makes its own least.
+    """Relative error of responses after each load case is scaled by its best factor.
 
     Args:
         response: Shape ``(B, L, S)``, NaN where not solved.

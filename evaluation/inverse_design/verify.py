@@ -1,4 +1,4 @@
-"""What designs really do: their response by finite elements beside what was asked for, and what else is to be known.
+"""Verifies designs: their response by finite elements beside the target, and what else is to be known of them.
 
 A verification takes the element order, load cases, strains and material from the meaning of the response, which travels
 with the dataset and the checkpoint: nothing is chosen here, so that errors of different designs can be compared.
