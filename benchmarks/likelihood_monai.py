@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler
+from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion, log_snr_table
+from mechdiffusers.pipelines.latent_prior import ancestral_terms, continuous_terms
+from mechdiffusers.pipelines.probability_flow import flow_log_density
 from monai.inferers import DiffusionInferer
 from monai.networks.schedulers import DDPMScheduler as MonaiScheduler
 from record import record
 
 from analytic_denoisers import GaussianMixture
-from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion, log_snr_table
-from mechdiffusers.pipelines.latent_prior import ancestral_terms, continuous_terms
-from mechdiffusers.pipelines.probability_flow import flow_log_density
 
 DIMS, MEAN, STD = 64, 0.5, 0.2
 

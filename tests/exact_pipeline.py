@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion, log_snr_table
 from torch import Tensor
 
 from analytic_denoisers import GaussianMixture
 from mechdiffusers.pipelines import LatentDDPMPipeline
-from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion, log_snr_table
 from mechdiffusers.schedulers import VDMScheduler
 
 NOISE = 0.4  # standard deviation of the Gaussian decoder

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from mechdiffusers.pipelines.predictor_guidance import _TOLERANCE
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -15,7 +16,6 @@ from exact_pipeline import Denoiser, LinearAutoencoder, rotated_gaussian
 from mechdiffusers.evaluation.inverse_design import response_error
 from mechdiffusers.models import ResponsePredictor
 from mechdiffusers.pipelines import LatentDDPMPipeline
-from mechdiffusers.pipelines.predictor_guidance import _TOLERANCE
 from mechdiffusers.schedulers import (
     PredictorCorrectorScheduler,
     ProbabilityFlowScheduler,

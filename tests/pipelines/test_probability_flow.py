@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion
+from mechdiffusers.pipelines.probability_flow import flow_log_density, solve_adaptively
 
 from analytic_denoisers import GaussianMixture, two_moons
 from exact_pipeline import exact_diffusion, exact_pipeline, rotated_gaussian
-from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion
-from mechdiffusers.pipelines.probability_flow import flow_log_density, solve_adaptively
 from mechdiffusers.schedulers import VDMScheduler
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "score")

@@ -7,13 +7,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, ScoreSdeVeScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion, log_snr_table
+from mechdiffusers.pipelines.latent_prior import ancestral_terms, continuous_terms
+from mechdiffusers.pipelines.variational_likelihood import _summary
 
 from analytic_denoisers import GaussianMixture
 from exact_pipeline import NOISE, exact_diffusion, exact_pipeline, rotated_gaussian
 from mechdiffusers.pipelines import variational_likelihood
-from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion, log_snr_table
-from mechdiffusers.pipelines.latent_prior import ancestral_terms, continuous_terms
-from mechdiffusers.pipelines.variational_likelihood import _summary
 from mechdiffusers.schedulers import ProbabilityFlowScheduler, VDMScheduler
 
 FAR = VDMScheduler(log_snr="linear", log_snr_range=(13.3, -12.0), prediction_type="v_prediction")
