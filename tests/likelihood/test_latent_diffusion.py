@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler
 
+from device_without_double import METAL, DeviceWithoutDouble
 from exact_pipeline import exact_diffusion, exact_pipeline, rotated_gaussian
 from mechdiffusers.likelihood import ContinuousDiffusion, LatentDiffusion
 from mechdiffusers.likelihood.latent_diffusion import as_float64
@@ -120,19 +121,29 @@ def test_what_is_found_is_float64_whatever_the_latents_are(pipe, dtype):
     assert {each.dtype for each in found} == {torch.float64}
 
 
-def test_double_precision_is_taken_on_the_cpu_where_a_device_has_none():
-    class OnMetal:
-        device = torch.device("mps")
+def test_double_precision_is_taken_on_the_cpu_where_a_device_has_none(pipe, monkeypatch):
+    latents, designs = random_latents(2), torch.randint(0, 2, (2, 1, 8, 8), generator=torch.manual_seed(0)).float()
 
-        def cpu(self):
-            return torch.tensor([0.5], dtype=torch.float32)
+    def found(latents):
+        diffusion = LatentDiffusion(pipe)
+        return (
+            as_float64(latents),
+            diffusion.score(latents, 20),
+            diffusion.score(latents, torch.tensor([20.0, 30.5], device=latents.device)),
+            diffusion.to_noise(latents, num_steps=2),
+            diffusion.from_noise(latents, tolerance=0.1),
+            diffusion.interpolate(latents[:1], latents[1:], num=3, num_steps=2),
+        )
 
-        def double(self):
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
-
-    found = as_float64(OnMetal())
-    assert (found.dtype, found.device.type, found.item()) == (torch.float64, "cpu", 0.5)
-    assert as_float64(torch.ones(1)).dtype == torch.float64
+    expected, images = found(latents), pipe.interpolate(designs[:1], designs[1:], num=3, output_type="np")
+    monkeypatch.setattr(type(pipe), "_execution_device", METAL)
+    with DeviceWithoutDouble():
+        with pytest.raises(TypeError, match="float64"):
+            latents.to(METAL).double()
+        there = found(latents.to(METAL))
+        np.testing.assert_array_equal(pipe.interpolate(designs[:1], designs[1:], num=3, output_type="np"), images)
+        assert {(each.dtype, each.device.type) for each in there} == {(torch.float64, "cpu")}
+    assert all(torch.equal(one, other) for one, other in zip(there, expected, strict=True))
 
 
 def test_timesteps_are_the_inverse_of_log_snrs_limited_to_the_ends():

@@ -12,6 +12,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, EDMEulerScheduler, ScoreSdeVeScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from device_without_double import METAL, DeviceWithoutDouble
 from exact_pipeline import NOISE, GaussianLikelihood, chain_std, exact_pipeline, gaussian_evidence, rotated_gaussian
 from mechdiffusers.evaluation import GaussianMixture
 from mechdiffusers.likelihood import (
@@ -189,6 +190,17 @@ def test_float32_networks_agree_with_the_same_in_float64(small, method, prior):
     small.to(torch.float64)
     # two steps of a chain under random weights cost thousands of nats, of which float32 has seven digits
     torch.testing.assert_close(single, value(), rtol=1e-6, atol=1e-4)
+
+
+@every_likelihood
+def test_double_precision_is_never_asked_of_a_device_that_has_none(small, monkeypatch, method, prior):
+    expected = bound_of(small, method, prior, binary_images(2))
+    monkeypatch.setattr(type(small), "_execution_device", METAL)
+    with DeviceWithoutDouble():
+        found = bound_of(small, method, prior, binary_images(2))
+    for value, there in ((expected.log_likelihood, found.log_likelihood), (expected.error, found.error)):
+        assert there.device.type == "cpu"
+        assert torch.equal(there, value)
 
 
 @every_likelihood

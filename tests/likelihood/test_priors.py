@@ -58,8 +58,8 @@ VALUES = (FlowPrior, StandardNormalPrior, KnownPrior)
 def exact():
     """An encoder that is the true posterior, of images that each prior has the same density of.
 
-    Pixels have mean 1/2 and variance 1/4. Images of all combinations of 0 and 1 have the same moments. All log-densities
-    here are of second degree, and their mean over these images is that over the data.
+    Pixels have mean 1/2 and variance 1/4. Images of all combinations of 0 and 1 have the same moments. All
+    log-densities here are of second degree, and their mean over these images is that over the data.
     """
     return exact_pipeline(LATENTS, FAR, share=1.2, std=0.8, gain=0.3, offset=-0.6, bias=0.5)
 
