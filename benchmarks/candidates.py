@@ -13,6 +13,7 @@ import torch
 
 from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.evaluation.inverse_design import response_error
+from mechdiffusers.likelihood import ContinuousPrior, LatentLikelihood
 from mechdiffusers.microstructures.build_dataset.columns import designs_of, grey_levels
 from mechdiffusers.microstructures.build_dataset.parts import compute_by_parts
 from mechdiffusers.pipelines import LatentDDPMPipeline
@@ -159,7 +160,8 @@ def bound(
 ) -> dict[str, float]:
     """The continuous-time bound of designs, ``num_designs`` for each target: mean in nats, its error over targets."""
     generator = torch.Generator().manual_seed(seed)
-    output = pipe.log_likelihood(designs, response=response, generator=generator, num_steps=64)
+    likelihood = LatentLikelihood(pipe, ContinuousPrior(num_levels=64))
+    output = likelihood.elbo(designs, response=response, generator=generator)
     values = np.asarray(output.log_likelihood.cpu(), dtype=np.float64)
     values = values.reshape(-1, num_designs).mean(1)
     return {"mean_nats": float(values.mean()), "standard_error": float(values.std(ddof=1) / np.sqrt(len(values)))}

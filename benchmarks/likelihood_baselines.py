@@ -14,9 +14,10 @@ from diffusers import UNet2DModel
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, pad, unfold
 from tqdm.auto import tqdm
 
+from mechdiffusers.likelihood import ContinuousDiffusion
+from mechdiffusers.likelihood.log_density import continuous_terms
 from mechdiffusers.microstructures import random_composites
-from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion
-from mechdiffusers.pipelines.latent_prior import continuous_terms
+from mechdiffusers.schedulers.log_snr_curve import LogSnrCurve
 from mechdiffusers.training.moving_average import MovingAverage
 
 TRAINING_SEED = 0
@@ -31,8 +32,11 @@ def pixel_diffusion_bound(designs: np.ndarray, seconds: float) -> tuple[torch.Te
     net = UNet2DModel(
         32, 1, 1, block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8, add_attention=False, **blocks
     ).to(memory_format=torch.channels_last)
-    log_snr = np.linspace(8.0, -10.0, 1000)
-    diffusion = ContinuousDiffusion(lambda x, t: net(x.float(), t.float()).sample, log_snr, "v_prediction")
+
+    def denoise(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return net(x.float(), timesteps.float()).sample
+
+    diffusion = ContinuousDiffusion(denoise, LogSnrCurve([8.0, -10.0], 1000), "v_prediction")
     train = torch.from_numpy(random_composites(8192, seed=TRAINING_SEED)[0])[:, None].double() * 2 - 1
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
     average = MovingAverage(net.parameters(), decay=0.99)
@@ -43,7 +47,8 @@ def pixel_diffusion_bound(designs: np.ndarray, seconds: float) -> tuple[torch.Te
         level = 8 - 18 * (torch.arange(32) + torch.rand(())).double() / 32
         alpha, sigma = (torch.sigmoid(sign * level).sqrt()[:, None, None, None] for sign in (1, -1))
         noise = torch.randn_like(clean)
-        error = (diffusion.velocity(alpha * clean + sigma * noise, level) - alpha * noise + sigma * clean).square()
+        velocity = denoise(alpha * clean + sigma * noise, diffusion.timesteps(level)).double()
+        error = (velocity - alpha * noise + sigma * clean).square()
         loss = (error.mean((1, 2, 3)) * (0.1 + torch.sigmoid(level))).mean()  # the bound's weight, and a floor
         optimizer.zero_grad()
         loss.backward()

@@ -26,6 +26,7 @@ import argparse
 import math
 import resource
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,18 @@ from likelihood_baselines import NUM_LEVELS, autoregressive, pixel_diffusion_bou
 from record import record
 from scipy.integrate import solve_ivp
 
+from mechdiffusers.likelihood import (
+    ContinuousDiffusion,
+    ContinuousPrior,
+    FlowPrior,
+    LatentDiffusion,
+    LatentLikelihood,
+    LikelihoodOutput,
+    StandardNormalPrior,
+)
+from mechdiffusers.likelihood.log_density import LogDensity, flow_log_density
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.pipelines import LatentDDPMPipeline
-from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion
-from mechdiffusers.pipelines.probability_flow import FlowLikelihood, flow_log_density
-from mechdiffusers.pipelines.variational_likelihood import LikelihoodOutput
 
 HELD_OUT_SEED = 1_000_000  # training configurations use small seeds
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "composites-32"
@@ -73,8 +81,8 @@ def main() -> None:
 
 def value(pipe: LatentDDPMPipeline, designs: np.ndarray, seconds: float) -> dict[str, Any]:
     generator = torch.Generator()
-    bound = pipe.log_likelihood(designs, num_steps=NUM_LEVELS, generator=generator.manual_seed(0))
-    own = pipe.log_likelihood(designs, prior="standard_normal", generator=generator.manual_seed(0))
+    bound = LatentLikelihood(pipe, ContinuousPrior(NUM_LEVELS)).elbo(designs, generator=generator.manual_seed(0))
+    own = LatentLikelihood(pipe, StandardNormalPrior()).elbo(designs, generator=generator.manual_seed(0))
     pixels, pixel_description = pixel_diffusion_bound(designs, seconds)
     causal, causal_description = autoregressive(designs, seconds / 4)
     num_pixels = designs[0].size
@@ -87,14 +95,14 @@ def value(pipe: LatentDDPMPipeline, designs: np.ndarray, seconds: float) -> dict
         "pixel_diffusion_continuous_bound": {**of_values(pixels, num_pixels), **pixel_description},
         "autoregressive_exact": {**of_values(causal, num_pixels), **causal_description},
         "terms_of_the_bound_nats": {name: term.mean().item() for name, term in bound.terms.items()},
-        "latent_dims": math.prod(pipe._latent_shape),
+        "latent_dims": math.prod(pipe.latent_shape),
     }
 
 
 def flow(pipe: LatentDDPMPipeline, designs: np.ndarray) -> dict[str, Any]:
     """Values of few enough error to stand, beside the bound at so many noise levels that its own noise is small."""
-    generator = torch.Generator()
-    bound = pipe.log_likelihood(designs, num_steps=64, generator=generator.manual_seed(0)).log_likelihood
+    generator = torch.Generator().manual_seed(0)
+    bound = LatentLikelihood(pipe, ContinuousPrior(64)).elbo(designs, generator=generator).log_likelihood
     found, errors_found = flow_values(pipe, designs, num_steps=10, num_probes=32)
     peak = peak_memory()
     few = designs[: max(1, len(designs) // 4)]
@@ -109,25 +117,26 @@ def flow(pipe: LatentDDPMPipeline, designs: np.ndarray) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class RecordedFlow(FlowPrior):
+    """Keeps the errors of every batch, which an output has the sum of."""
+
+    errors: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+    def log_density(self, *arguments: Any) -> LogDensity:  # noqa: D102
+        found = super().log_density(*arguments)
+        self.errors.append(found.errors)
+        return found
+
+
 def flow_values(
     pipe: LatentDDPMPipeline, designs: np.ndarray, num_steps: int, num_probes: int
 ) -> tuple[LikelihoodOutput, dict[str, Any]]:
     """The flow's likelihoods, and their errors a latent dimension: those of the steps, of the probes and of both."""
-    parts: dict[str, list[torch.Tensor]] = {"steps": [], "probes": []}
-    density = pipe._flow_log_density
-
-    def kept(*arguments: Any) -> FlowLikelihood:
-        part = density(*arguments)
-        parts["steps"].append(part.discretization_error)
-        parts["probes"].append(part.probe_error)
-        return part
-
-    pipe._flow_log_density = kept
-    generator = torch.Generator().manual_seed(0)
-    output = pipe.log_likelihood(designs, "ode", num_steps=num_steps, num_probes=num_probes, generator=generator)
-    pipe._flow_log_density = density
-    dims = math.prod(pipe._latent_shape)
-    of = {"both": output.error, **{name: torch.cat(part) for name, part in parts.items()}}
+    prior = RecordedFlow(num_steps, num_probes)
+    output = LatentLikelihood(pipe, prior).elbo(designs, generator=torch.Generator().manual_seed(0))
+    dims = math.prod(pipe.latent_shape)
+    of = {"both": output.error, **{name: torch.cat([part[name] for part in prior.errors]) for name in prior.errors[0]}}
     return output, {
         "num_steps": num_steps,
         "num_probes": num_probes,
@@ -160,13 +169,13 @@ def pair(difference: torch.Tensor) -> dict[str, float]:
 
 
 def mean_bound(pipe: LatentDDPMPipeline, designs: np.ndarray) -> dict[str, Any]:
-    generator = torch.Generator()
-    pipe.log_likelihood(designs[: len(designs) // 10], num_steps=1, generator=generator.manual_seed(0))
+    generator, likelihood = torch.Generator(), LatentLikelihood(pipe, ContinuousPrior(num_levels=1))
+    likelihood.elbo(designs[: len(designs) // 10], generator=generator.manual_seed(0))
     early_peak = peak_memory()
     start = time.perf_counter()
-    output = pipe.log_likelihood(designs, num_steps=1, generator=generator.manual_seed(0))
+    output = likelihood.elbo(designs, generator=generator.manual_seed(0))
     seconds = time.perf_counter() - start
-    dims = math.prod(pipe._latent_shape)
+    dims = math.prod(pipe.latent_shape)
     return {
         "num": len(designs),
         "noise_levels_a_design": 1,
@@ -187,7 +196,7 @@ def cost(pipe: LatentDDPMPipeline, designs: np.ndarray) -> dict[str, Any]:
     """Of values with one fixed probe, the evaluations and the largest and root mean square error a latent dimension."""
     generator = torch.Generator().manual_seed(0)
     latents = pipe.encode(designs, sample_posterior=True, generator=generator).double()
-    diffusion = pipe._continuous_diffusion(pipe._response_tokens(None, len(latents)).detach())
+    diffusion = LatentDiffusion(pipe)
     calls = [0]
     denoise = diffusion.denoise
 
@@ -203,7 +212,7 @@ def cost(pipe: LatentDDPMPipeline, designs: np.ndarray) -> dict[str, Any]:
     def ours(**options: Any) -> tuple[torch.Tensor, int]:
         calls[0] = 0
         found = flow_log_density(diffusion, latents, probes, **options)
-        return (found.noise_log_density + found.volume_change) / dims, calls[0]
+        return (found.terms["noise_log_density"] + found.terms["volume_change"]) / dims, calls[0]
 
     reference, _ = ours(num_steps=32)
     figures: dict[str, Any] = {"num": len(designs)}
@@ -230,7 +239,7 @@ def errors(difference: torch.Tensor, evaluations: int) -> dict[str, float]:
 
 def scipy_rk45(diffusion: ContinuousDiffusion, latents: torch.Tensor, probe: torch.Tensor) -> torch.Tensor:
     """Log-densities a dimension by RK45 at 1e-5, the batch as one state, as score-based codes have it."""
-    high, low = diffusion.ends
+    high, low = diffusion.curve.ends
     dims = latents[0].numel()
     log_alpha = 0.5 * math.log(1 / (1 + math.exp(-high)))
 

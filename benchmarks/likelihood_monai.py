@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler
-from mechdiffusers.pipelines.continuous_diffusion import ContinuousDiffusion, log_snr_table
 from mechdiffusers.pipelines.latent_prior import ancestral_terms, continuous_terms
 from mechdiffusers.pipelines.probability_flow import flow_log_density
 from monai.inferers import DiffusionInferer
@@ -24,6 +23,9 @@ from monai.networks.schedulers import DDPMScheduler as MonaiScheduler
 from record import record
 
 from analytic_denoisers import GaussianMixture
+from mechdiffusers.likelihood import ContinuousDiffusion
+from mechdiffusers.likelihood.log_density import ancestral_terms, continuous_terms, flow_log_density
+from mechdiffusers.schedulers.log_snr_curve import LogSnrCurve
 
 DIMS, MEAN, STD = 64, 0.5, 0.2
 
@@ -36,7 +38,6 @@ def main() -> None:
     covariance = STD**2 * torch.eye(DIMS, dtype=torch.float64)
     data = GaussianMixture([1.0], [[MEAN] * DIMS], covariance[None])
     scheduler = DDPMScheduler(clip_sample=False)
-    table = log_snr_table(scheduler)
     images = (data.sample(arguments.num, torch.manual_seed(0)) * 255).round() / 255
     images = images.reshape(-1, 1, 8, 8)
     normal = torch.distributions.Normal(MEAN, STD)
@@ -47,7 +48,7 @@ def main() -> None:
         log_snr = diffusion.log_snr(timesteps).expand(len(x))
         return data.predict(x.flatten(1).double(), log_snr, "epsilon").reshape(x.shape)
 
-    diffusion = ContinuousDiffusion(denoise, table, "epsilon")
+    diffusion = ContinuousDiffusion(denoise, LogSnrCurve.of_scheduler(scheduler), "epsilon")
     generator = torch.Generator().manual_seed(0)
 
     def draw(shape: tuple[int, ...] | None = None) -> torch.Tensor:
@@ -72,7 +73,7 @@ def main() -> None:
         "monai_get_likelihood": -cost.double(),
         "ours_1000_step_chain_bound": a_dimension(sum(chain.values(), torch.zeros(()))),
         "ours_continuous_bound": a_dimension(sum(continuous.values(), torch.zeros(()))),
-        "ours_probability_flow": a_dimension(flow.noise_log_density + flow.volume_change),
+        "ours_probability_flow": a_dimension(sum(flow.terms.values(), torch.zeros(()))),
     }
     record(
         {

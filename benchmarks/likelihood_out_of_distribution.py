@@ -25,6 +25,7 @@ from record import record
 
 from mechdiffusers.evaluation.out_of_distribution import Roc, StatisticsDistance, receiver_operating_characteristic
 from mechdiffusers.evaluation.plots import save_image_grid
+from mechdiffusers.likelihood import ContinuousPrior, LatentLikelihood
 from mechdiffusers.microstructures import DESIGN_FAMILIES, random_composites
 from mechdiffusers.pipelines import LatentDDPMPipeline
 
@@ -36,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=CHECKPOINT)
     parser.add_argument("--num", type=int, default=100, help="designs a family")
-    parser.add_argument("--num_steps", type=int, default=16, help="noise levels a design")
+    parser.add_argument("--num_levels", type=int, default=16, help="noise levels a design")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/likelihood_out_of_distribution.json"))
     parser.add_argument("--figures", type=Path, help="folder for pictures")
     arguments = parser.parse_args()
@@ -48,11 +49,12 @@ def main() -> None:
     heldout, _ = random_composites(2 * num, size, seed=HELD_OUT_SEED)
     rng = np.random.default_rng(0)
     families = {name: make(num, size, rng).astype(np.float32) for name, make in DESIGN_FAMILIES.items()}
+    likelihood = LatentLikelihood(pipe, ContinuousPrior(arguments.num_levels))
     generator = torch.Generator().manual_seed(0)
 
     def cost(designs: np.ndarray) -> tuple[np.ndarray, float]:
         """Bits a pixel of each design, and the root mean square error of these."""
-        output = pipe.log_likelihood(designs, num_steps=arguments.num_steps, generator=generator)
+        output = likelihood.elbo(designs, generator=generator)
         error = output.error.square().mean().sqrt() / (size**2 * np.log(2))
         return output.bits_per_dim.numpy(), float(error)
 
@@ -62,7 +64,7 @@ def main() -> None:
     usual_scores = scores(heldout[num:], usual, calibration, distance)
     figures = {
         "num": num,
-        "noise_levels_a_design": arguments.num_steps,
+        "noise_levels_a_design": arguments.num_levels,
         "heldout_bits_per_dim": float(usual.mean()),
         "heldout_bits_per_dim_standard_deviation": float(bits.std()),
         "heldout_bits_per_dim_error": error,

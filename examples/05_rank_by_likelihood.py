@@ -14,6 +14,7 @@ import torch
 
 from mechdiffusers import LatentDDPMPipeline, random_composites
 from mechdiffusers.evaluation.plots import save_image_grid
+from mechdiffusers.likelihood import ContinuousPrior, LatentDiffusion, LatentLikelihood
 from mechdiffusers.microstructures import DESIGN_FAMILIES
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "composites-32"
@@ -35,7 +36,8 @@ def main() -> None:
     }
     names = [name for name, designs in sets.items() for _ in designs]
     designs = np.concatenate(list(sets.values())).astype(np.float32)
-    output = pipe.log_likelihood(designs, num_steps=arguments.steps, generator=torch.Generator().manual_seed(0))
+    likelihood = LatentLikelihood(pipe, ContinuousPrior(num_levels=arguments.steps))
+    output = likelihood.elbo(designs, generator=torch.Generator().manual_seed(0))
     order = output.log_likelihood.argsort(descending=True).tolist()
     for index in order:
         nats, error = output.log_likelihood[index], output.error[index]
@@ -45,7 +47,8 @@ def main() -> None:
     save_image_grid(designs[order], arguments.output_dir / "ranked.png")
 
     latents = pipe.encode(designs[:2])
-    back = pipe.from_noise(pipe.to_noise(latents, num_steps=4), num_steps=4)
+    diffusion = LatentDiffusion(pipe)
+    back = diffusion.from_noise(diffusion.to_noise(latents, num_steps=4), num_steps=4)
     logging.info("to noise and back the latents move by %.2g at most", (back - latents).abs().max())
     images = pipe.decode(back, output_type="np")[..., 0]
     save_image_grid(np.concatenate([designs[:2], images]), arguments.output_dir / "there_and_back.png")

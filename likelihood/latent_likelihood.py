@@ -218,22 +218,23 @@ class LatentLikelihood:
         return (as_float64(posterior.mean) - shift) * scale, as_float64(posterior.std) * abs(scale)
 
     def _log_prob_given(self, latents: Tensor, pixels: Tensor) -> Tensor:
-        return log_prob_given(self.pipe.vae, latents.to(self.pipe._execution_device), pixels)
+        return log_prob_given(self.pipe.vae, latents, pixels, self.pipe._execution_device)
 
 
-def log_prob_given(vae: Any, latents: Tensor, pixels: Tensor) -> Tensor:
+def log_prob_given(vae: Any, latents: Tensor, pixels: Tensor, device: Any = None) -> Tensor:
     r"""Log-probability of images given their latents, in nats.
 
     Args:
         vae: Autoencoder, its shift and scale measured, and what its decoder means in its configuration.
         latents: In the space that the diffusion works in, shape ``(B, C, h, w)``.
         pixels: In [0, 1], shape ``(B, C, H, W)``.
+        device: Where the decoder runs, by default where the latents are.
 
     Returns:
         Shape ``(B,)``, float64.
     """
     codes = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-    decoded = as_float64(decoder_output(vae, codes.to(vae.dtype)))
+    decoded = as_float64(decoder_output(vae, codes.to(device, vae.dtype)))
     return decoder_log_prob(decoded, pixels.to(decoded), *decoder_meaning(vae)).flatten(1).sum(1)
 
 

@@ -133,7 +133,12 @@ class AncestralPrior(Prior):
             timesteps = torch.arange(last, -1, -1)
         else:
             scheduler = copy.deepcopy(scheduler)  # whose steps may be in use
-            scheduler.set_timesteps(self.num_steps)
+            try:
+                scheduler.set_timesteps(self.num_steps)
+            except ValueError as error:
+                raise ValueError(
+                    f"num_steps must be one that the scheduler takes, got {self.num_steps}: {error}"
+                ) from error
             timesteps = scheduler.timesteps.cpu()
         # the fixed variances are the optimal ones of a latent that is known, and of a standard normal one
         table = config.velocity_error if variance_type == "optimal" else [float(variance_type == "fixed_large")] * 2

@@ -1,4 +1,4 @@
-"""The benchmarks of inverse design run, and go on where they were, on a model of random weights."""
+"""The benchmarks of inverse design and likelihood run, and go on where they were, on a model of random weights."""
 
 import json
 import subprocess
@@ -192,3 +192,38 @@ def test_the_characteristic_of_out_of_range_targets_is_recorded(folder):
     figures = run(folder, "out_of_range.py", "--figure", "roc.png", checkpoint=False)
     assert figures["negative hardening"]["area"] > 0.5
     assert (folder / "roc.png").exists()
+
+
+def likelihoods(folder: Path, script: str, *arguments: str) -> dict:
+    """What a benchmark of likelihoods records, which needs no dataset."""
+    command = [sys.executable, str(BENCHMARKS / script), *arguments, "--checkpoint", "checkpoint"]
+    done = subprocess.run([*command, "--output", "figures.json"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "figures.json").read_text())["figures"]
+
+
+@pytest.mark.slow
+def test_likelihoods_of_a_checkpoint_are_measured_beside_other_models(folder):
+    options = ["--num", "4", "--baseline_minutes", "0.02"]
+    value = likelihoods(folder, "likelihood_checkpoint.py", "value", *options)
+    models = [name for name, row in value.items() if isinstance(row, dict) and "bits_per_dim" in row]
+    assert len(models) == 4
+    assert sum(value["terms_of_the_bound_nats"].values()) == pytest.approx(
+        value["latent_diffusion_continuous_bound"]["nats"]
+    )
+    flow = likelihoods(folder, "likelihood_checkpoint.py", "flow", "--num", "4")
+    of_parts = flow["defaults"]["error_nats_per_latent_dim"]
+    assert of_parts["both"]["largest"] <= of_parts["steps"]["largest"] + of_parts["probes"]["largest"]
+    assert of_parts["steps"]["mean"] > 0
+    assert likelihoods(folder, "likelihood_checkpoint.py", "mean", "--num", "20")["noise_levels_a_design"] == 1
+    cost = likelihoods(folder, "likelihood_checkpoint.py", "cost", "--num", "2")
+    assert cost["ours_4_steps"]["evaluations_with_error_estimate"] == 4 * 4 + 2 * 4
+    errors = [cost[f"ours_{num}_steps"]["rms_error_nats_per_latent_dim"] for num in (2, 4, 8)]
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.slow
+def test_strange_designs_are_told_by_their_likelihood(folder):
+    figures = likelihoods(folder, "likelihood_out_of_distribution.py", "--num", "4", "--num_levels", "2")
+    assert figures["noise_levels_a_design"] == 2
+    assert all(0 <= family["low_likelihood"]["area"] <= 1 for family in figures["families"].values())

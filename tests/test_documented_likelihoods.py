@@ -1,8 +1,11 @@
-"""The likelihoods on the page and in the card are those that the benchmarks recorded."""
+"""The likelihoods on the page and in the card are those that the benchmarks recorded, and the page's code runs."""
+
+import re
 
 import pytest
 
-from documents import recorded, with_error, words
+from documents import ROOT, recorded, with_error, words
+from mechdiffusers import likelihood
 
 PAGE, CARD = "docs/likelihood.md", "model_cards/composites-32.md"
 
@@ -79,3 +82,25 @@ def test_monais_error_and_ours_are_what_was_measured():
         assert f"| {with_error(row['mean_error_nats_per_dim'], row['standard_error'], digits)} |" in text.replace(
             "+", ""
         )
+
+
+@pytest.mark.slow
+def test_the_code_of_the_page_runs_from_top_to_bottom(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / PAGE).read_text(), re.S))
+    names: dict = {"__name__": "likelihood"}
+    exec(compile(code, PAGE, "exec"), names)
+    assert names["output"].is_lower_bound
+    assert ((names["chain"].effective_sample_size >= 1) & (names["chain"].effective_sample_size <= 8)).all()
+    # the flow in 16 steps there and 16 back
+    assert (names["again"] - names["latents"]).abs().max() < 0.02
+    assert names["images"].shape == (8, 1, 32, 32)
+
+
+def test_the_table_of_priors_has_each_prior_and_all_of_its_options():
+    page = (ROOT / PAGE).read_text()
+    priors = {name: getattr(likelihood, name) for name in likelihood.__all__ if name.endswith("Prior")}
+    for name, prior in priors.items():
+        (row,) = re.findall(rf"^\| `{name}`.*$", page, re.M)
+        for option, value in vars(prior()).items():
+            assert f"`{option}={value}`" in row

@@ -1,11 +1,9 @@
+"""The decoder as a probability mass function of the pixels, and the most likely image of its output."""
+
 import pytest
 import torch
 
-from mechdiffusers.pipelines.latent_likelihood import (
-    check_decoder_likelihood,
-    decoder_log_prob,
-    most_likely_images,
-)
+from mechdiffusers.pipelines.pipeline_latent_ddpm import decoder_log_prob, most_likely_images
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 255
 
@@ -58,15 +56,26 @@ def test_gradients_are_finite_however_wrong_the_decoder_is(likelihood):
 
 
 @pytest.mark.parametrize(
-    ("likelihood", "scale", "name"),
+    ("likelihood", "scale", "message"),
     [
-        ("gaussian", None, "decoder_likelihood"),
-        ("bernoulli", 0.1, "decoder_scale"),
-        ("discretized_logistic", None, "decoder_scale"),
-        ("discretized_logistic", 0.0, "decoder_scale"),
-        ("discretized_logistic", float("nan"), "decoder_scale"),
+        ("gaussian", None, "vae must have a _decoder_likelihood of .*'discretized_logistic'.*, got 'gaussian'"),
+        ("bernoulli", 0.1, "vae must have no _decoder_scale with a bernoulli decoder, got 0.1"),
+        ("discretized_logistic", None, "vae must have a positive _decoder_scale .*, got None"),
+        ("discretized_logistic", 0.0, "vae must have a positive _decoder_scale .*, got 0.0"),
+        ("discretized_logistic", float("nan"), "vae must have a positive _decoder_scale .*, got nan"),
+        ("discretized_logistic", float("inf"), "vae must have a positive _decoder_scale .*, got inf"),
     ],
 )
-def test_a_likelihood_that_is_unknown_or_lacks_its_scale_is_refused(likelihood, scale, name):
-    with pytest.raises(ValueError, match=f"^{name} must"):
-        check_decoder_likelihood(likelihood, scale)
+def test_a_decoder_of_unknown_likelihood_or_without_its_scale_makes_no_pipeline(
+    make_pipeline, likelihood, scale, message
+):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make_pipeline(decoder_likelihood=likelihood, decoder_scale=scale)
+
+
+def test_the_log_probability_of_an_unknown_likelihood_or_without_its_scale_is_refused():
+    output = torch.zeros(1, 1, 1, 1)
+    with pytest.raises(ValueError, match="^likelihood must be one of .*, got 'gaussian'"):
+        decoder_log_prob(output, output, "gaussian")
+    with pytest.raises(ValueError, match="^scale must be a positive number .*, got None"):
+        decoder_log_prob(output, output, "discretized_logistic")
