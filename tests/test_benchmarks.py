@@ -192,3 +192,22 @@ def test_the_characteristic_of_out_of_range_targets_is_recorded(folder):
     figures = run(folder, "out_of_range.py", "--figure", "roc.png", checkpoint=False)
     assert figures["negative hardening"]["area"] > 0.5
     assert (folder / "roc.png").exists()
+
+
+def test_numbers_of_two_commits_are_the_same_only_to_the_last_bit(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from same_numbers import comparison
+
+    values = np.linspace(1, 2, 6).reshape(2, 3)
+    last_bit = values.copy()
+    last_bit[1, 1] = np.nextafter(values[1, 1], 2)
+    old = {"commit": np.array("a"), "same": values, "last bit": values, "gone": values}
+    new = {"commit": np.array("b"), "same": values.copy(), "last bit": last_bit, "come": values}
+    old["kind"], new["kind"] = values, values.astype(np.float32)
+    found = comparison(old, new)
+    assert (found["old_commit"], found["new_commit"], found["identical"]) == ("a", "b", 1)
+    assert found["differing"]["last bit"]["entries_differing"] == 1
+    assert found["differing"]["last bit"]["largest_difference"] == last_bit[1, 1] - values[1, 1]
+    assert found["differing"]["kind"] == {"old": "float64 (2, 3)", "new": "float32 (2, 3)"}
+    assert found["only_in_one"] == ["come", "gone"]
+    assert found["numbers"]["same"]["mean"] == pytest.approx(1.5)
