@@ -12,7 +12,7 @@ Then they are compared:
 
 Everything runs on one thread, in single precision, from fixed seeds. Bits depend on the machine and on the versions of
 its packages, so both commits have to run on the same machine. The latents behind the images are compared too: an image
-is rounded, so it hides small differences.
+is rounded and hides small differences.
 
 The designs are the first held-out ones of ``data/NAME`` where the checkpoint has such a dataset, and otherwise designs
 that it generates. The designs and the responses are among the numbers: where they differ, all that follows may differ.
