@@ -16,8 +16,6 @@ from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler
-from mechdiffusers.pipelines.latent_prior import ancestral_terms, continuous_terms
-from mechdiffusers.pipelines.probability_flow import flow_log_density
 from monai.inferers import DiffusionInferer
 from monai.networks.schedulers import DDPMScheduler as MonaiScheduler
 from record import record

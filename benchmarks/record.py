@@ -29,7 +29,7 @@ def record(figures: dict[str, Any], path: Path) -> None:
     content = {
         "figures": figures,
         "command": f"python benchmarks/{Path(sys.argv[0]).name} {arguments}".strip(),
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).parent),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "machine": {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count()},
         "torch_threads": torch.get_num_threads(),
@@ -39,11 +39,11 @@ def record(figures: dict[str, Any], path: Path) -> None:
     sys.stdout.write(json.dumps(figures, indent=2) + "\n")
 
 
-def _commit() -> str | None:
-    """Of the repository, ``-dirty`` where files differ from it; ``None`` where there is none."""
+def commit_of(folder: Path) -> str | None:
+    """Of the repository of a folder, ``-dirty`` where files differ from it; ``None`` where there is none."""
     if shutil.which("git") is None:
         return None
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 

@@ -227,3 +227,22 @@ def test_strange_designs_are_told_by_their_likelihood(folder):
     figures = likelihoods(folder, "likelihood_out_of_distribution.py", "--num", "4", "--num_levels", "2")
     assert figures["noise_levels_a_design"] == 2
     assert all(0 <= family["low_likelihood"]["area"] <= 1 for family in figures["families"].values())
+
+
+def test_numbers_of_two_commits_are_the_same_only_to_the_last_bit(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from same_numbers import comparison
+
+    values = np.linspace(1, 2, 6).reshape(2, 3)
+    last_bit = values.copy()
+    last_bit[1, 1] = np.nextafter(values[1, 1], 2)
+    old = {"commit": np.array("a"), "same": values, "last bit": values, "gone": values}
+    new = {"commit": np.array("b"), "same": values.copy(), "last bit": last_bit, "come": values}
+    old["kind"], new["kind"] = values, values.astype(np.float32)
+    found = comparison(old, new)
+    assert (found["old_commit"], found["new_commit"], found["identical"]) == ("a", "b", 1)
+    assert found["differing"]["last bit"]["entries_differing"] == 1
+    assert found["differing"]["last bit"]["largest_difference"] == last_bit[1, 1] - values[1, 1]
+    assert found["differing"]["kind"] == {"old": "float64 (2, 3)", "new": "float32 (2, 3)"}
+    assert found["only_in_one"] == ["come", "gone"]
+    assert found["numbers"]["same"]["mean"] == pytest.approx(1.5)
