@@ -15,28 +15,28 @@ References:
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from multiprocessing import current_process
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mechdiffusers.mechanics.load_cases import load_case
 from mechdiffusers.mechanics.materials import CompressibleNeoHookean
 from mechdiffusers.mechanics.newton import TOLERANCE, Cell
 from mechdiffusers.mechanics.path_following import RESPONSE_TOLERANCE, follow
+from mechdiffusers.parallel import num_workers, one_thread, run
 
 __all__ = ["SimulationResult", "simulate"]
 
 #: What a batch may take: on a CPU, each of the processes that work on batches should find its own in the cache.
 _CPU_BYTES = 64e6
+#: A design from which on a second thread is of use: 64 x 64 pixels of order 2 have half of it, 128 x 128 twice as much.
+_LARGE_BYTES = 128e6
 _GPU_SHARE = 0.5
 
 
@@ -157,8 +157,10 @@ def simulate(
     size = batch_size or suited
     tasks = [(case, start, min(start + size, batch)) for case in range(len(cases)) for start in range(0, batch, size)]
     collected: dict[str, Tensor] = {}
-    with tqdm(total=batch * len(cases), disable=not progress, unit="path", desc="simulate") as bar:
-        for (case, start, stop), part in _run(work, tasks, workers):
+    small = where.type == "cpu" and _bytes_of(values.shape[1:], element_order) < _LARGE_BYTES
+    bar = tqdm(total=batch * len(cases), disable=not progress, unit="path", desc="simulate")
+    with bar, one_thread(small):
+        for (case, start, stop), part in run(work, tasks, workers):
             for name, field in part.items():
                 turned = _untransposed(name, field) if cases[case][1] else field
                 if name not in collected:
@@ -225,36 +227,6 @@ class _Response(torch.autograd.Function):
         return stress + energy, None, None, None, None
 
 
-def _run(work: Callable[[Any], Any], tasks: Sequence[Any], workers: int) -> Iterator[Any]:
-    """Results of tasks as they come."""
-    if workers == 1 or len(tasks) == 1:
-        return map(work, tasks)
-    return iter(
-        DataLoader(
-            _Tasks(work, tasks),
-            batch_size=None,
-            num_workers=min(workers, len(tasks)),
-            prefetch_factor=1,
-            in_order=False,
-            multiprocessing_context="fork",
-            generator=torch.Generator(),  # the loader draws a seed, which is not to come from the user's generator
-        )
-    )
-
-
-class _Tasks(Dataset[Any]):
-    """Tasks, done as they are taken."""
-
-    def __init__(self, work: Callable[[Any], Any], tasks: Sequence[Any]):
-        self._work, self._tasks = work, tasks
-
-    def __len__(self) -> int:
-        return len(self._tasks)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._work(self._tasks[index])
-
-
 def checked_device(device: str | torch.device) -> torch.device:
     """The device, if torch has it here, else a ``ValueError``."""
     try:
@@ -270,19 +242,22 @@ def _shared(shape: Sequence[int], order: int, cases: int, device: torch.device) 
     interpreter. So there are as many processes as torch has threads, where they can be forked and all have work that is
     worth it; batches are of equal size, so that all have work to the end.
     """
-    batch, height, width = shape
-    design = 6 * 8 * height * width * (2 * (order + 1) ** 2) ** 2  # six times the stiffness of the elements
+    batch = shape[0]
+    design = _bytes_of(shape[1:], order)
     if device.type == "cuda":
         return max(1, int(_GPU_SHARE * torch.cuda.mem_get_info(device)[0] / design)), 1
     most = max(1, int(_CPU_BYTES / design))
     least = max(1, most // 4)  # smaller batches take longer in all
-    # a daemon may have no children
-    forks = device.type == "cpu" and sys.platform == "linux" and not current_process().daemon
-    workers = min(torch.get_num_threads(), math.ceil(batch * cases / least)) if forks else 1
+    workers = min(num_workers(), math.ceil(batch * cases / least)) if device.type == "cpu" else 1
     count = math.ceil(batch / most)
     while count * cases % workers and batch >= least * (count + 1):
         count += 1
     return math.ceil(batch / count), workers
+
+
+def _bytes_of(size: Sequence[int], order: int) -> int:
+    """Memory that a design takes: six times the stiffness of its elements."""
+    return 6 * 8 * math.prod(size) * (2 * (order + 1) ** 2) ** 2
 
 
 def _untransposed(name: str, value: Tensor) -> Tensor:

@@ -15,13 +15,13 @@ import mechdiffusers
 ROOT = Path(__file__).parents[1]
 #: What each subpackage may import of ours; the journey of the data has no way back.
 MAY_IMPORT = {
-    "mechanics": {"atomic_file"},
+    "mechanics": {"atomic_file", "parallel"},
     "microstructures": {"atomic_file", "mechanics"},
     "models": set(),
     "schedulers": set(),
     "pipelines": {"schedulers"},  # but none of those that travel, see TRAVELS
     "likelihood": {"pipelines", "schedulers"},
-    "evaluation": {"atomic_file", "mechanics", "microstructures", "models", "pipelines", "schedulers"},
+    "evaluation": {"atomic_file", "parallel", "mechanics", "microstructures", "models", "pipelines", "schedulers"},
     "training": {
         "atomic_file",
         "evaluation",

@@ -39,6 +39,7 @@ from mechdiffusers.evaluation.inverse_design.checks import check_binary, checked
 from mechdiffusers.evaluation.inverse_design.interface_flips import Predictor, interface_length, sets_of_flips
 from mechdiffusers.evaluation.inverse_design.response import as_array, response_error
 from mechdiffusers.mechanics import simulated_response
+from mechdiffusers.parallel import num_workers, one_thread, run
 
 __all__ = ["RefinedDesigns", "refine"]
 
@@ -128,15 +129,14 @@ def refine(
     with tqdm(total=num_rounds * (steps + 1), desc="refine", unit="step", disable=not progress) as bar:
         for _ in range(num_rounds):
             for _ in range(steps):
-                neighbours = [chain.neighbour(predict, 1) for chain in coarse_chains]
-                _simulate(coarse_chains, neighbours, coarse_meaning, device)
+                _simulate(coarse_chains, _neighbours(coarse_chains, predict, 1), coarse_meaning, device)
                 bar.update()
             if coarse_chains:
                 _simulate(chains, [chain.design for chain in coarse_chains], meaning, device)
                 for each, chain in zip(coarse_chains, chains, strict=True):
                     each.aim_at(chain.wanted * _ratio(each.response, chain.known[each.design.tobytes()]))
             else:
-                _simulate(chains, [chain.neighbour(predict, _SEARCHES) for chain in chains], meaning, device)
+                _simulate(chains, _neighbours(chains, predict, _SEARCHES), meaning, device)
             bar.update()
             errors.append([chain.error for chain in chains])
     refined, error = np.stack([chain.design for chain in chains]), np.array(errors).T
@@ -151,7 +151,7 @@ class _Chain:
     def __init__(self, design: np.ndarray, response: np.ndarray, wanted: np.ndarray, rng: np.random.Generator) -> None:
         self.design, self.response, self.wanted = design, response, wanted  # shapes (H, W) and twice (L, S)
         self.known = {design.tobytes(): response}
-        self._rng, self._solved, self._max_length = rng, [(design, response)], interface_length(design)
+        self.rng, self._solved, self._max_length = rng, [(design, response)], interface_length(design)
         self.error = self._error(response)
 
     def neighbour(self, predict: Predictor, num_searches: int) -> np.ndarray | None:
@@ -163,7 +163,7 @@ class _Chain:
         nearest, least, expected_of_it = None, np.inf, self.response
         for _ in range(num_searches):
             start = self.design if nearest is None else nearest
-            found = sets_of_flips(start, expected_of_it, self.wanted, self._max_length, predict, self._rng)
+            found = sets_of_flips(start, expected_of_it, self.wanted, self._max_length, predict, self.rng)
             found = [design for design in found if design.tobytes() not in self.known]
             if not found:
                 break
@@ -204,6 +204,20 @@ def _chains(designs: np.ndarray, response: np.ndarray, wanted: np.ndarray, seed:
     """A chain for each design."""
     rngs = (np.random.default_rng([seed, i]) for i in range(len(designs)))
     return [_Chain(*each) for each in zip(designs, response, wanted, rngs, strict=True)]
+
+
+def _neighbours(chains: Sequence[_Chain], predict: Predictor, num_searches: int) -> list[np.ndarray | None]:
+    """The neighbour of each chain, see :meth:`_Chain.neighbour`; the chains are shared by processes of one thread."""
+
+    def search(index: int) -> tuple[int, np.ndarray | None, np.random.Generator]:
+        return index, chains[index].neighbour(predict, num_searches), chains[index].rng
+
+    found: list[np.ndarray | None] = [None] * len(chains)
+    workers = 1 if torch.cuda.is_initialized() else num_workers()  # CUDA does not survive a fork
+    with one_thread():
+        for index, neighbour, rng in run(search, range(len(chains)), workers):
+            found[index], chains[index].rng = neighbour, rng
+    return found
 
 
 def _simulate(

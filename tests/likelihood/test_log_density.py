@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from analytic_denoisers import GaussianMixture, two_moons
 from exact_pipeline import chain_std, exact_diffusion, rotated_gaussian
-from mechdiffusers.evaluation import GaussianMixture, two_moons
 from mechdiffusers.likelihood import ContinuousDiffusion, LatentDiffusion
 from mechdiffusers.likelihood.log_density import ancestral_terms, continuous_terms, flow_log_density
 from mechdiffusers.schedulers import VDMScheduler
