@@ -3,8 +3,8 @@
     python benchmarks/busy_neighbour.py --output benchmarks/busy_neighbour.json
 
 Times a small simulation, a search of ``refine``, and the demo, in turn alone and beside a process that computes without
-end on one core. On a machine with more cores, ``taskset -c 0,1`` in front leaves it two. It needs Linux, and a machine that
-does nothing else.
+end on one core. It needs Linux and a machine that does nothing else; with more than two cores, ``taskset -c 0,1`` in
+front leaves it two.
 """
 
 import argparse
