@@ -73,7 +73,10 @@ _SCHEDULERS = (
     *("PredictorCorrectorScheduler", "ProbabilityFlowScheduler", "VDMScheduler"),
 )
 #: Settings with which these, too, would sample something else.
-_UNFIT_SETTINGS = {"clip_sample": True, "thresholding": True, "use_flow_sigmas": True, "timestep_type": "continuous"}
+_UNFIT_SETTINGS = {
+    **{"clip_sample": True, "thresholding": True, "use_flow_sigmas": True},
+    **{"timestep_type": "continuous", "interpolation_type": "log_linear"},
+}
 #: Timesteps at which the schedule of a training is written down.
 _RECORDED = 21
 #: The log-SNR before which the decoder makes nothing of :math:`\hat z_0` that a predictor could tell of.
