@@ -397,6 +397,8 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
             variants = latents.repeat_interleave(num_candidates, dim=0)
             start = self.scheduler.timesteps[begin].expand(len(variants))
             variants = denoise(self.scheduler.add_noise(variants, noise, start).to(dtype), begin)
+            if self.interrupt:  # they are unfinished
+                break
             images, latents = self._best(
                 _beside(images, self._most_likely_images(variants, size)),
                 _beside(latents, variants),
