@@ -73,7 +73,10 @@ _SCHEDULERS = (
     *("PredictorCorrectorScheduler", "ProbabilityFlowScheduler", "VDMScheduler"),
 )
 #: Settings with which these, too, would sample something else.
-_UNFIT_SETTINGS = {"clip_sample": True, "thresholding": True, "use_flow_sigmas": True, "timestep_type": "continuous"}
+_UNFIT_SETTINGS = {
+    **{"clip_sample": True, "thresholding": True, "use_flow_sigmas": True},
+    **{"timestep_type": "continuous", "interpolation_type": "log_linear"},
+}
 #: Timesteps at which the schedule of a training is written down.
 _RECORDED = 21
 #: The log-SNR before which the decoder makes nothing of :math:`\hat z_0` that a predictor could tell of.
@@ -148,6 +151,16 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
             record_training_schedule(unet, scheduler)
         self.check_scheduler()
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_grayscale=True)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As in :class:`PortableCheckpoint`; a ``scheduler`` that is given has to suit the checkpoint's denoiser."""
+        scheduler = kwargs.pop("scheduler", None)
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if scheduler is not None:  # only now: the scheduler of an earlier layout says what its denoiser was trained for
+            pipe.register_modules(scheduler=scheduler)
+            pipe.check_scheduler()
+        return pipe
 
     def _upgrade(self, index: dict[str, Any]) -> None:
         if "decoder_likelihood" in index:  # which was an argument of the pipeline once
@@ -283,11 +296,12 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
         for name, count in counts.items():
             _check_count(name, count, 1)
         _check_count("num_refinements", num_refinements, 0)
-        scales = {"guidance_scale": guidance_scale, "predictor_guidance_scale": predictor_guidance_scale, "eta": eta}
+        scales = {"guidance_scale": guidance_scale, "predictor_guidance_scale": predictor_guidance_scale}
         for name, scale in scales.items():
             _check_number(name, scale)
-        for name, share in (("rescale", guidance_rescale), ("start", guidance_start), ("stop", guidance_stop)):
-            _check_number(f"guidance_{name}", share, 1)
+        shares = {"guidance_rescale": guidance_rescale, "guidance_start": guidance_start}
+        for name, share in {**shares, "guidance_stop": guidance_stop, "eta": eta}.items():
+            _check_number(name, share, 1)
         if guidance_start > guidance_stop:
             raise ValueError(f"guidance_start must be at most guidance_stop={guidance_stop!r}, got {guidance_start!r}")
         size = self._checked_size(height, width, response)
@@ -383,6 +397,8 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
             variants = latents.repeat_interleave(num_candidates, dim=0)
             start = self.scheduler.timesteps[begin].expand(len(variants))
             variants = denoise(self.scheduler.add_noise(variants, noise, start).to(dtype), begin)
+            if self.interrupt:  # they are unfinished
+                break
             images, latents = self._best(
                 _beside(images, self._most_likely_images(variants, size)),
                 _beside(latents, variants),
@@ -566,6 +582,7 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
                 raise ValueError(
                     f"{name} must be None for {type(self.scheduler).__name__}, which takes none, got {values!r}"
                 )
+            _check_grid(name, values, len(self.scheduler.alphas_cumprod) if name == "timesteps" else math.inf)
             return {name: values}
         most = len(self.scheduler.alphas_cumprod)
         # between the timesteps of training only a grid in the log-SNR has room for more
@@ -821,6 +838,15 @@ def _check_number(name: str, value: Any, most: float = math.inf) -> None:
     if not 0 <= value <= most or math.isinf(value):
         accepted = "be a non-negative number" if math.isinf(most) else "lie in [0, 1]"
         raise ValueError(f"{name} must {accepted}, got {value!r}")
+
+
+def _check_grid(name: str, values: Any, end: float) -> None:
+    try:
+        grid = np.asarray(values, dtype=float)
+    except (TypeError, ValueError):
+        grid = np.empty(0)
+    if grid.ndim != 1 or not grid.size or not ((np.diff(grid) < 0).all() and grid[-1] >= 0 and grid[0] < end):
+        raise ValueError(f"{name} must fall strictly and lie in [0, {end}), got {values!r}")
 
 
 def _guide(unconditional: Tensor, conditional: Tensor, scale: float, rescale: float) -> Tensor:
