@@ -104,3 +104,14 @@ def test_the_table_of_priors_has_each_prior_and_all_of_its_options():
         (row,) = re.findall(rf"^\| `{name}`.*$", page, re.M)
         for option, value in vars(prior()).items():
             assert f"`{option}={value}`" in row
+
+
+def test_the_table_of_interpolation_is_what_was_measured():
+    found = recorded("interpolation")
+    for name in ("designs", "straight", "spherical", "by_way_of_noise"):
+        density, bits = (
+            with_error(found[name][key]["mean"], found[name][key]["standard_error"], digits)
+            for key, digits in (("interface_density", 3), ("bits_a_pixel", 2))
+        )
+        assert f"| {density} | {bits} |" in words(PAGE)
+    assert f"{found['pairs']} held-out pairs" in words(PAGE)
