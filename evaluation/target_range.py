@@ -30,7 +30,7 @@ import numpy as np
 from torch import Tensor
 
 from mechdiffusers.evaluation.response import as_array, response_error
-from mechdiffusers.pipelines.pipeline_latent_ddpm import _check_number as check_number
+from mechdiffusers.pipelines.pipeline_latent_ddpm import check_number
 
 __all__ = ["OutOfRangeWarning", "RangeCheck", "TargetRange"]
 
