@@ -1,10 +1,10 @@
-r"""How likely images are: the evidence lower bound of a latent diffusion model, and its importance-weighted sharpening.
+r"""How likely images are: the evidence lower bound of a latent diffusion model, and the importance-weighted bound.
 
-.. math:: \log p(x) \ge E_q[\log p(x \mid z)] + H[q(z \mid x)] + E_q[\log p_\theta(z)],
+.. math:: \log p(x) \ge E_q[\log p(x \mid z)] + H[q(z \mid x)] + E_q[\log p_\theta(z)]
 
-all in the space of the latents that the diffusion works in (Luo 2022, equations 16 and 19, where the last two are one
-divergence). The first two are the autoencoder's; :math:`\log p_\theta(z)` is the prior's. Of the importance-weighted
-bound each draw has the weight that is in the logarithm of Luo's equation 16, or of 29 for the path of a chain.
+in the space of the diffusion's latents (Luo 2022, equations 16 and 19, where the last two terms are one divergence).
+The first two are the autoencoder's, the last is the prior's. The importance-weighted bound weights a draw by the ratio
+in the logarithm of Luo's equation 16, or of equation 29 for the path of a chain.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from torch import Tensor
 from mechdiffusers.likelihood.latent_diffusion import LatentDiffusion, as_float64
 from mechdiffusers.likelihood.priors import ContinuousPrior, Prior
 from mechdiffusers.pipelines.pipeline_latent_ddpm import (
+    Generators,
+    check_count,
+    codes_of,
     decoder_log_prob,
     decoder_meaning,
     decoder_output,
@@ -32,35 +35,24 @@ __all__ = ["LatentLikelihood", "LikelihoodOutput", "log_prob_given"]
 
 logger = logging.getLogger(__name__)
 
-#: Numbers in the largest tensor of a batch, whichever of pixels and latents it holds.
-_ENTRIES_A_BATCH = 2**17
-#: Nats a latent dimension above which a value is not to be relied on.
-_LARGE_ERROR = 0.01
+_ENTRIES_A_BATCH = 2**17  #: Numbers in the largest tensor of a batch, of pixels or of latents.
+_LARGE_ERROR = 0.01  #: Nats a latent dimension above which a value is unreliable.
 _LEVELS = 255
-_POSSIBLE_WITHOUT = "without it only LatentDiffusion is possible"
-
-Generators = torch.Generator | list[torch.Generator] | None
 
 
 @dataclass
 class LikelihoodOutput(BaseOutput):
-    """Log-likelihoods, each with its error.
+    """Log-likelihoods, each with its error; all tensors are float64, of shape ``(B,)``.
 
     Args:
-        log_likelihood (`torch.Tensor`):
-            Log-probability of each image or a lower bound of it, in nats, shape ``(B,)``, float64.
-        bits_per_dim (`torch.Tensor`):
-            The same as a cost in bits a pixel, shape ``(B,)``.
-        terms (`dict[str, torch.Tensor]`):
-            What it is the sum of, by name, in nats, each of shape ``(B,)``.
-        error (`torch.Tensor`):
-            Estimated error in nats, shape ``(B,)``: the standard error over the draws and the flow's own error. Of one
-            draw only the noise levels' or the flow's is known; NaN where there is neither.
-        is_lower_bound (`bool`):
-            Whether the expected value is below the log-likelihood. A flow whose error exceeds 0.01 nats a latent
-            dimension may lie above.
-        effective_sample_size (`torch.Tensor`, *optional*):
-            Of the importance weights, between 1 and ``num_samples``, shape ``(B,)``; of ``iwae``.
+        log_likelihood: Log-probability of each image or a lower bound of it, in nats.
+        bits_per_dim: Its negative in bits a pixel.
+        terms: The terms that sum to it, by name, in nats.
+        error: Estimated error in nats: the standard error over the draws, and the error of a flow. For one draw, it is
+            the error of the noise levels or of the flow; NaN where there is neither.
+        is_lower_bound: Whether the expected value is below the log-likelihood. A flow whose error exceeds 0.01 nats a
+            latent dimension may lie above.
+        effective_sample_size: Effective number of importance weights, between 1 and ``num_samples``; only of ``iwae``.
     """
 
     log_likelihood: Tensor
@@ -107,18 +99,12 @@ class LatentLikelihood:
         r"""The evidence lower bound of images.
 
         Args:
-            images: Images of the checkpoint's size; of 0 and 1 alone for a Bernoulli decoder.
-            num_samples (`int`, defaults to 1):
-                Draws from the posterior for each image.
-            response (`torch.Tensor` or `np.ndarray`, *optional*):
-                Condition, shape ``(B, L, S)``, NaN where unspecified: the likelihood given these responses.
-            generator (`torch.Generator` or a list of them, *optional*):
-                Source of all random numbers. A list has one for each image.
-            batch_size (`int`, *optional*):
-                Draws in memory at once; by default as many as suit the size of the images and the number of probes.
-
-        Returns:
-            [`LikelihoodOutput`].
+            images: Images of the checkpoint's size, with the pixel values that the decoder has: only 0 and 1, or
+                multiples of 1/255.
+            num_samples: Draws from the posterior for each image.
+            response: Condition, shape ``(B, L, S)``, NaN where unspecified: the likelihood given these responses.
+            generator: Source of all random numbers; a list has one for each image.
+            batch_size: Draws in memory at once; by default as many as suit the size of the images and the prior.
 
         Raises:
             ValueError: If the images have another size or range, or the decoder gives them no probability, the
@@ -136,12 +122,12 @@ class LatentLikelihood:
     ) -> LikelihoodOutput:
         """The importance-weighted bound of images, which rises with ``num_samples`` to the log-likelihood.
 
-        Arguments, output and errors are those of :meth:`elbo`. ``AncestralPrior`` takes the weights of whole paths,
-        ``FlowPrior`` needs the exact trace, and ``ContinuousPrior`` is refused.
+        Arguments and errors are as in :meth:`elbo`. ``AncestralPrior`` takes the weights of whole paths, ``FlowPrior``
+        needs the exact trace, ``ContinuousPrior`` is refused.
         """
         return self._bound(images, num_samples, response, generator, batch_size, importance=True)
 
-    # the flow's divergence is a gradient, which there is none of in an inference_mode around the call
+    # the flow's divergence is a gradient, which an inference_mode around the call would forbid
     @torch.inference_mode(False)
     @torch.no_grad()
     def _bound(
@@ -154,10 +140,9 @@ class LatentLikelihood:
         importance: bool,
     ) -> LikelihoodOutput:
         pipe = self.pipe
-        for name, count in (("num_samples", num_samples), ("batch_size", batch_size)):
-            of_its_own = name == "batch_size" and count is None
-            if not of_its_own and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-                raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
+        check_count("num_samples", num_samples)
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
         pixels = pipe.prepare_images(images)
         self._check_mass(pixels)
         self.prior.check(pipe, importance)
@@ -168,8 +153,7 @@ class LatentLikelihood:
         dims, num_pixels = math.prod(pipe.latent_shape), pixels[0].numel()
 
         rows = torch.arange(len(pixels)).repeat_interleave(num_samples)
-        values: dict[str, Tensor] = {}
-        errors: dict[str, Tensor] = {}
+        values, errors = dict[str, Tensor](), dict[str, Tensor]()
         size = batch_size or max(1, _ENTRIES_A_BATCH // max(self.prior.numbers_in_memory(dims), num_pixels))
         for chunk in pipe.progress_bar(torch.arange(len(rows)).split(size)):
             of = pixels[rows[chunk]]
@@ -186,33 +170,29 @@ class LatentLikelihood:
             }
             for kept, found in ((values, terms), (errors, prior.errors)):
                 for name, value in found.items():
-                    # one place for all: small tensors between large ones that go leave the memory in pieces
+                    # one tensor for all draws: small ones between large ones would fragment the memory
                     kept.setdefault(name, torch.empty(len(rows), dtype=torch.float64))[chunk] = value.cpu()
         pipe.maybe_free_model_hooks()
-        values, errors = (
-            {name: value.reshape(-1, num_samples) for name, value in kept.items()} for kept in (values, errors)
-        )
+        values, errors = ({name: x.reshape(-1, num_samples) for name, x in kept.items()} for kept in (values, errors))
         return _summary(values, errors, importance, dims, num_pixels)
 
     def _check_mass(self, pixels: Tensor) -> None:
         """Raises a ``ValueError`` unless the decoder gives a probability to pixels in [0, 1]."""
         levels = 1 if self.pipe.decoder_likelihood == "bernoulli" else _LEVELS
-        # in parts, as there may be far more images than go through the networks at once
+        # in parts: there may be more images than memory for their copies
         if any(((part * levels).round() - part * levels).abs().max() > 1e-3 for part in pixels.split(1024)):
-            accepted = "0 or 1" if levels == 1 else "multiples of 1/255"
-            raise ValueError(
-                f"images must have pixels of {accepted}, to which alone a {self.pipe.decoder_likelihood} decoder gives "
-                "a probability, got others"
-            )
+            accepted = f"pixels of {'0 or 1' if levels == 1 else 'multiples of 1/255'}"
+            reason = f"to which alone a {self.pipe.decoder_likelihood} decoder gives a probability"
+            raise ValueError(f"images must have {accepted}, {reason}, got others")
 
     def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents of pixels, float64: those of the codes, shifted and scaled."""
+        """Mean and standard deviation of the latents of pixels, float64."""
         vae = self.pipe.vae
         posterior = posterior_of(vae, pixels.to(self.pipe._execution_device, vae.dtype))
         if posterior.deterministic or not (posterior.std > 0).all():
             raise ValueError(
                 "vae must have a posterior of positive variance for a likelihood of images, got a deterministic one: "
-                + _POSSIBLE_WITHOUT
+                "without it only LatentDiffusion is possible"
             )
         scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
         return (as_float64(posterior.mean) - shift) * scale, as_float64(posterior.std) * abs(scale)
@@ -222,19 +202,15 @@ class LatentLikelihood:
 
 
 def log_prob_given(vae: Any, latents: Tensor, pixels: Tensor, device: Any = None) -> Tensor:
-    r"""Log-probability of images given their latents, in nats.
+    r"""Log-probability of images given their latents, in nats, shape ``(B,)``, float64.
 
     Args:
-        vae: Autoencoder, its shift and scale measured, and what its decoder means in its configuration.
-        latents: In the space that the diffusion works in, shape ``(B, C, h, w)``.
+        vae: Autoencoder; its configuration has its shift, its scale and what its decoder means.
+        latents: In the space of the diffusion, shape ``(B, C, h, w)``.
         pixels: In [0, 1], shape ``(B, C, H, W)``.
         device: Where the decoder runs, by default where the latents are.
-
-    Returns:
-        Shape ``(B,)``, float64.
     """
-    codes = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-    decoded = as_float64(decoder_output(vae, codes.to(device, vae.dtype)))
+    decoded = as_float64(decoder_output(vae, codes_of(vae, latents).to(device, vae.dtype)))
     return decoder_log_prob(decoded, pixels.to(decoded), *decoder_meaning(vae)).flatten(1).sum(1)
 
 
@@ -245,22 +221,18 @@ def _row_seeds(generator: Generators, num: int, num_samples: int) -> list[int]:
         device = "cpu" if source is None else source.device
         return torch.randint(2**62, (count,), generator=source, device=device).tolist()
 
-    if isinstance(generator, list):
-        if len(generator) != num:
-            raise ValueError(f"generator must be one or a list of {num}, one an image, got {len(generator)}")
-        return [seed for source in generator for seed in seeds(source, num_samples)]
-    images = [torch.Generator().manual_seed(seed) for seed in seeds(generator, num)]
-    return [seed for source in images for seed in seeds(source, num_samples)]
+    if not isinstance(generator, list):
+        generator = [torch.Generator().manual_seed(seed) for seed in seeds(generator, num)]
+    if len(generator) != num:
+        raise ValueError(f"generator must be one or a list of {num}, one an image, got {len(generator)}")
+    return [seed for source in generator for seed in seeds(source, num_samples)]
 
 
 def _source(generators: list[torch.Generator], device: Any) -> Callable[..., Tensor]:
     def draw(shape: tuple[int, ...] | None = None) -> Tensor:
         """Standard normal numbers of a shape for each generator; without a shape, one uniform number."""
-        if shape is None:
-            values = [torch.rand((), generator=generator, dtype=torch.float64) for generator in generators]
-        else:
-            values = [torch.randn(shape, generator=generator, dtype=torch.float64) for generator in generators]
-        return torch.stack(values).to(device)
+        rand, size = (torch.rand, ()) if shape is None else (torch.randn, shape)
+        return torch.stack([rand(size, generator=each, dtype=torch.float64) for each in generators]).to(device)
 
     return draw
 
@@ -283,9 +255,9 @@ def _summary(
     else:
         value = total.mean(1)
         error = total.std(1) / num_samples**0.5 if num_samples > 1 else value
-    if num_samples == 1:  # the spread over draws is unknown, and so is the error unless something else tells of it
-        known = torch.zeros_like(value) if "steps" in errors else torch.full_like(value, torch.nan)
-        error = errors["levels"][:, 0] if "levels" in errors else known
+    if num_samples == 1:  # the spread over draws is unknown
+        unknown = torch.zeros_like(value) if "steps" in errors else torch.full_like(value, torch.nan)
+        error = errors["levels"][:, 0] if "levels" in errors else unknown
     converged = True
     if "steps" in errors:
         steps, probes = errors["steps"].mean(1), errors["probes"].square().sum(1).sqrt() / num_samples
@@ -296,18 +268,7 @@ def _summary(
             logger.warning(
                 "The flow's log-density is uncertain by more than %g nats a latent dimension for %d of %d images, by "
                 "%.2g at most, %.2g of it from the steps and %.2g from the probes: raise num_steps or num_probes.",
-                _LARGE_ERROR,
-                int((flow_error > _LARGE_ERROR * dims).sum()),
-                len(value),
-                flow_error.max().item() / dims,
-                steps.max().item() / dims,
-                probes.max().item() / dims,
+                *(_LARGE_ERROR, int((flow_error > _LARGE_ERROR * dims).sum()), len(value)),
+                *(largest.max().item() / dims for largest in (flow_error, steps, probes)),
             )
-    return LikelihoodOutput(
-        log_likelihood=value,
-        bits_per_dim=-value / (num_pixels * math.log(2)),
-        terms=terms,
-        error=error,
-        is_lower_bound=converged,
-        effective_sample_size=effective,
-    )
+    return LikelihoodOutput(value, -value / (num_pixels * math.log(2)), terms, error, converged, effective)

@@ -1,4 +1,4 @@
-"""The log-density of latents by an integral over the log-SNR, by a chain, and by a flow: what priors are made of."""
+"""The log-density of latents by an integral over the log-SNR, by a chain and by a flow: the parts of priors."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from mechdiffusers.schedulers.log_snr_curve import alpha_sigma, ancestral_coeffi
 
 __all__ = ["Draw", "LogDensity", "ancestral_terms", "continuous_terms", "flow_log_density", "noise_divergence"]
 
-#: Draws standard normal numbers, or uniform ones, of a shape for each row, float64.
-Draw = Callable[..., Tensor]
+Draw = Callable[..., Tensor]  #: Draws normal numbers of a shape for each row, or one uniform number, float64.
 
 
 class LogDensity(NamedTuple):
@@ -35,16 +34,16 @@ def continuous_terms(
     .. math:: \log p_\theta(z) \ge E[\log p(z \mid z_0)] - KL(q(z_1 \mid z) \| N(0, I))
         - \tfrac12 \int E\|\epsilon - \hat\epsilon\|^2 d\lambda
 
-    (Kingma et al. 2021, equations 11 and 17). The draws of a latent are equally spaced behind a random offset (the
-    low-discrepancy sampler of their appendix I.1), in two independent halves, whose distance tells the error. As
-    :math:`\epsilon - \hat\epsilon = \alpha (v - \hat v)`, the part of :math:`\|v\|^2` is integrated in closed form, and
-    only :math:`\alpha^2 (\|\hat v\|^2 - 2 v \cdot \hat v)`, which the network has a say in, is drawn: without it the
-    bound is that of a standard normal prior. The log-SNRs have a density proportional to :math:`\alpha^2`.
+    (Kingma et al. 2021, equations 11 and 17). The log-SNRs of a latent have a random offset and equal spacing (the
+    low-discrepancy sampler of their appendix I.1), in two independent halves, whose distance gives the error. Their
+    density is proportional to :math:`\alpha^2`. Because :math:`\epsilon - \hat\epsilon = \alpha (v - \hat v)`, the part
+    of :math:`\|v\|^2` has a closed form. Only :math:`\alpha^2 (\|\hat v\|^2 - 2 v \cdot \hat v)` is drawn; without it
+    the bound is that of a standard normal prior.
 
     Args:
         diffusion: Denoiser and noise schedule.
         latents: Shape ``(B, *)``, float64.
-        num_levels: Number of log-SNRs for each; the halves are as equal as can be.
+        num_levels: Number of log-SNRs for each.
         draw: Source of random numbers.
 
     Returns:
@@ -56,7 +55,7 @@ def continuous_terms(
         | https://arxiv.org/abs/2107.00630
     """
     ends = torch.tensor(diffusion.curve.ends, dtype=torch.float64, device=latents.device)
-    high, low = softplus(ends)  # alpha^2 = sigmoid, whose integral this is
+    high, low = softplus(ends)  # the integral of alpha^2 = sigmoid
     halves = []
     for num in (num_levels // 2, num_levels - num_levels // 2) if num_levels > 1 else (1,):
         offset = draw()
@@ -64,21 +63,13 @@ def continuous_terms(
         for level in range(num):
             integral = high + (low - high) * (level + offset) / num
             log_snr = integral + torch.log(-torch.expm1(-integral))
-            alpha, sigma = alpha_sigma_like(log_snr, latents)
-            noise = draw(latents.shape[1:])
-            velocity = diffusion.velocity(alpha * latents + sigma * noise, log_snr)
-            error = _mean_velocity_error(velocity, alpha * noise - sigma * latents, latents, log_snr)
-            drawn = drawn + error - _mean_velocity(latents, log_snr)
+            drawn = drawn + _drawn_velocity_error(diffusion, latents, log_snr, draw) - _mean_velocity(latents, log_snr)
         halves.append(-(high - low) / 2 * drawn / num)
     share = torch.stack(halves, dim=1)
     signal = torch.sigmoid(ends)[:, None]
     # of alpha^2 times the mean of |v|^2, by the log-SNR
     antiderivative = latents[0].numel() * (softplus(ends)[:, None] - signal) + signal * squared_norm(latents)
-    first = ends[:1].expand(len(latents))
-    alpha, sigma = alpha_sigma_like(first, latents)
-    noise = draw(latents.shape[1:])
-    velocity = diffusion.velocity(alpha * latents + sigma * noise, first)
-    error = _mean_velocity_error(velocity, alpha * noise - sigma * latents, latents, first)
+    error = _drawn_velocity_error(diffusion, latents, ends[:1].expand(len(latents)), draw)
     terms = {  # Kingma et al. 2021, equation 11
         "last_step": _last_step(error, latents, ends[0]),
         "diffusion": share.mean(1) - (antiderivative[0] - antiderivative[1]) / 2,  # equation 17
@@ -100,22 +91,18 @@ def ancestral_terms(
     r"""One draw of the bound on the log-density of latents under an ancestral chain, or of its whole path's log-weight.
 
     The path :math:`z_T, \dots, z_0` is drawn from :math:`q(\cdot \mid z)`, noise first. Its log-weight is
-    :math:`\log p(z \mid z_0) + \sum \log p(z_s \mid z_t) / q(z_s \mid z_t, z) + \log p(z_T) / q(z_T \mid z)`, whose
-    exponential has the mean :math:`p_\theta(z)` exactly. In the bound each ratio's mean, minus a Kullback-Leibler
-    divergence of Gaussians, takes its place (Kingma et al. 2021, equations 11 and 12; Luo 2022, equation 58).
+    :math:`\log p(z \mid z_0) + \sum \log p(z_s \mid z_t) / q(z_s \mid z_t, z) + \log p(z_T) / q(z_T \mid z)`; the mean
+    of its exponential is exactly :math:`p_\theta(z)`. The bound takes the mean of each ratio instead, minus a
+    Kullback-Leibler divergence of Gaussians (Kingma et al. 2021, equations 11 and 12; Luo 2022, equation 58).
 
     Args:
-        diffusion: Denoiser and noise schedule.
+        diffusion: As in :func:`continuous_terms`, like ``latents``, ``draw`` and the terms that are returned.
         latents: Shape ``(B, *)``, float64.
-        timesteps: The chain's, falling; behind the last the latents are drawn.
-        velocity_error: Mean square error of the velocity, an entry, that the chain's variance allows for at each of
-            them, shape ``(N,)``: 0 is ``DDPMScheduler``'s ``"fixed_small"``, 1 its ``"fixed_large"``, and what
-            ``VDMScheduler`` holds is ``"optimal"``.
+        timesteps: Timesteps of the chain, falling, shape ``(N,)``; the last step gives the latents.
+        velocity_error: Mean square error of the velocity, per entry, in the chain's variance at each timestep, shape
+            ``(N,)``: 0 for ``"fixed_small"``, 1 for ``"fixed_large"``, the scheduler's table for ``"optimal"``.
         draw: Source of random numbers.
         sampled: Whether to take the ratios as drawn instead of their means.
-
-    Returns:
-        The terms ``"last_step"``, ``"diffusion"`` and ``"noise_prior"``.
     """
     levels = diffusion.log_snr(timesteps.to(latents.device))
     dims = latents[0].numel()
@@ -156,10 +143,7 @@ def ancestral_terms(
 
 
 def noise_divergence(latents: Tensor, log_snr: Tensor) -> Tensor:
-    r""":math:`KL(q(z_T \mid z) \| N(0, I))` of latents ``(B, *)`` at the last log-SNR, shape ``(B,)``, in nats.
-
-    The prior matching term of Luo 2022, equation 58.
-    """
+    r""":math:`KL(q(z_T \mid z) \| N(0, I))` of latents ``(B, *)`` at a log-SNR, ``(B,)``, in nats (Luo 2022, 58)."""
     alpha_squared, sigma_squared = torch.sigmoid(log_snr), torch.sigmoid(-log_snr)
     dims = latents[0].numel()
     return (alpha_squared * squared_norm(latents) + dims * (sigma_squared - 1 - sigma_squared.log())) / 2
@@ -176,12 +160,21 @@ def _mean_velocity_error(velocity: Tensor, true_velocity: Tensor, latents: Tenso
     return (velocity * (velocity - 2 * true_velocity)).flatten(1).sum(1) + _mean_velocity(latents, log_snr)
 
 
+def _drawn_velocity_error(diffusion: ContinuousDiffusion, latents: Tensor, log_snr: Tensor, draw: Draw) -> Tensor:
+    """The same at log-SNRs ``(B,)``, with noise that is drawn."""
+    alpha, sigma = alpha_sigma_like(log_snr, latents)
+    noise = draw(latents.shape[1:])
+    velocity = diffusion.velocity(alpha * latents + sigma * noise, log_snr)
+    return _mean_velocity_error(velocity, alpha * noise - sigma * latents, latents, log_snr)
+
+
 def _mean_velocity(latents: Tensor, log_snr: Tensor) -> Tensor:
     r"""Mean over the noise of :math:`\|v\|^2 = \|\alpha \epsilon - \sigma z\|^2`."""
     return torch.sigmoid(log_snr) * latents[0].numel() + torch.sigmoid(-log_snr) * squared_norm(latents)
 
 
 def squared_norm(x: Tensor) -> Tensor:
+    """Of the entries of each row, shape ``(B,)``."""
     return x.square().flatten(1).sum(1)
 
 
@@ -197,17 +190,16 @@ def flow_log_density(
     Args:
         diffusion: Denoiser and noise schedule.
         latents: Shape ``(B, *)``, of D entries each.
-        probes: Vectors :math:`e` of random signs, kept along the whole way, shape ``(B, P, D)``, at least two a sample:
-            the divergence is estimated by the mean of :math:`e^T (\nabla \hat v) e` (Hutchinson 1989). ``None`` for the
-            exact trace, at the cost of D probes.
-        num_steps: Steps of the fourth-order Runge-Kutta method, even, of equal length in the angle.
-        tolerance: Error of a step of the adaptive method, which replaces these steps if it is given.
+        probes: Vectors :math:`e` of random signs, shape ``(B, P, D)``, at least two a sample: the divergence is
+            estimated by the mean of :math:`e^T (\nabla \hat v) e` (Hutchinson 1989). ``None`` for the exact trace, at
+            the cost of D probes.
+        num_steps: Steps in the angle, as in :func:`~mechdiffusers.likelihood.runge_kutta.solve`, but even.
+        tolerance: Likewise.
 
     Returns:
-        The terms ``"noise_log_density"``, of the noise that the latents flow to, and ``"volume_change"``, what the
-        divergence and the scale :math:`z = x / \alpha` add to it. The errors ``"steps"``, the distance to the value of
-        half the steps or of ten times the tolerance, and ``"probes"``, the standard error of the estimated divergence,
-        zero where it is exact.
+        The terms ``"noise_log_density"``, of the noise that the latents flow to, and ``"volume_change"``, which the
+        divergence and the scale :math:`z = x / \alpha` add. The errors ``"steps"``, the distance to the value of half
+        the steps or of ten times the tolerance, and ``"probes"``, the standard error of the estimated divergence.
 
     References:
         | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021), appendix D.2
@@ -222,13 +214,13 @@ def flow_log_density(
     x = alpha * latents.double()
 
     def log_density(probes: Tensor, coarse: bool) -> tuple[Tensor, Tensor]:
-        """Of the noise, (B,), and what each probe adds, (B, P), or the exact trace, (B, 1)."""
+        """Of the noise, (B,), and the change by each probe, (B, P), or by the exact trace, (B, 1)."""
 
         def slope(state: Tensor, angle: Tensor) -> Tensor:
             velocity, divergence = _divergence(diffusion, state[:, :dims].reshape(x.shape), angle, probes)
             if is_exact:
                 divergence = divergence.sum(1, keepdim=True)
-            # the divergence a dimension, so that one tolerance suits it and the entries
+            # the divergence per dimension: one tolerance suits it and the entries
             return torch.cat([velocity.flatten(1), divergence / dims], dim=1)
 
         start = torch.cat([x.flatten(1), x.new_zeros(len(x), 1 if is_exact else probes.shape[1])], dim=1)
@@ -246,7 +238,7 @@ def flow_log_density(
 
 
 def _divergence(diffusion: ContinuousDiffusion, x: Tensor, angle: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
-    """The velocity, and of its Jacobian the quadratic form of each probe, (B, P)."""
+    """The velocity, and the quadratic form of its Jacobian with each probe, (B, P)."""
     with torch.enable_grad():
         variable = x.detach().requires_grad_()
         velocity = diffusion.velocity(variable, log_snr_of_angle(angle))

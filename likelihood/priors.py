@@ -1,12 +1,10 @@
 r"""The log-density of latents under a latent diffusion, which is the prior of its autoencoder.
 
-:math:`\log p_\theta(z)` is one of three models', which are never mixed: the continuous-time process, bounded below by
-one integral over the log-SNR (Kingma et al. 2021, equation 17); the scheduler's own ancestral chain, bounded below by a
-sum over its steps (Luo 2022, equation 58); or the probability flow, a value. The first two end in a last draw
-:math:`p(z \mid z_0) = N(\hat x_0(z_0), \sigma_0^2 / \alpha_0^2)`, at the noise that is left at timestep 0. A fourth,
-the standard normal, leaves the diffusion out: it is what the autoencoder alone has.
-
-Each prior gives the terms of one draw, and what is known of their errors.
+Three models of :math:`\log p_\theta(z)` are never mixed: the continuous-time process has a lower bound, one integral
+over the log-SNR (Kingma et al. 2021, equation 17); the scheduler's ancestral chain has one, a sum over its steps (Luo
+2022, equation 58); the probability flow has a value. The first two end in a last draw
+:math:`p(z \mid z_0) = N(\hat x_0(z_0), \sigma_0^2 / \alpha_0^2)`, at the noise that is left at timestep 0. A fourth
+model, the standard normal, is what the autoencoder has without a diffusion.
 """
 
 from __future__ import annotations
@@ -30,14 +28,9 @@ from mechdiffusers.likelihood.log_density import (
     squared_norm,
 )
 from mechdiffusers.likelihood.runge_kutta import check_solver
+from mechdiffusers.pipelines.pipeline_latent_ddpm import check_count, codes_of
 
-__all__ = [
-    "AncestralPrior",
-    "ContinuousPrior",
-    "FlowPrior",
-    "Prior",
-    "StandardNormalPrior",
-]
+__all__ = ["AncestralPrior", "ContinuousPrior", "FlowPrior", "Prior", "StandardNormalPrior"]
 
 _FIXED = ("fixed_small", "fixed_small_log", "fixed_large")
 #: The variances of each scheduler with an ancestral chain; another may have the option too, left over from these.
@@ -45,45 +38,40 @@ _VARIANCE_TYPES = {"DDPMScheduler": _FIXED, "VDMScheduler": (*_FIXED, "optimal")
 
 
 class Prior:
-    """A model of the latents; its options are those of the way in which its log-density is computed."""
+    """A model of the latents; its options say how its log-density is computed."""
 
     def check(self, pipe: Any, importance: bool) -> None:
-        """Raises a ``ValueError`` if it cannot be one for a pipeline, or not for an importance-weighted bound."""
+        """Raises a ``ValueError`` if it does not suit a pipeline, or an importance-weighted bound."""
 
     def numbers_in_memory(self, dims: int) -> int:
-        """How many numbers one draw for a latent of ``dims`` entries keeps."""
+        """How many numbers a draw for a latent of ``dims`` entries keeps."""
         return dims
 
     def log_density(
         self, pipe: Any, diffusion: ContinuousDiffusion, latents: Tensor, draw: Draw, importance: bool
     ) -> LogDensity:
-        """One draw for latents, shape ``(B, C, h, w)``; for an importance-weighted bound, its log-weight."""
+        """Terms of one draw for latents ``(B, C, h, w)``, and their errors; with ``importance``, of its log-weight."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class ContinuousPrior(Prior):
-    """The continuous-time process, by its lower bound.
+    """The continuous-time process, by its lower bound: an integral over ``num_levels`` noise levels for each draw.
 
-    Args:
-        num_levels: Noise levels for each draw.
-
-    Raises:
-        ValueError: If ``num_levels`` is no integer of at least 1.
+    Raises a ``ValueError`` if ``num_levels`` is no integer of at least 1.
     """
 
     num_levels: int = 16
 
     def __post_init__(self) -> None:
-        _check_count("num_levels", self.num_levels)
+        check_count("num_levels", self.num_levels)
 
     def check(self, pipe: Any, importance: bool) -> None:
-        """Refuses an importance-weighted bound, whose weights an integral that is drawn would bias."""
+        """Refuses an importance-weighted bound: the drawn integral would bias its weights."""
         if importance:
-            raise ValueError(
-                "prior must be AncestralPrior, FlowPrior or StandardNormalPrior for iwae, got ContinuousPrior, whose "
-                "estimate would lift it above the log-likelihood"
-            )
+            accepted = "AncestralPrior, FlowPrior or StandardNormalPrior for iwae"
+            got = "ContinuousPrior, whose estimate would lift it above the log-likelihood"
+            raise ValueError(f"prior must be {accepted}, got {got}")
 
     def log_density(  # noqa: D102
         self, pipe: Any, diffusion: ContinuousDiffusion, latents: Tensor, draw: Draw, importance: bool
@@ -96,18 +84,14 @@ class ContinuousPrior(Prior):
 class AncestralPrior(Prior):
     """The ancestral chain of ``DDPMScheduler`` or ``VDMScheduler``, by its lower bound or by weights of whole paths.
 
-    Args:
-        num_steps: Steps of the chain, by default all of the scheduler's.
-
-    Raises:
-        ValueError: If ``num_steps`` is no integer of at least 1.
+    It has ``num_steps`` steps, by default all of the scheduler's. Raises a ``ValueError`` if they are below 1.
     """
 
     num_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_steps is not None:
-            _check_count("num_steps", self.num_steps)
+            check_count("num_steps", self.num_steps)
 
     def check(self, pipe: Any, importance: bool) -> None:
         """Refuses a scheduler without an ancestral chain, and more steps than its timesteps."""
@@ -119,15 +103,13 @@ class AncestralPrior(Prior):
         return LogDensity(ancestral_terms(diffusion, latents, *self._chain(pipe.scheduler), draw, importance), {})
 
     def _chain(self, scheduler: Any) -> tuple[Tensor, Tensor]:
-        """The timesteps of the scheduler's ancestral chain, and the error of the velocity that it allows for there."""
+        """The timesteps of the scheduler's ancestral chain, and the velocity error in its variance at each."""
         name, config = type(scheduler).__name__, scheduler.config
         variance_type = config.get("variance_type")
         if variance_type not in _VARIANCE_TYPES.get(name, ()):
-            raise ValueError(
-                "scheduler must have an ancestral chain for AncestralPrior, as VDMScheduler has, and DDPMScheduler "
-                f"with a variance_type of {_FIXED}, got {name} with {variance_type!r}; ContinuousPrior and FlowPrior "
-                "need none"
-            )
+            suited = f"as VDMScheduler has, and DDPMScheduler with a variance_type of {_FIXED}"
+            got = f"{name} with {variance_type!r}; ContinuousPrior and FlowPrior need none"
+            raise ValueError(f"scheduler must have an ancestral chain for AncestralPrior, {suited}, got {got}")
         last = len(scheduler.alphas_cumprod) - 1
         if self.num_steps is None:
             timesteps = torch.arange(last, -1, -1)
@@ -140,7 +122,7 @@ class AncestralPrior(Prior):
                     f"num_steps must be one that the scheduler takes, got {self.num_steps}: {error}"
                 ) from error
             timesteps = scheduler.timesteps.cpu()
-        # the fixed variances are the optimal ones of a latent that is known, and of a standard normal one
+        # the fixed variances are optimal for a known latent, 0, and for a standard normal one, 1
         table = config.velocity_error if variance_type == "optimal" else [float(variance_type == "fixed_large")] * 2
         errors = np.interp(timesteps.numpy(), np.linspace(0, last, len(table)), table)
         return timesteps, torch.from_numpy(errors)
@@ -148,15 +130,14 @@ class AncestralPrior(Prior):
 
 @dataclass(frozen=True)
 class FlowPrior(Prior):
-    """The probability flow, a value that has an error.
+    """The probability flow, by a value with an error.
 
     Args:
-        num_steps: Runge-Kutta steps of four evaluations each, even.
+        num_steps: As in :func:`~mechdiffusers.likelihood.runge_kutta.solve`, like ``tolerance``.
         num_probes: Probes of the flow's divergence, at least 2; as many as a latent has entries make it exact.
-        tolerance: Error of a step of an adaptive method, instead of ``num_steps``.
+        tolerance: Error of a step of the adaptive method, instead of ``num_steps``.
 
-    Raises:
-        ValueError: If one of them is out of range.
+    Raises a ``ValueError`` if one of them is out of range.
     """
 
     num_steps: int = 8
@@ -165,21 +146,20 @@ class FlowPrior(Prior):
 
     def __post_init__(self) -> None:
         check_solver(self.num_steps, self.tolerance)
-        _check_count("num_probes", self.num_probes)
+        check_count("num_probes", self.num_probes)
 
     def check(self, pipe: Any, importance: bool) -> None:
-        """Refuses a single probe, and for an importance-weighted bound all but an exact trace."""
+        """Refuses a single probe, and an estimated trace for an importance-weighted bound."""
         dims = math.prod(pipe.latent_shape)
         if self.num_probes < 2 and self.num_probes < dims:
             raise ValueError(f"num_probes must be an integer of at least 2, got {self.num_probes!r}")
         if importance and self.num_probes < dims:
-            raise ValueError(
-                f"num_probes must be at least the {dims} entries of a latent for iwae with FlowPrior, since an "
-                f"estimated trace would lift it above the log-likelihood, got {self.num_probes}; or take AncestralPrior"
-            )
+            accepted = f"at least the {dims} entries of a latent for iwae with FlowPrior"
+            reason = "since an estimated trace would lift it above the log-likelihood"
+            raise ValueError(f"num_probes must be {accepted}, {reason}, got {self.num_probes}; or take AncestralPrior")
 
     def numbers_in_memory(self, dims: int) -> int:
-        """The flow keeps a draw's probes, each as large as a latent, along the whole way."""
+        """The flow keeps all probes of a draw, each as large as a latent."""
         return dims * self.num_probes if self.num_probes < dims else dims
 
     def log_density(  # noqa: D102
@@ -192,17 +172,11 @@ class FlowPrior(Prior):
 
 @dataclass(frozen=True)
 class StandardNormalPrior(Prior):
-    """The autoencoder's own N(0, I), of its codes, in the place of the diffusion."""
+    """The autoencoder's own N(0, I) of its codes, instead of the diffusion."""
 
     def log_density(  # noqa: D102
         self, pipe: Any, diffusion: ContinuousDiffusion, latents: Tensor, draw: Draw, importance: bool
     ) -> LogDensity:
-        scale = pipe.vae.config.scaling_factor
-        codes = latents / scale + (pipe.vae.config.shift_factor or 0.0)
-        constant = math.log(2 * math.pi) + 2 * math.log(abs(scale))
-        return LogDensity({"prior": -(squared_norm(codes) + latents[0].numel() * constant) / 2}, {})
-
-
-def _check_count(name: str, count: Any) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
+        constant = math.log(2 * math.pi) + 2 * math.log(abs(pipe.vae.config.scaling_factor))
+        norms = squared_norm(codes_of(pipe.vae, latents))
+        return LogDensity({"prior": -(norms + latents[0].numel() * constant) / 2}, {})
