@@ -177,6 +177,10 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif operation["key"] == "lfsFile":
                 files[value["path"]] = self.hub.large_files[value["oid"]]
+            elif operation["key"] == "deletedFile":
+                if value["path"] not in files:
+                    raise Refusal(400, message=f"cannot delete {value['path']}, which does not exist")
+                del files[value["path"]]
         branch = "refs/pr/1" if "create_pr" in self.query else revision
         commits = repository.branches.setdefault(branch, list(repository.branches[revision]))
         commits.append(Commit(header["value"]["summary"], files))
@@ -193,7 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
     def tree(self, name: str, revision: str, folder: str = "") -> None:
         files = self._commit(self.hub.repository(name, self.user), revision).files
         inside = {path: content for path, content in files.items() if path.startswith(folder)}
-        if not inside:
+        if folder and not inside:  # the root of an empty repository is there
             raise Refusal(404, "EntryNotFound", "Entry not found")
         entries = [_entry(path, content) for path, content in inside.items()]
         if self.query.get("recursive", ["false"])[0].lower() == "false":

@@ -80,6 +80,16 @@ def test_the_measured_normalisation_gives_every_entry_mean_0_and_variance_1():
     torch.testing.assert_close(variance, torch.where(constant, 0.0, 1.0), atol=1e-4, rtol=0)
 
 
+def test_normalised_responses_are_what_the_network_sees_of_them_and_unknown_ones_stay_unknown():
+    model, seen = encoder(), []
+    model.proj_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][..., :3]))
+    response = 10 * torch.rand(5, 2, 3)
+    model(response)
+    assert torch.equal(model.normalise(response), seen[0])
+    response[0, 1, 2] = math.nan
+    assert torch.equal(model.normalise(response).isnan(), response.isnan())
+
+
 def test_an_entry_that_no_design_has_cannot_be_normalised():
     responses = torch.rand(5, 2, 3)
     responses[:, 1, 2] = math.nan

@@ -13,6 +13,7 @@ from diffusers import (
 )
 from PIL import Image
 
+from mechdiffusers.likelihood import LatentDiffusion
 from mechdiffusers.models.response_encoder import difference_of_meanings
 from mechdiffusers.schedulers import STOCK_SCHEDULERS, VDMScheduler, stock_scheduler
 
@@ -158,7 +159,10 @@ def test_interpolation_starts_and_ends_at_its_ends(pipe):
     assert path.shape == (5, 1, 8, 8)
     assert torch.equal(path[:1], pipe.decode(pipe.encode(a)))
     assert torch.equal(path[-1:], pipe.decode(pipe.encode(b)))
-    assert torch.equal(path[2:3], pipe.decode((pipe.encode(a) + pipe.encode(b)) / 2))
+    between = LatentDiffusion(pipe).interpolate(pipe.encode(a), pipe.encode(b), num=5)
+    assert torch.equal(path, pipe.decode(between.float()))
+    pictures = pipe.interpolate(a, b, num=5)
+    np.testing.assert_array_equal(np.stack([np.asarray(picture) / 255 for picture in pictures]), path[:, 0].numpy())
 
 
 def test_guidance_is_the_weighted_sum_of_the_two_predictions(make_pipeline):
@@ -228,9 +232,9 @@ def test_images_of_one_response_are_neighbours(make_pipeline):
         ({"guidance_stop": None}, "guidance_stop must be a number, got None"),
         ({"predictor_guidance_scale": [4.0]}, r"predictor_guidance_scale must be a number, got \[4.0\]"),
         ({"guidance_rescale": 1.5}, r"guidance_rescale must lie in \[0, 1\], got 1.5"),
-        ({"guidance_start": 0.6, "guidance_stop": 0.5}, "guidance_start and guidance_stop must be ordered"),
-        ({"guidance_stop": 1.1}, "guidance_start and guidance_stop must be ordered"),
-        ({"output_type": "jpg"}, r"output_type must be one of \('pil', 'np', 'pt'\), got 'jpg'"),
+        ({"guidance_start": 0.6, "guidance_stop": 0.5}, "guidance_start must be at most guidance_stop=0.5, got 0.6"),
+        ({"guidance_stop": 1.1}, r"guidance_stop must lie in \[0, 1\], got 1.1"),
+        ({"output_type": "jpg"}, r"output_type must be one of \('pil', 'np', 'pt', 'latent'\), got 'jpg'"),
         (
             {"generator": [torch.Generator()] * 2},
             r"generator must be one or a list of 1, .* got \['Generator', 'Generator'\]",
@@ -274,7 +278,7 @@ def test_a_grid_in_the_log_snr_may_have_more_steps_than_training(pipe):
         ({"response": np.ones((1, 2, 3), bool)}, "response must be a tensor or array of numbers, got ndarray"),
         (
             {"response": torch.tensor([[[1.0, 2.0, 3.0], [0.0, math.nan, 0.0]]])},
-            "response must not be zero all along a load case: NaN leaves it open",
+            "response must not be zero all along a load case: NaN leaves it unspecified",
         ),
         (
             {"response": torch.zeros(3, 2, 3), "batch_size": 2},
@@ -354,8 +358,9 @@ def test_bad_images_are_refused(pipe, images, message):
 
 
 def test_bad_latents_and_ends_are_refused(pipe):
-    with pytest.raises(ValueError, match=r"^latents must have shape \(B, 2, 4, 4\), got \(1, 2, 4, 5\)"):
-        pipe.decode(torch.zeros(1, 2, 4, 5))
+    for shape in ((1, 3, 4, 4), (2, 4, 4), (0, 2, 4, 4)):
+        with pytest.raises(ValueError, match=rf"^latents must have shape \(B, 2, h, w\), got {re.escape(str(shape))}"):
+            pipe.decode(torch.zeros(shape))
     with pytest.raises(ValueError, match="^b must be one image, got 2"):
         pipe.interpolate(torch.zeros(1, 8, 8), torch.zeros(2, 8, 8))
     with pytest.raises(ValueError, match="^num must be an integer of at least 2, got 1"):
@@ -365,9 +370,9 @@ def test_bad_latents_and_ends_are_refused(pipe):
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (EDMEulerScheduler(), "scheduler must be variance preserving .* got EDMEulerScheduler"),
-        (FlowMatchEulerDiscreteScheduler(), "scheduler must be variance preserving .* got FlowMatch"),
-        (ScoreSdeVeScheduler(), "scheduler must be variance preserving .* got ScoreSdeVeScheduler"),
+        (EDMEulerScheduler(), "scheduler must be one of DDIMScheduler, .*VDMScheduler, got EDMEulerScheduler"),
+        (FlowMatchEulerDiscreteScheduler(), "scheduler must be one of DDIMScheduler, .*VDMScheduler, got FlowMatch"),
+        (ScoreSdeVeScheduler(), "scheduler must be one of DDIMScheduler, .*VDMScheduler, got ScoreSdeVeScheduler"),
         (DDPMScheduler(prediction_type="v_prediction"), "scheduler must neither clip .* clip_sample=True"),
         (DDIMScheduler(clip_sample=False), "scheduler must have prediction_type='v_prediction', .* got DDIMScheduler"),
         (

@@ -2,7 +2,6 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from exact_pipeline import Denoiser, LinearAutoencoder, rotated_gaussian
 from mechdiffusers.evaluation import response_error
-from mechdiffusers.models import ResponsePredictor
+from mechdiffusers.models import ResponseEncoder, ResponsePredictor
 from mechdiffusers.pipelines import LatentDDPMPipeline
-from mechdiffusers.pipelines.predictor_guidance import _TOLERANCE
 from mechdiffusers.schedulers import (
     PredictorCorrectorScheduler,
     ProbabilityFlowScheduler,
