@@ -2,9 +2,11 @@
 
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
+from accelerate.hooks import CpuOffload
 from diffusers import DDIMScheduler
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from exact_pipeline import Denoiser, LinearAutoencoder, rotated_gaussian
 from mechdiffusers.evaluation import response_error
 from mechdiffusers.models import ResponseEncoder, ResponsePredictor
+from mechdiffusers.models.response_predictor import _TOLERANCE
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.schedulers import (
     PredictorCorrectorScheduler,
@@ -24,43 +27,41 @@ from mechdiffusers.schedulers import (
 DIMS = 5
 KINDS = ["epsilon", "v_prediction", "sample", "score"]
 REPO = "mechanic/predicted"
+MEANING = {"load_cases": ["a", "b"], "strains": [[0.1, 0.2, 0.3]] * 2}
+RESPONSES = {"meaning": MEANING, **{name: [[1.0] * 3] * 2 for name in ("scale", "mean", "std")}}
 
 
-class LinearPredictor(torch.nn.Module):
+class LinearPredictor(ResponsePredictor):
     """Its normalised response (B, 2, 3) is linear in the pixels (B, 1, 1, DIMS), and is the response itself."""
 
-    dtype, device = torch.float64, torch.device("cpu")
-    config = SimpleNamespace(meaning={"load_cases": ["a", "b"]})
-
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(block_out_channels=(4,), layers_per_block=1, **RESPONSES)
+        self.double()
         generator = torch.Generator().manual_seed(1)
         self.matrix = torch.randn(2, 3, DIMS, generator=generator, dtype=torch.float64)
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.einsum("lsd,bd->bls", self.matrix, images.flatten(1)) + 3
 
+    def denormalise(self, values: Tensor) -> Tensor:
+        return values
+
+
+class LinearEncoder(ResponseEncoder):
+    def __init__(self) -> None:
+        super().__init__(token_dim=1, hidden_dim=4, **RESPONSES)
+
     def normalise(self, response: Tensor) -> Tensor:
         return response.double()
-
-    def predict(self, images: Tensor) -> Tensor:
-        return self(images.double())
-
-
-class Encoder(torch.nn.Module):
-    response_shape, device = (2, 3), torch.device("cpu")
-    config = SimpleNamespace(meaning={"load_cases": ["a", "b"]})
-
-    def forward(self, response: Tensor) -> Tensor:
-        return response.new_zeros(len(response), 1, 1)
 
 
 def linear_pipeline(prediction_type: str = "v_prediction") -> LatentDDPMPipeline:
     """Exact Gaussian latents, a linear decoder and a linear predictor."""
     scheduler = VDMScheduler(log_snr="linear", prediction_type=prediction_type)
     denoiser = Denoiser(rotated_gaussian([0.1, 0.15, 0.2, 0.25, 0.3]), scheduler)
-    parts = LinearAutoencoder(DIMS, 0.7, 0.5, gain=0.8), denoiser, scheduler, Encoder()
-    pipe = LatentDDPMPipeline(*parts, "discretized_logistic", 0.01, response_predictor=LinearPredictor())
+    vae = LinearAutoencoder(DIMS, 0.7, 0.5, gain=0.8)
+    vae.register_to_config(_decoder_likelihood="discretized_logistic", _decoder_scale=0.01)
+    pipe = LatentDDPMPipeline(vae, denoiser, scheduler, LinearEncoder(), LinearPredictor())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -105,21 +106,21 @@ def responses(num: int = 3) -> Tensor:
     return 2 + 2 * torch.rand(num, 2, 3, generator=torch.manual_seed(2), dtype=torch.float64)
 
 
-def open_entries() -> Tensor:
+def unspecified_entries() -> Tensor:
     """Two strains of one load case, one of the other are given."""
     given = torch.tensor([[True, False, True], [False, True, False]])
     return responses().masked_fill(~given, math.nan)
 
 
 @pytest.mark.parametrize("timestep", [20.0, 350.5])
-@pytest.mark.parametrize("wanted", [responses(), open_entries()], ids=["given", "open in part"])
+@pytest.mark.parametrize("wanted", [responses(), unspecified_entries()], ids=["given", "unspecified in part"])
 def test_the_move_is_that_of_conditioning_a_gaussian(wanted, timestep):
     """N(clean, sigma^2), of which a linear observation is known to be N(target, tolerance^2)."""
     pipe = linear_pipeline()
     noisy, prediction, clean = predictions(pipe, timestep)
     matrix, offset = observation(pipe, ~wanted[0].isnan())
     precision = 1 + math.exp(pipe._log_snr(timestep))  # 1 / sigma^2
-    found = clean_of(pipe, pipe._drawn_towards(prediction, noisy, timestep, wanted, 1.0), noisy, timestep)
+    found = clean_of(pipe, pipe._guide_by_predictor(prediction, noisy, timestep, wanted, 1.0), noisy, timestep)
     covariance = torch.linalg.inv(precision * torch.eye(DIMS, dtype=torch.float64) + matrix.T @ matrix / _TOLERANCE**2)
     target = wanted.nanmean(-1)
     expected = (precision * clean.flatten(1) + (target - offset) @ matrix / _TOLERANCE**2) @ covariance
@@ -132,7 +133,7 @@ def test_guidance_is_the_same_whatever_the_denoiser_predicts(timestep):
     for kind in KINDS:
         pipe = linear_pipeline(kind)
         noisy, prediction, clean = predictions(pipe, timestep)
-        guided = pipe._drawn_towards(prediction, noisy, timestep, responses(), 2.5)
+        guided = pipe._guide_by_predictor(prediction, noisy, timestep, responses(), 2.5)
         found.append(clean_of(pipe, guided, noisy, timestep))
     assert (found[0] - clean).abs().max() > 1e-5
     for other in found[1:]:
@@ -142,30 +143,30 @@ def test_guidance_is_the_same_whatever_the_denoiser_predicts(timestep):
 def test_the_weight_multiplies_the_move():
     pipe = linear_pipeline()
     noisy, prediction, _ = predictions(pipe, 350.0)
-    once, twice = (pipe._drawn_towards(prediction, noisy, 350.0, responses(), w) - prediction for w in (1.0, 2.0))
+    once, twice = (pipe._guide_by_predictor(prediction, noisy, 350.0, responses(), w) - prediction for w in (1.0, 2.0))
     torch.testing.assert_close(twice, 2 * once)
 
 
-def test_a_load_case_that_is_left_open_does_not_pull():
+def test_an_unspecified_load_case_does_not_pull():
     pipe = linear_pipeline()
     noisy, prediction, _ = predictions(pipe, 350.0)
     wanted = responses()
     wanted[:, 1] = math.nan
-    moved = pipe._drawn_towards(prediction, noisy, 350.0, wanted, 1.0)
+    moved = pipe._guide_by_predictor(prediction, noisy, 350.0, wanted, 1.0)
     with torch.no_grad():
         pipe.response_predictor.matrix[1].mul_(100)
-    assert torch.equal(pipe._drawn_towards(prediction, noisy, 350.0, wanted, 1.0), moved)
+    assert torch.equal(pipe._guide_by_predictor(prediction, noisy, 350.0, wanted, 1.0), moved)
     with torch.no_grad():
         pipe.response_predictor.matrix[0].mul_(2)
-    assert not torch.equal(pipe._drawn_towards(prediction, noisy, 350.0, wanted, 1.0), moved)
+    assert not torch.equal(pipe._guide_by_predictor(prediction, noisy, 350.0, wanted, 1.0), moved)
 
 
 def test_all_responses_pull_alike_however_many_are_moved_at_once(monkeypatch):
     pipe = linear_pipeline()
     noisy, prediction, _ = predictions(pipe, 350.0)
-    together = pipe._drawn_towards(prediction, noisy, 350.0, responses(), 1.0)
-    monkeypatch.setattr("mechdiffusers.pipelines.predictor_guidance._BATCH", 2)
-    torch.testing.assert_close(pipe._drawn_towards(prediction, noisy, 350.0, responses(), 1.0), together)
+    together = pipe._guide_by_predictor(prediction, noisy, 350.0, responses(), 1.0)
+    monkeypatch.setattr("mechdiffusers.pipelines.pipeline_latent_ddpm._BATCH", 2)
+    torch.testing.assert_close(pipe._guide_by_predictor(prediction, noisy, 350.0, responses(), 1.0), together)
 
 
 def test_guided_samples_land_nearer_to_the_predicted_target():
@@ -234,14 +235,47 @@ def test_without_a_weight_or_a_response_nothing_changes_to_the_bit(pipe):
     )
 
 
-def test_offloading_never_sends_the_decoder_away_that_the_gradient_goes_through(pipe):
+def loads_while_offloaded(pipe: LatentDDPMPipeline, monkeypatch, **options: object) -> tuple[Counter, Tensor]:
+    """How often a device would load each part, by accelerate's hooks, and the last latents.
+
+    A hook sends the part before it away, and loads its own part where it is not there already.
+    """
+    names = {id(part): name for name, part in pipe.components.items()}
+    there, loads, pre_forward = set(), Counter(), CpuOffload.pre_forward
+
+    def watch(hook, module, *args, **kwargs):
+        if hook.prev_module_hook is not None:
+            there.discard(names[id(hook.prev_module_hook.model)])
+        name = names[id(module)]
+        loads[name] += name not in there
+        there.add(name)
+        return pre_forward(hook, module, *args, **kwargs)
+
+    monkeypatch.setattr(CpuOffload, "pre_forward", watch)
+    pipe.enable_model_cpu_offload(device="cpu")
+    return loads, latents_of(pipe, response=WANTED, generator=seeded(), **options)
+
+
+def test_offloading_loads_each_part_once_a_call_and_not_once_a_step(pipe, monkeypatch):
     expected = latents_of(pipe, response=WANTED, generator=seeded())
+    loads, latents = loads_while_offloaded(pipe, monkeypatch)
+    assert loads == dict.fromkeys(("response_encoder", "unet", "vae", "response_predictor"), 1)
+    assert torch.equal(latents, expected)
+
+
+def test_a_chain_in_which_the_decoder_follows_the_denoiser_would_load_it_once_a_step(pipe, monkeypatch):
+    monkeypatch.setattr(LatentDDPMPipeline, "model_cpu_offload_seq", "response_encoder->unet->vae")
+    loads, _ = loads_while_offloaded(pipe, monkeypatch)
+    assert loads["unet"] == 3  # guidance acts in two of the four steps
+
+
+def test_offloading_never_sends_the_decoder_away_that_the_gradient_goes_through(pipe):
     pipe.enable_model_cpu_offload(device="cpu")
     hooks = {name: pipe.components[name]._hf_hook for name in ("response_encoder", "unet", "vae", "response_predictor")}
     sent_away = {name: hook.prev_module_hook and hook.prev_module_hook.model for name, hook in hooks.items()}
-    assert sent_away["vae"] is pipe.unet
+    assert sent_away["unet"] is pipe.response_encoder
     assert pipe.vae not in sent_away.values()
-    assert torch.equal(latents_of(pipe, response=WANTED, generator=seeded()), expected)
+    assert pipe.response_predictor not in sent_away.values()
 
 
 def test_inference_mode_around_a_call_changes_nothing(pipe):
@@ -252,12 +286,12 @@ def test_inference_mode_around_a_call_changes_nothing(pipe):
 
 
 def test_guidance_in_half_precision_stays_near_that_in_single_precision(pipe):
-    latents = torch.randn(3, *pipe._latent_shape, generator=seeded()).bfloat16()
+    latents = torch.randn(3, *pipe.latent_shape, generator=seeded()).bfloat16()
     images = pipe._expected_images(latents.float())
     wanted = 1.2 * pipe.response_predictor.denormalise(pipe.response_predictor(images).detach())
-    expected = pipe._move(latents.float(), wanted, 0.5).flatten(1)
+    expected = mean_shift(pipe, latents.float(), wanted, 0.5).flatten(1)
     pipe.to(torch.bfloat16)
-    found = pipe._move(latents, wanted, 0.5).flatten(1)
+    found = mean_shift(pipe, latents, wanted, 0.5).flatten(1)
     # the networks themselves round to 4e-3 in each layer
     assert ((found - expected).norm(dim=1) < 0.15 * expected.norm(dim=1)).all()
     latents = latents_of(pipe, response=WANTED, generator=seeded())
@@ -267,10 +301,15 @@ def test_guidance_in_half_precision_stays_near_that_in_single_precision(pipe):
 
 def test_a_response_that_is_predicted_already_moves_nothing_in_half_precision(pipe):
     pipe.to(torch.bfloat16)
-    latents = torch.randn(3, *pipe._latent_shape, generator=seeded()).bfloat16()
+    latents = torch.randn(3, *pipe.latent_shape, generator=seeded()).bfloat16()
     predicted = pipe.response_predictor(pipe._expected_images(latents)).detach()
-    move = pipe._move(latents, pipe.response_predictor.denormalise(predicted), 0.5)
+    move = mean_shift(pipe, latents, pipe.response_predictor.denormalise(predicted), 0.5)
     assert move.abs().max() < 1e-4
+
+
+def mean_shift(pipe: LatentDDPMPipeline, latents: Tensor, wanted: Tensor, variance: float) -> Tensor:
+    target = pipe.response_encoder.normalise(wanted)
+    return pipe.response_predictor.posterior_mean_shift(pipe._expected_images, latents, target, variance)
 
 
 class LargestOf(TorchDispatchMode):
@@ -289,9 +328,9 @@ class LargestOf(TorchDispatchMode):
 
 
 def test_only_the_systems_of_the_load_cases_are_in_double_precision_which_some_devices_lack(pipe):
-    latents = torch.randn(3, *pipe._latent_shape, generator=seeded())
+    latents = torch.randn(3, *pipe.latent_shape, generator=seeded())
     with LargestOf(torch.float64) as seen:
-        pipe._move(latents, WANTED, 0.5)
+        mean_shift(pipe, latents, WANTED, 0.5)
     assert seen.entries == 3 * 2 * 2
 
 
@@ -309,7 +348,7 @@ def test_a_design_depends_neither_on_the_batch_nor_on_how_many_follow(pipe, num_
 
 def test_of_an_images_own_candidates_the_nearest_is_kept(pipe):
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-    latents = torch.randn(12, *pipe._latent_shape, generator=seeded())
+    latents = torch.randn(12, *pipe.latent_shape, generator=seeded())
     options = {"response": WANTED, "latents": latents, "num_inference_steps": 4, "output_type": "pt"}
     every = pipe(num_images_per_response=4, **options).images
     kept = pipe(num_candidates=4, **options).images
@@ -369,7 +408,7 @@ def nearest_of(pipe: LatentDDPMPipeline, predicted: Tensor, wanted: Tensor, monk
         pipe.response_predictor, "predict", lambda images: predicted.flatten(0, 1)[images.long().ravel()]
     )
     images = torch.arange(predicted.flatten(0, 1).shape[0], dtype=torch.float32).reshape(-1, 1, 1, 1)
-    kept, latents = pipe._nearest(images, images + 0.5, wanted)
+    kept, latents = pipe._best(images, images + 0.5, wanted)
     assert torch.equal(latents, kept + 0.5)
     return (kept.flatten() - num * torch.arange(len(wanted))).long().tolist()
 
@@ -403,7 +442,7 @@ def test_however_many_designs_are_predicted_few_are_seen_at_once(pipe, monkeypat
     designs = (torch.rand(5, 8, 8, generator=seeded()) < 0.5).float()
     together, sizes = pipe.predict_response(designs), []
     pipe.response_predictor.register_forward_pre_hook(lambda module, images: sizes.append(len(images[0])))
-    monkeypatch.setattr("mechdiffusers.pipelines.predictor_guidance._BATCH", 2)
+    monkeypatch.setattr("mechdiffusers.pipelines.pipeline_latent_ddpm._BATCH", 2)
     torch.testing.assert_close(pipe.predict_response(designs), together)
     assert max(sizes) == 2
 
@@ -496,7 +535,7 @@ def test_plain_diffusers_loads_a_predictor_from_a_folder_and_the_hub_and_guides_
 
 
 def test_a_predictor_of_other_responses_is_refused(pipe):
-    parts = {**pipe.components, "decoder_likelihood": "bernoulli"}
+    parts = pipe.components
     meaning = {**pipe.response_predictor.config.meaning, "units": "another modulus"}
     parts["response_predictor"] = ResponsePredictor.from_config({**pipe.response_predictor.config, "meaning": meaning})
     with pytest.raises(
