@@ -127,6 +127,16 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
         self.check_scheduler()
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_grayscale=True)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As in :class:`PortableCheckpoint`; a ``scheduler`` that is given has to suit the checkpoint's denoiser."""
+        scheduler = kwargs.pop("scheduler", None)
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if scheduler is not None:  # only now: the scheduler of an earlier layout says what its denoiser was trained for
+            pipe.register_modules(scheduler=scheduler)
+            pipe.check_scheduler()
+        return pipe
+
     def _upgrade(self, index: dict[str, Any]) -> None:
         if "decoder_likelihood" in index:  # an argument of the pipeline in the earlier layout
             meaning = {f"_{name}": index[name] for name in ("decoder_likelihood", "decoder_scale")}
