@@ -1,3 +1,6 @@
+import json
+import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +12,85 @@ from mechdiffusers.evaluation.design import designs_for
 from mechdiffusers.evaluation.response import load_split
 from mechdiffusers.microstructures import response_meaning
 from mechdiffusers.pipelines import LatentDDPMPipeline
-from mechdiffusers.schedulers import stock_scheduler
+from mechdiffusers.schedulers import VDMScheduler, stock_scheduler
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINTS = ROOT / "checkpoints"
+NAMES = ["composites-32", "mechanical-mnist"]
 
 
-@pytest.mark.parametrize("name", ["composites-32", "mechanical-mnist"])
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def edit(path: Path, change) -> None:
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def of_the_earlier_layout(folder: Path, target: Path) -> Path:
+    """A checkpoint as it was saved before: the index says what the decoder means, and no denoiser its schedule."""
+    shutil.copytree(folder, target)
+    vae = json.loads((folder / "vae" / "config.json").read_text())
+    meaning = {name: vae[f"_{name}"] for name in ("decoder_likelihood", "decoder_scale")}
+    edit(target / "model_index.json", lambda index: (index.update(meaning), index.pop("auto_map")))
+    edit(target / "vae" / "config.json", lambda config: [config.pop(f"_{name}") for name in meaning])
+    edit(target / "unet" / "config.json", lambda config: config.pop("_training_schedule"))
+    for name in ("response_encoder", "response_predictor"):
+        edit(target / name / "config.json", lambda config: config.pop("auto_map"))
+    for name in ("continuous_diffusion", "predictor_guidance", "response_conditioning", "trained_noise_schedule"):
+        (target / f"{name}.py").write_text("raise RuntimeError('the code of an earlier version runs')")
+    return target
+
+
+def two_images(pipe: LatentDDPMPipeline) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    response = pipe.predict_response(np.ones((2, *pipe.image_size)))
+    return pipe(
+        response=response, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt"
+    ).images
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_released_checkpoint_has_at_most_20_megabytes(name):
     assert sum(path.stat().st_size for path in (CHECKPOINTS / name).rglob("*")) <= 20e6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_released_checkpoint_is_what_saving_it_again_gives(name, tmp_path):
+    LatentDDPMPipeline.from_pretrained(CHECKPOINTS / name).save_pretrained(tmp_path / name)
+    assert files_of(tmp_path / name) == files_of(CHECKPOINTS / name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loading_a_released_checkpoint_logs_no_warning(name, caplog, monkeypatch):
+    for library in ("diffusers", "transformers"):
+        monkeypatch.setattr(logging.getLogger(library), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        LatentDDPMPipeline.from_pretrained(CHECKPOINTS / name)
+    assert [record.getMessage() for record in caplog.records] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_of_the_earlier_layout_gives_the_same_images_and_is_saved_in_the_new_one(name, tmp_path):
+    released = LatentDDPMPipeline.from_pretrained(CHECKPOINTS / name)
+    earlier = of_the_earlier_layout(CHECKPOINTS / name, tmp_path / "earlier")
+    loaded = LatentDDPMPipeline.from_pretrained(earlier)
+    assert (loaded.decoder_likelihood, loaded.decoder_scale) == (released.decoder_likelihood, released.decoder_scale)
+    assert torch.equal(two_images(loaded), two_images(released))
+    loaded.save_pretrained(tmp_path / "again")
+    assert files_of(tmp_path / "again") == files_of(CHECKPOINTS / name)
+
+
+def test_a_checkpoint_of_the_earlier_layout_knows_what_its_denoiser_was_trained_for(tmp_path):
+    earlier = of_the_earlier_layout(CHECKPOINTS / "composites-32", tmp_path / "earlier")
+    config = json.loads((earlier / "scheduler" / "scheduler_config.json").read_text())
+    loaded = LatentDDPMPipeline.from_pretrained(earlier, scheduler=stock_scheduler("ddim", config))
+    assert type(loaded.scheduler).__name__ == "DDIMScheduler"
+    for change in ({"prediction_type": "epsilon"}, {"log_snr": "linear"}):
+        with pytest.raises(ValueError, match="^scheduler must have "):
+            LatentDDPMPipeline.from_pretrained(earlier, scheduler=VDMScheduler.from_config({**config, **change}))
 
 
 @pytest.mark.slow
