@@ -66,7 +66,10 @@ _SCHEDULERS = (
     *("PredictorCorrectorScheduler", "ProbabilityFlowScheduler", "VDMScheduler"),
 )
 #: Settings with which these, too, would sample something else.
-_UNFIT_SETTINGS = {"clip_sample": True, "thresholding": True, "use_flow_sigmas": True, "timestep_type": "continuous"}
+_UNFIT_SETTINGS = {
+    **{"clip_sample": True, "thresholding": True, "use_flow_sigmas": True},
+    **{"timestep_type": "continuous", "interpolation_type": "log_linear"},
+}
 _RECORDED = 21  #: Timesteps at which a training's schedule is recorded.
 _LEAST_LOG_SNR = -2.5  #: Below it, the image of :math:`\hat z_0` tells a predictor nothing.
 _REFINEMENT_LOG_SNR = 1.0  #: The best sample is re-noised to this: a few per cent of the pixels change.
