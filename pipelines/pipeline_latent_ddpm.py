@@ -256,11 +256,12 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
         for name, count in counts.items():
             check_count(name, count)
         check_count("num_refinements", num_refinements, least=0)
-        scales = {"guidance_scale": guidance_scale, "predictor_guidance_scale": predictor_guidance_scale, "eta": eta}
+        scales = {"guidance_scale": guidance_scale, "predictor_guidance_scale": predictor_guidance_scale}
         for name, scale in scales.items():
             check_number(name, scale)
-        for name, share in (("rescale", guidance_rescale), ("start", guidance_start), ("stop", guidance_stop)):
-            check_number(f"guidance_{name}", share, most=1)
+        shares = {"guidance_rescale": guidance_rescale, "guidance_start": guidance_start}
+        for name, share in {**shares, "guidance_stop": guidance_stop, "eta": eta}.items():
+            check_number(name, share, most=1)
         if guidance_start > guidance_stop:
             raise ValueError(f"guidance_start must be at most guidance_stop={guidance_stop!r}, got {guidance_start!r}")
         if response is not None and size != self.image_size:
