@@ -153,6 +153,21 @@ def test_the_pipeline_takes_it(pipe):
     assert seen[-1] > seen[9] + 0.5
 
 
+def test_inference_mode_around_a_call_changes_nothing(pipe):
+    def log_likelihood(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return -((latents.mean((1, 2, 3)) - 4 * timestep / 1000) ** 2)
+
+    def guided(scale: float = 3.0) -> torch.Tensor:
+        callback = ClassifierGuidance(log_likelihood, scale)
+        options = {"num_inference_steps": 4, "generator": torch.manual_seed(0), "output_type": "latent"}
+        return pipe(batch_size=2, callback_on_step_end=callback, **options).images
+
+    expected = guided()
+    with torch.inference_mode():
+        assert torch.equal(guided(), expected)
+    assert not torch.equal(guided(0.0), expected)
+
+
 @pytest.mark.parametrize(
     ("cls", "options"),
     [
