@@ -31,7 +31,7 @@ os.environ.update(
 import torch  # noqa: E402
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel  # noqa: E402
 
-from mechdiffusers.models import ResponseEncoder  # noqa: E402
+from mechdiffusers.models import ResponseEncoder, ResponsePredictor  # noqa: E402
 from mechdiffusers.pipelines import LatentDDPMPipeline  # noqa: E402
 
 #: Run before anything else in a Python that has to do without our package and without what only training needs.
@@ -61,11 +61,12 @@ MEANING = {
 def tiny_pipeline(
     size: int | tuple[int, int] = 8,
     conditional: bool = False,
+    predictor: bool = False,
     decoder_likelihood: str = "bernoulli",
     decoder_scale: float | None = None,
     **scheduler_options: object,
 ) -> LatentDDPMPipeline:
-    """A pipeline of the real parts, small, with random weights."""
+    """A pipeline of the real parts, small, with random weights; one with a predictor is conditional."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
         in_channels=1,
@@ -94,11 +95,16 @@ def tiny_pipeline(
         attention_head_dim=2,
     )
     normalisation = {"scale": [[0.5, 1.0, 2.0]] * 2, "mean": [[1.0, 2.0, 3.0]] * 2, "std": [[0.5, 1.0, 2.0]] * 2}
-    options = {"meaning": MEANING, **normalisation} if conditional else {}
-    encoder = ResponseEncoder(token_dim=6, hidden_dim=8, **options)
+    responses = {"meaning": MEANING, **normalisation}
+    encoder = ResponseEncoder(token_dim=6, hidden_dim=8, **(responses if conditional or predictor else {}))
     scheduler = DDPMScheduler(**{"clip_sample": False, "prediction_type": "v_prediction", **scheduler_options})
     pipe = LatentDDPMPipeline(vae.eval(), unet.eval(), scheduler, encoder.eval())
     pipe.set_progress_bar_config(disable=True)
+    if predictor:
+        torch.manual_seed(1)
+        symmetries = {"half_turn": [0, 1], "mirror": [0, None]}
+        network = ResponsePredictor(block_out_channels=(4, 8), symmetries=symmetries, **responses)
+        pipe.register_modules(response_predictor=network.half().float().eval())  # digits that a checkpoint keeps
     return pipe
 
 

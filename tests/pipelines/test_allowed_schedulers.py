@@ -17,7 +17,6 @@ from diffusers import (
 )
 
 import mechdiffusers.schedulers
-from mechdiffusers.models import ResponsePredictor
 from mechdiffusers.pipelines import LatentDDPMPipeline, pipeline_latent_ddpm
 from mechdiffusers.schedulers import VDMScheduler
 from mechdiffusers.schedulers.log_snr_curve import LogSnrCurve
@@ -140,10 +139,7 @@ def test_a_scheduler_derived_from_an_allowed_one_is_allowed(pipe):
 
 @pytest.mark.parametrize("skip_prk_steps", [False, True])
 def test_runge_kutta_steps_are_not_refined(make_pipeline, skip_prk_steps):
-    pipe = make_pipeline(conditional=True)
-    config = pipe.response_encoder.config
-    options = {name: config[name] for name in ("meaning", "scale", "mean", "std")}
-    pipe.register_modules(response_predictor=ResponsePredictor(block_out_channels=(4,), **options).eval())
+    pipe = make_pipeline(predictor=True)
     pipe.scheduler = make(PNDMScheduler, pipe, skip_prk_steps=skip_prk_steps)
     call = {"response": torch.ones(1, 2, 3), "num_inference_steps": 8, "num_refinements": 1, "output_type": "pt"}
     if skip_prk_steps:

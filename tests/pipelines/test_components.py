@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mechdiffusers.models import ResponseEncoder, ResponsePredictor
+from mechdiffusers.models import ResponseEncoder
 from mechdiffusers.pipelines import LatentDDPMPipeline
 
 
@@ -28,10 +28,8 @@ def other(part: torch.nn.Module, **changes: object) -> torch.nn.Module:
 
 
 def test_parts_that_do_not_fit_are_refused_by_name(make_pipeline):
-    pipe = make_pipeline(conditional=True)
+    pipe = make_pipeline(predictor=True)
     config = pipe.response_encoder.config
-    responses = {name: config[name] for name in ("meaning", "scale", "mean", "std")}
-    pipe.register_modules(response_predictor=ResponsePredictor(block_out_channels=(4,), **responses))
 
     def refuse(message: str, **changed: object) -> None:
         with pytest.raises(ValueError, match=f"^{message}"):

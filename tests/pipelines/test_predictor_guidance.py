@@ -192,14 +192,7 @@ def test_guided_samples_land_nearer_to_the_predicted_target():
 @pytest.fixture
 def pipe(make_pipeline) -> LatentDDPMPipeline:
     """The real parts, small, with random weights, and a predictor."""
-    pipe = make_pipeline(conditional=True)
-    torch.manual_seed(1)
-    config = pipe.response_encoder.config
-    options = {name: config[name] for name in ("meaning", "scale", "mean", "std")}
-    turned = {"half_turn": [0, 1], "mirror": [0, None]}
-    predictor = ResponsePredictor(block_out_channels=(4, 8), symmetries=turned, **options)
-    pipe.register_modules(response_predictor=predictor.half().float().eval())  # digits that a checkpoint keeps
-    return pipe
+    return make_pipeline(predictor=True)
 
 
 WANTED = torch.tensor([[[0.2, 4.0, 30.0]] * 2, [[3.0, 20.0, 90.0]] * 2, [[1.0, math.nan, 9.0], [math.nan] * 3]])

@@ -15,7 +15,6 @@ from diffusers import (
 from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
 from torch import Tensor
 
-from mechdiffusers.models import ResponsePredictor
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.schedulers import ProbabilityFlowScheduler, VDMScheduler
 from mechdiffusers.schedulers.variance_preserving_scheduler import NOISE_SCHEDULE
@@ -161,22 +160,13 @@ def test_an_eta_that_is_no_share_is_named(pipe, eta, message):
         take(pipe, DDIMScheduler)(eta=eta)
 
 
-def with_a_predictor(make_pipeline) -> LatentDDPMPipeline:
-    pipe = make_pipeline(conditional=True)
-    torch.manual_seed(1)
-    config = pipe.response_encoder.config
-    options = {name: config[name] for name in ("meaning", "scale", "mean", "std")}
-    pipe.register_modules(response_predictor=ResponsePredictor(block_out_channels=(4, 8), **options).eval())
-    return pipe
-
-
 @pytest.mark.parametrize(
     "options",
     [{"batch_size": 3}, {"response": RESPONSE, "num_candidates": 2, "num_refinements": 1}],
     ids=["free", "refined"],
 )
 def test_latents_decode_to_the_images_of_the_same_call(make_pipeline, options):
-    pipe = with_a_predictor(make_pipeline)
+    pipe = make_pipeline(predictor=True)
     latents = latents_of(pipe, **options)
     assert latents.shape == (3, 2, 4, 4)
     images = pipe(num_inference_steps=4, generator=seeded(), output_type="pt", **options).images
