@@ -265,3 +265,53 @@ def test_no_configuration_tells_where_a_part_was_loaded_from(hub, pipe, tmp_path
         assert str(tmp_path).encode() not in content, path
         if path.endswith(".json"):
             assert "_name_or_path" not in json.loads(content)
+
+
+@pytest.mark.parametrize("after", [{}, {"max_shard_size": "6KB"}])
+def test_a_push_replaces_weights_that_were_split_otherwise_in_one_commit(hub, make_pipeline, tmp_path, after):
+    pipe = make_pipeline(predictor=True)
+    pipe.push_to_hub(REPO, max_shard_size="20KB", card="# Mine")
+    pipe.push_to_hub(REPO, variant="ema")
+    with torch.no_grad():
+        pipe.unet.conv_out.bias += 1
+        pipe.response_predictor.head[-1].bias.zero_()  # no digits that half precision lacks
+    pipe.push_to_hub(REPO, **after)
+    assert len(subjects(hub)) == 4
+    *_, before, last = hub.repositories[REPO].branches["main"]
+    pipe.save_pretrained(tmp_path / "new", **after)
+    new = {path.relative_to(tmp_path / "new").as_posix() for path in (tmp_path / "new").rglob("*") if path.is_file()}
+    ema = {path for path in before.files if ".ema" in path}
+    assert set(last.files) == {*new, *ema, "README.md"}
+    loaded = load(tmp_path)
+    assert torch.equal(sample(loaded), sample(pipe))
+    design = torch.ones(1, 1, 8, 8)
+    assert torch.equal(loaded.predict_response(design), pipe.predict_response(design))
+    assert not torch.equal(sample(load(tmp_path, variant="ema")), sample(pipe))
+
+
+def test_a_pull_request_and_a_branch_lose_the_weights_that_they_replace_and_the_main_one_keeps_them(
+    hub, pipe, tmp_path
+):
+    pipe.push_to_hub(REPO, max_shard_size="20KB")
+    expected, before = sample(pipe), set(hub.repositories[REPO].branches["main"][-1].files)
+    with torch.no_grad():
+        pipe.unet.conv_out.bias += 1
+    pipe.push_to_hub(REPO, revision="whole")
+    pipe.push_to_hub(REPO, create_pr=True)
+    index = "unet/diffusion_pytorch_model.safetensors.index.json"
+    for branch in ("whole", "refs/pr/1"):
+        assert index not in hub.repositories[REPO].branches[branch][-1].files
+    assert set(hub.repositories[REPO].branches["main"][-1].files) == before
+    assert torch.equal(sample(load(tmp_path, revision="whole")), sample(pipe))
+    assert torch.equal(sample(load(tmp_path)), expected)
+
+
+def test_save_pretrained_pushes_its_variant_and_shards(hub, make_pipeline, tmp_path):
+    pipe = make_pipeline(predictor=True)
+    pipe.save_pretrained(tmp_path / "composites", variant="ema", max_shard_size="6KB", push_to_hub=True)
+    pushed = hub.repositories[REPO].branches["main"][-1].files
+    saved = {p.relative_to(tmp_path / "composites").as_posix(): p for p in (tmp_path / "composites").rglob("*.*")}
+    assert {path: data for path, data in pushed.items() if path != "README.md"} == {
+        path: file.read_bytes() for path, file in saved.items()
+    }
+    assert sum(path.endswith(".safetensors") and ".ema" in path for path in pushed) > 6
