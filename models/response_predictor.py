@@ -236,5 +236,5 @@ def _residual_layer(width: int, groups: int) -> ResnetBlock2D:
     return ResnetBlock2D(in_channels=width, out_channels=width, temb_channels=None, groups=groups, eps=1e-5)
 
 
-# for AutoModel.from_pretrained(checkpoint, subfolder="response_predictor", trust_remote_code=True)
+# for AutoModel.from_pretrained("checkpoint/response_predictor", trust_remote_code=True), of the folder itself
 ResponsePredictor.register_for_auto_class()
