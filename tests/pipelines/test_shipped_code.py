@@ -233,7 +233,7 @@ def test_the_file_of_the_pipeline_is_a_custom_pipeline(pipe, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("where", ["folder", "hub"])
-def test_auto_model_loads_our_networks_of_a_checkpoint(hub, make_pipeline, tmp_path, where):
+def test_auto_model_loads_the_encoder_of_a_checkpoint(hub, make_pipeline, tmp_path, where):
     pipe = make_pipeline(predictor=True)
     pipe.save_pretrained(tmp_path / "composites", push_to_hub=where == "hub")
     source, options = (
@@ -245,6 +245,14 @@ def test_auto_model_loads_our_networks_of_a_checkpoint(hub, make_pipeline, tmp_p
     assert type(loaded) is not ResponseEncoder
     response = torch.rand(2, 2, 3)
     assert torch.equal(loaded(response), pipe.response_encoder(response))
+
+
+def test_auto_model_loads_the_folder_of_the_predictor(make_pipeline, tmp_path):
+    pipe, images = make_pipeline(predictor=True), torch.rand(2, 1, 8, 8).round()
+    pipe.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(str(tmp_path / "response_predictor"), trust_remote_code=True)
+    assert type(loaded).__name__ == "ResponsePredictor"
+    assert torch.equal(loaded.predict(images), pipe.response_predictor.predict(images))
 
 
 def test_our_networks_of_a_checkpoint_load_by_their_installed_classes(make_pipeline, tmp_path):
