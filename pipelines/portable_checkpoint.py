@@ -264,11 +264,11 @@ class PortableCheckpoint:
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """As in diffusers; an installed class sees the installed twins of the files that a checkpoint ships."""
         loaded = super().load_config(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if isinstance(config.get("_class_name"), list):  # whose class would take the place of the one that loads
+            config["_class_name"] = config["_class_name"][1]
         if not __name__.startswith("mechdiffusers."):
             return loaded
-        config = loaded[0] if isinstance(loaded, tuple) else loaded
-        if isinstance(config.get("_class_name"), list):
-            config["_class_name"] = config["_class_name"][1]
         for value in config.values():
             if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and value[0].isidentifier():
                 installed = (f"{subpackage}.{value[0]}" for subpackage in _INSTALLED)
