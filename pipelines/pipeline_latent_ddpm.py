@@ -490,6 +490,8 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
         for name in chosen.keys() - inspect.signature(self.scheduler.set_timesteps).parameters.keys():
             kind = type(self.scheduler).__name__
             raise ValueError(f"{name} must be None for {kind}, which takes none, got {chosen[name]!r}")
+        for name, values in chosen.items():
+            _check_grid(name, values, len(self.scheduler.alphas_cumprod) if name == "timesteps" else math.inf)
         most = len(self.scheduler.alphas_cumprod)
         # between the timesteps of training only a grid in the log-SNR has room for more
         if not chosen and num_inference_steps > most and self.scheduler.config.get("timestep_spacing") != "log_snr":
@@ -711,6 +713,15 @@ def check_number(name: str, value: Any, most: float = math.inf) -> None:
     if not 0 <= value <= most or math.isinf(value):
         accepted = "be a non-negative number" if math.isinf(most) else "lie in [0, 1]"
         raise ValueError(f"{name} must {accepted}, got {value!r}")
+
+
+def _check_grid(name: str, values: Any, end: float) -> None:
+    try:
+        grid = np.asarray(values, dtype=float)
+    except (TypeError, ValueError):
+        grid = np.empty(0)
+    if grid.ndim != 1 or not grid.size or not ((np.diff(grid) < 0).all() and grid[-1] >= 0 and grid[0] < end):
+        raise ValueError(f"{name} must fall strictly and lie in [0, {end}), got {values!r}")
 
 
 def _guide(prediction: Tensor, scale: float, rescale: float) -> Tensor:
