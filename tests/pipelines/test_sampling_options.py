@@ -1,7 +1,9 @@
 """What a user of diffusers expects of a call: sizes, grids of steps, latents, callbacks, batches."""
 
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -123,6 +125,27 @@ def test_a_grid_of_steps_that_the_scheduler_does_not_take_is_named(pipe, cls, op
     message = rf"^{name} must be None for {cls.__name__}, which takes none, got \[{value[0]}, {value[1]}\]"
     with pytest.raises(ValueError, match=message):
         take(pipe, cls)(**option)
+
+
+@pytest.mark.parametrize("values", [[], [100, 900], [900, 900], [900, -5], [1500, 100], [math.nan], "abc", 5, [[9, 1]]])
+@pytest.mark.parametrize("cls", [DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, VDMScheduler])
+def test_timesteps_that_are_no_grid_are_named(pipe, cls, values):
+    message = rf"^timesteps must fall strictly and lie in \[0, 1000\), got {re.escape(repr(values))}"
+    with pytest.raises(ValueError, match=message):
+        take(pipe, cls)(timesteps=values)
+
+
+@pytest.mark.parametrize("values", [[], [0.1, 1.0], [1.0, -0.1], [math.inf, 1.0], [math.nan], "abc"])
+def test_sigmas_that_are_no_grid_are_named(pipe, values):
+    message = rf"^sigmas must fall strictly and lie in \[0, inf\), got {re.escape(repr(values))}"
+    with pytest.raises(ValueError, match=message):
+        take(pipe, EulerDiscreteScheduler)(sigmas=values)
+
+
+@pytest.mark.parametrize("timesteps", [(900, 100), torch.tensor([900, 100]), np.array([900, 100])])
+def test_timesteps_may_stand_in_any_sequence(pipe, timesteps):
+    expected = latents_of(pipe, timesteps=[900, 100])
+    assert torch.equal(latents_of(pipe, timesteps=timesteps), expected)
 
 
 def test_timesteps_and_sigmas_are_not_both_given(pipe):
