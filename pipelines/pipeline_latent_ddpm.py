@@ -355,6 +355,8 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
             variants = latents.repeat_interleave(num_candidates, dim=0)
             start = self.scheduler.timesteps[begin].expand(len(variants))
             variants = denoise(self.scheduler.add_noise(variants, noise, start).to(dtype), begin)
+            if self.interrupt:  # they are unfinished
+                break
             refined = _beside(images, self._most_likely_images(variants, size))
             images, latents = self._best(refined, _beside(latents, variants), wanted)
         images = latents if output_type == "latent" else self.image_processor.postprocess(images, output_type)
