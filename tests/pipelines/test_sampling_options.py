@@ -282,6 +282,27 @@ def test_a_call_that_is_interrupted_ends_behind_that_step_and_the_next_one_runs(
     assert len(seen) == 2 + 4
 
 
+@pytest.mark.parametrize("last", [1, 20])
+def test_an_interrupted_call_is_not_refined_further(make_pipeline, monkeypatch, last):
+    """Neither the samples nor the variants of a refinement are finished then."""
+    pipe, seen = make_pipeline(predictor=True), []
+
+    def the_last_is_best(found, wanted):
+        return -torch.arange(found.shape[1]).expand(found.shape[:2])
+
+    monkeypatch.setattr(pipe.response_predictor, "response_error", the_last_is_best)
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append(tensors["latents"])
+        pipe._interrupt = len(seen) > last
+        return {}
+
+    options = {"response": RESPONSE, "num_refinements": 2, "num_inference_steps": 20}
+    latents = latents_of(pipe, callback_on_step_end=callback, **options)
+    assert len(seen) == last + 1
+    assert torch.equal(latents, seen[min(last, 19)])
+
+
 @pytest.mark.parametrize(("cls", "num"), [(DDPMScheduler, 4), (HeunDiscreteScheduler, 7)])
 def test_num_timesteps_counts_the_evaluations_of_the_scheduler(pipe, cls, num):
     take(pipe, cls)
