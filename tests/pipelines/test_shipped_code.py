@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -263,3 +264,37 @@ def test_our_networks_of_a_checkpoint_load_by_their_installed_classes(make_pipel
     response = torch.rand(2, 2, 3)
     assert torch.equal(encoder(response), pipe.response_encoder(response))
     assert torch.equal(predictor.predict(images), pipe.response_predictor.predict(images))
+
+
+@pytest.mark.slow
+def test_a_class_in_the_very_script_that_runs_loads_saves_and_is_refused_as_one_in_a_file(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "checkpoint")
+    torch.save(sample(pipe), tmp_path / "expected.pt")
+    script = textwrap.dedent(SCRIPT) + textwrap.dedent("""
+        if __name__ == "__main__":
+            import sys
+
+            folder = sys.argv[1]
+            mine = MyPipe.from_pretrained(f"{folder}/checkpoint")
+            assert type(mine) is MyPipe
+            generator = torch.Generator().manual_seed(0)
+            options = {"num_inference_steps": 3, "generator": generator, "output_type": "latent"}
+            assert torch.equal(mine(batch_size=2, **options).images[:2], torch.load(f"{folder}/expected.pt"))
+            mine.save_pretrained(f"{folder}/saved")
+            mine.register_modules(response_encoder=LoudEncoder.from_config(mine.response_encoder.config))
+            try:
+                mine.save_pretrained(f"{folder}/refused")
+            except ValueError as error:
+                assert f"include_custom_code=True ships {__file__}" in str(error), error
+            else:
+                raise AssertionError("the script went along")
+            mine.save_pretrained(f"{folder}/shipped", include_custom_code=True)
+    """)
+    (tmp_path / "run.py").write_text(script)
+    command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(sample(LatentDDPMPipeline.from_pretrained(tmp_path / "saved")), sample(pipe))
+    assert not (tmp_path / "refused").exists()
+    loaded = LatentDDPMPipeline.from_pretrained(tmp_path / "shipped", trust_remote_code=True)
+    assert type(loaded.response_encoder).__name__ == "LoudEncoder"
