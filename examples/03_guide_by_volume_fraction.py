@@ -50,7 +50,7 @@ guidance = ClassifierGuidance(
 for name, callback in (("free", None), ("guided", guidance)):
     generator = torch.Generator().manual_seed(0)
     samples = pipe(
-        16,
+        batch_size=16,
         num_inference_steps=min(50, arguments.steps),
         generator=generator,
         callback_on_step_end=callback,
