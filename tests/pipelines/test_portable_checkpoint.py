@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 
 from mechdiffusers.models import ResponseEncoder, ResponsePredictor
 from mechdiffusers.pipelines import LatentDDPMPipeline
+from mechdiffusers.pipelines.pipeline_latent_ddpm import record_training_schedule
 from mechdiffusers.schedulers import PredictorCorrectorScheduler, ProbabilityFlowScheduler, VDMScheduler
 
 
@@ -138,6 +139,7 @@ def test_our_schedulers_travel_with_a_checkpoint(make_pipeline, tmp_path, plain_
     table = torch.linspace(9, -9, 50).tolist()
     for cls in (VDMScheduler, ProbabilityFlowScheduler, PredictorCorrectorScheduler):
         scheduler = cls.from_config(pipe.scheduler.config, log_snr=table)
+        record_training_schedule(pipe.unet, scheduler)
         checkpoint = LatentDDPMPipeline(pipe.vae, pipe.unet, scheduler, pipe.response_encoder)
         checkpoint.set_progress_bar_config(disable=True)
         checkpoint.save_pretrained(tmp_path / cls.__name__)
