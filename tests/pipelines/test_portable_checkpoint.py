@@ -1,7 +1,5 @@
-import errno
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 
 from mechdiffusers.models import ResponseEncoder, ResponsePredictor
 from mechdiffusers.pipelines import LatentDDPMPipeline
+from mechdiffusers.pipelines.pipeline_latent_ddpm import record_training_schedule
 from mechdiffusers.schedulers import PredictorCorrectorScheduler, ProbabilityFlowScheduler, VDMScheduler
 
 
@@ -17,18 +16,6 @@ def sample(pipe) -> torch.Tensor:
     return pipe(
         batch_size=3, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt"
     ).images
-
-
-def shift(pipe) -> None:
-    """Changes the weights of every network."""
-    with torch.no_grad():
-        for part in pipe.components.values():
-            for parameter in part.parameters() if isinstance(part, torch.nn.Module) else ():
-                parameter += 0.25
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -138,6 +125,7 @@ def test_our_schedulers_travel_with_a_checkpoint(make_pipeline, tmp_path, plain_
     table = torch.linspace(9, -9, 50).tolist()
     for cls in (VDMScheduler, ProbabilityFlowScheduler, PredictorCorrectorScheduler):
         scheduler = cls.from_config(pipe.scheduler.config, log_snr=table)
+        record_training_schedule(pipe.unet, scheduler)
         checkpoint = LatentDDPMPipeline(pipe.vae, pipe.unet, scheduler, pipe.response_encoder)
         checkpoint.set_progress_bar_config(disable=True)
         checkpoint.save_pretrained(tmp_path / cls.__name__)
@@ -248,107 +236,6 @@ def test_the_index_points_at_the_shipped_files(folder):
     assert index["_class_name"] == ["pipeline_latent_ddpm", "LatentDDPMPipeline"]
     assert index["response_encoder"] == ["response_encoder", "ResponseEncoder"]
     assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
-
-
-SHARDS = [{"max_shard_size": "20KB"}, {"max_shard_size": "6KB"}, {}]
-
-
-@pytest.mark.parametrize("variant", [None, "fp32"])
-@pytest.mark.parametrize("before", SHARDS)
-@pytest.mark.parametrize("after", SHARDS)
-def test_a_save_replaces_the_weights_of_its_components_however_they_are_split(
-    make_pipeline, tmp_path, before, after, variant
-):
-    pipe = make_pipeline(predictor=True)
-    pipe.save_pretrained(tmp_path / "again", variant=variant, **before)
-    shift(pipe)
-    pipe.save_pretrained(tmp_path / "again", variant=variant, **after)
-    pipe.save_pretrained(tmp_path / "new", variant=variant, **after)
-    assert files_of(tmp_path / "again") == files_of(tmp_path / "new")
-    loaded = LatentDDPMPipeline.from_pretrained(tmp_path / "again", variant=variant)
-    assert torch.equal(sample(loaded), sample(pipe))
-
-
-@pytest.mark.parametrize("options", SHARDS)
-def test_a_save_leaves_other_variants_and_files_of_other_names(make_pipeline, tmp_path, options):
-    pipe = make_pipeline(predictor=True)
-    expected = sample(pipe)
-    pipe.save_pretrained(tmp_path, max_shard_size="20KB")
-    for name in ("README.md", "unet/notes.txt", "own_unet/diffusion_pytorch_model.safetensors"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("mine")
-    before = files_of(tmp_path)
-    shift(pipe)
-    pipe.save_pretrained(tmp_path, variant="ema", **options)
-    after = files_of(tmp_path)
-    assert {name: after[name] for name in before} == before
-    assert all(".ema" in name for name in after.keys() - before.keys())
-    parts = {name.split("/")[0] for name in after.keys() - before.keys()}
-    assert parts == {"response_encoder", "response_predictor", "unet", "vae"}
-    (tmp_path / "own_unet" / "diffusion_pytorch_model.safetensors").unlink()
-    assert torch.equal(sample(LatentDDPMPipeline.from_pretrained(tmp_path)), expected)
-    ema = LatentDDPMPipeline.from_pretrained(tmp_path, variant="ema")
-    assert torch.equal(sample(ema), sample(pipe))
-    loaded, (design,) = LatentDDPMPipeline.from_pretrained(tmp_path), torch.ones(1, 1, 1, 8, 8)
-    assert not torch.equal(loaded.predict_response(design), ema.predict_response(design))
-
-
-def test_every_network_is_split_where_shards_are_asked_for(make_pipeline, tmp_path):
-    pipe = make_pipeline(predictor=True)
-    pipe.save_pretrained(tmp_path, variant="fp16", max_shard_size="6KB")
-    for part in ("unet", "vae", "response_predictor"):
-        names = {path.name for path in (tmp_path / part).glob("*.safetensors")}
-        assert len(names) > 1, part
-        assert all("fp16" in name and "-of-" in name for name in names), names
-        assert (tmp_path / part / "diffusion_pytorch_model.safetensors.index.fp16.json").is_file()
-    loaded = LatentDDPMPipeline.from_pretrained(tmp_path, variant="fp16")
-    design = torch.ones(1, 1, 8, 8)
-    assert torch.equal(loaded.predict_response(design), pipe.predict_response(design))
-
-
-def saved_through_a_link(pipe, target: Path, link: Path) -> None:
-    link.symlink_to(target, target_is_directory=True)
-    pipe.save_pretrained(link, max_shard_size="20KB")
-    shift(pipe)
-    pipe.save_pretrained(link)
-    assert link.is_symlink()
-    assert not [path for path in [*target.rglob("*"), *link.parent.glob("*")] if path.name.startswith(".unfinished")]
-    assert torch.equal(sample(LatentDDPMPipeline.from_pretrained(link)), sample(pipe))
-    pipe.save_pretrained(link.parent / "new")
-    assert files_of(target) == files_of(link.parent / "new")
-
-
-def test_a_link_to_another_file_system_is_written_through(pipe, tmp_path, monkeypatch):
-    replace, refused = os.replace, []
-
-    def within_a_folder(source, target):
-        if Path(source).parent.resolve() != Path(target).parent.resolve():
-            refused.append(target)
-            raise OSError(errno.EXDEV, "Invalid cross-device link")
-        replace(source, target)
-
-    monkeypatch.setattr("mechdiffusers.pipelines.portable_checkpoint.os.replace", within_a_folder)
-    (tmp_path / "elsewhere").mkdir()
-    saved_through_a_link(pipe, tmp_path / "elsewhere", tmp_path / "link")
-    assert refused
-
-
-def test_a_link_to_the_memory_of_this_machine_is_written_through(pipe, tmp_path):
-    memory = Path("/dev/shm")
-    if not os.access(memory, os.W_OK) or memory.stat().st_dev == tmp_path.stat().st_dev:
-        pytest.skip("needs /dev/shm, on another file system than the tests")
-    with tempfile.TemporaryDirectory(dir=memory) as target:
-        saved_through_a_link(pipe, Path(target), tmp_path / "link")
-
-
-def test_other_failures_to_move_a_file_are_not_hidden_and_leave_nothing_unfinished(pipe, tmp_path, monkeypatch):
-    def full(source, target):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("mechdiffusers.pipelines.portable_checkpoint.os.replace", full)
-    with pytest.raises(OSError, match="No space left"):
-        pipe.save_pretrained(tmp_path / "checkpoint")
-    assert not list(tmp_path.glob(".unfinished*"))
 
 
 def test_flashpack_is_refused_as_pickles_are(pipe, tmp_path):

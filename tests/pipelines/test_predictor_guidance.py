@@ -397,9 +397,7 @@ def test_a_refinement_takes_the_last_steps_again(pipe):
 def nearest_of(pipe: LatentDDPMPipeline, predicted: Tensor, wanted: Tensor, monkeypatch) -> list[int]:
     """Which of the images with these predicted responses (B, N, L, S) is kept for each of the targets."""
     num = predicted.shape[1]
-    monkeypatch.setattr(
-        pipe.response_predictor, "predict", lambda images: predicted.flatten(0, 1)[images.long().ravel()]
-    )
+    monkeypatch.setattr(pipe, "predict_response", lambda images: predicted.flatten(0, 1)[images.long().ravel()])
     images = torch.arange(predicted.flatten(0, 1).shape[0], dtype=torch.float32).reshape(-1, 1, 1, 1)
     kept, latents = pipe._best(images, images + 0.5, wanted)
     assert torch.equal(latents, kept + 0.5)
