@@ -1,13 +1,12 @@
-r"""A denoiser read in continuous time: its velocity and score at any log-SNR, and its probability flow.
+r"""A denoiser in continuous time: its velocity and score at any log-SNR, and its probability flow.
 
-Whatever a network was trained to predict, it says the velocity :math:`\hat v = \alpha \hat\epsilon - \sigma \hat x_0`
-(Salimans & Ho 2022, section 4 and appendix D), and with it the score :math:`-\hat\epsilon / \sigma` of the noisy
-latents (Luo 2022, equation 151). With the angle :math:`\varphi = \arctan(\sigma / \alpha)` a noisy latent is
-:math:`x = \cos\varphi \, z + \sin\varphi \, \epsilon`, and the ordinary differential equation whose solutions have the
-diffusion's densities is :math:`dx / d\varphi = \hat v(x, \varphi)` (Song et al. 2021, section 4.3, in the variable of
-Salimans & Ho 2022, appendix D). Data of unit variance stand still in it, so equal steps of the angle suit latents,
-which are scaled to that. A standard normal stands at the noise's end; at the data's end, timestep 0, the latent is
-:math:`z = x / \alpha`.
+The output of any network gives the velocity :math:`\hat v = \alpha \hat\epsilon - \sigma \hat x_0` (Salimans & Ho
+2022, section 4 and appendix D), and the score :math:`-\hat\epsilon / \sigma` of the noisy latents (Luo 2022, equation
+151). With the angle :math:`\varphi = \arctan(\sigma / \alpha)` a noisy latent is
+:math:`x = \cos\varphi \, z + \sin\varphi \, \epsilon`. The probability flow :math:`dx / d\varphi = \hat v(x, \varphi)`
+has the densities of the diffusion (Song et al. 2021, section 4.3, in the variable of Salimans & Ho 2022, appendix D).
+It leaves data of unit variance in place, so equal steps of the angle suit scaled latents. It ends at a standard normal,
+and at timestep 0 the latent is :math:`z = x / \alpha`.
 """
 
 from __future__ import annotations
@@ -21,28 +20,23 @@ import torch
 from torch import Tensor
 
 from mechdiffusers.likelihood.runge_kutta import check_solver, solve
-from mechdiffusers.pipelines.pipeline_latent_ddpm import output_from_velocity
+from mechdiffusers.pipelines.pipeline_latent_ddpm import check_choice, check_count, output_from_velocity
 from mechdiffusers.schedulers.log_snr_curve import LogSnrCurve, alpha_sigma
 
 __all__ = ["ContinuousDiffusion", "LatentDiffusion", "alpha_sigma_like", "as_float64", "log_snr_of_angle"]
 
 
 class ContinuousDiffusion:
-    r"""A denoiser and its noise schedule in continuous time: log-SNR straight between integer timesteps.
+    r"""A denoiser and its noise schedule in continuous time, the log-SNR linear between integer timesteps.
 
     Args:
         denoise: The network: noisy latents ``(B, *)`` and timesteps ``(B,)``, fractional, to its output ``(B, *)``.
         curve: Its log-SNR, such as ``LogSnrCurve.of_scheduler(scheduler)``.
-        prediction_type: ``"epsilon"``, ``"v_prediction"``, ``"sample"`` or ``"score"``.
-
-    Raises:
-        ValueError: If ``prediction_type`` is unknown.
+        prediction_type: ``"epsilon"``, ``"v_prediction"``, ``"sample"`` or ``"score"``; others are a ``ValueError``.
     """
 
     def __init__(self, denoise: Callable[[Tensor, Tensor], Tensor], curve: LogSnrCurve, prediction_type: str):
-        accepted = ("epsilon", "v_prediction", "sample", "score")
-        if prediction_type not in accepted:
-            raise ValueError(f"prediction_type must be one of {accepted}, got {prediction_type!r}")
+        check_choice("prediction_type", prediction_type, ("epsilon", "v_prediction", "sample", "score"))
         self.denoise, self.curve, self.prediction_type = denoise, curve, prediction_type
 
     @property
@@ -57,39 +51,28 @@ class ContinuousDiffusion:
 
     def timesteps(self, log_snr: Tensor) -> Tensor:
         """The inverse of :meth:`log_snr`, limited to the ends."""
-        values = self.curve.timestep(log_snr.cpu().numpy())
-        return _like(log_snr, np.minimum(values, self.curve.last))
+        return _like(log_snr, np.minimum(self.curve.timestep(log_snr.cpu().numpy()), self.curve.last))
 
     def velocity(self, x: Tensor, log_snr: Tensor) -> Tensor:
-        r"""The predicted velocity :math:`\hat v = \alpha \hat\epsilon - \sigma \hat x_0`, differentiable in ``x``.
+        r"""The predicted velocity :math:`\hat v` of noisy latents ``(B, *)`` at log-SNRs ``(B,)``, float64.
 
-        The others follow from it: :math:`\hat x_0 = \alpha x - \sigma \hat v` and
+        It is differentiable in ``x``. The other predictions are :math:`\hat x_0 = \alpha x - \sigma \hat v` and
         :math:`\hat\epsilon = \sigma x + \alpha \hat v`.
-
-        Args:
-            x: Noisy latents, shape ``(B, *)``.
-            log_snr: Shape ``(B,)``.
-
-        Returns:
-            Shape ``(B, *)``, float64.
         """
-        # the weights' gradients would keep a graph that nobody asked for
+        # otherwise the weights' gradients would keep a graph
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
             output = as_float64(self.denoise(x, self.timesteps(log_snr)))
             slope, offset = output_from_velocity(self.prediction_type, *alpha_sigma_like(log_snr, x))
             return (output - offset * x) / slope
 
     def score(self, latents: Tensor, timestep: float | Tensor) -> Tensor:
-        r"""The score :math:`\nabla \log p_t(x)` of noisy latents, :math:`-\hat\epsilon / \sigma_t`; differentiable.
+        r"""The score :math:`\nabla \log p_t(x) = -\hat\epsilon / \sigma_t`, differentiable, float64.
 
-        Tweedie's formula, Luo 2022, equations 133 and 151; Kingma et al. 2021, equation 30.
+        It is Tweedie's formula: Luo 2022, equations 133 and 151; Kingma et al. 2021, equation 30.
 
         Args:
-            latents: Noisy latents at that timestep, shape ``(B, *)``.
+            latents: Noisy latents, shape ``(B, *)``, also that of the score.
             timestep: In [0, T - 1], fractional allowed, 0 nearest the data; one for all, or shape ``(B,)``.
-
-        Returns:
-            Shape ``(B, *)``, float64.
 
         Raises:
             ValueError: If the latents have another shape, or a timestep lies outside [0, T - 1].
@@ -107,15 +90,12 @@ class ContinuousDiffusion:
 
     @torch.no_grad()
     def to_noise(self, latents: Tensor, num_steps: int = 16, tolerance: float | None = None) -> Tensor:
-        """The noise that latents flow to: the inversion of sampling.
+        """The noise that latents flow to, close to standard normal, float64: the inversion of sampling.
 
         Args:
-            latents: Shape ``(B, *)``.
+            latents: Shape ``(B, *)``, also that of the noise.
             num_steps: Runge-Kutta steps of four evaluations each, even.
             tolerance: Error of a step of the adaptive method of Dormand & Prince, instead.
-
-        Returns:
-            Noise, close to standard normal, shape ``(B, *)``, float64.
 
         Raises:
             ValueError: If the latents have another shape, or another argument is out of range.
@@ -128,7 +108,7 @@ class ContinuousDiffusion:
 
     @torch.no_grad()
     def from_noise(self, noise: Tensor, num_steps: int = 16, tolerance: float | None = None) -> Tensor:
-        """The latents that noise flows to; arguments as in :meth:`to_noise`, whose inverse it is."""
+        """The latents that noise flows to: the inverse of :meth:`to_noise`, with its arguments."""
         x = self._checked(noise)
         return self._flow(x, self.angles[::-1], num_steps, tolerance) / math.cos(self.angles[0])
 
@@ -145,7 +125,7 @@ class ContinuousDiffusion:
 
 
 class LatentDiffusion(ContinuousDiffusion):
-    """The diffusion of a pipeline's latents, under a response or none.
+    """The diffusion of a pipeline's latents, with a response or without.
 
     Args:
         pipe: A [`LatentDDPMPipeline`].
@@ -168,25 +148,22 @@ class LatentDiffusion(ContinuousDiffusion):
         super().__init__(self._denoiser(self.tokens), curve, pipe.scheduler.config.prediction_type)
 
     def rows(self, index: Tensor) -> ContinuousDiffusion:
-        """The diffusion of latents by their number, shape ``(N,)``, where each has a response of its own."""
+        """The diffusion of the latents with these indices, shape ``(N,)``, and with their responses."""
         tokens = self.tokens if len(self.tokens) == 1 else self.tokens[index.to(self.tokens.device)]
         return ContinuousDiffusion(self._denoiser(tokens), self.curve, self.prediction_type)
 
     @torch.no_grad()
     def interpolate(self, a: Tensor, b: Tensor, num: int = 8, num_steps: int = 16) -> Tensor:
-        """Latents between two, by way of noise: there a path between samples passes through samples.
+        """Latents between two by way of their noises, shape ``(num, C, h, w)``, float64.
 
-        A straight line between latents leaves the data: halfway between two designs lies none. Between their noises
-        spherical interpolation keeps the norm that noise has (Song et al. 2021, section 5.3).
+        Halfway on a straight line between two latents lies no design. Spherical interpolation between their noises
+        keeps the norm of noise (Song et al. 2021, section 5.3).
 
         Args:
             a: Latents to start from, shape ``(1, C, h, w)``.
             b: Latents to end at, same shape.
-            num: Number of latents, both ends included, at least 2.
-            num_steps: Of :meth:`to_noise` and :meth:`from_noise`.
-
-        Returns:
-            Shape ``(num, C, h, w)``, float64; the ends are ``a`` and ``b``.
+            num: Number of latents, ``a`` and ``b`` included, at least 2.
+            num_steps: As in :meth:`to_noise`.
 
         Raises:
             ValueError: If the shapes differ, or ``num`` is below 2.
@@ -199,16 +176,14 @@ class LatentDiffusion(ContinuousDiffusion):
             | https://arxiv.org/abs/2006.15274
         """
         if len(a) != 1 or a.shape != b.shape:
-            raise ValueError(
-                f"a and b must be one latent each, of one shape, got {tuple(a.shape)} and {tuple(b.shape)}"
-            )
-        if isinstance(num, bool) or not isinstance(num, int) or num < 2:
-            raise ValueError(f"num must be an integer of at least 2, got {num!r}")
+            got = f"{tuple(a.shape)} and {tuple(b.shape)}"
+            raise ValueError(f"a and b must be one latent each, of one shape, got {got}")
+        check_count("num", num, least=2)
         first, last = self.to_noise(torch.cat([a, b.to(a)]), num_steps).split(1)
-        cosine = torch.nn.functional.cosine_similarity(first.flatten(), last.flatten(), dim=0).clamp(-1, 1)
-        angle = torch.arccos(cosine)
+        cosine = torch.nn.functional.cosine_similarity(first.flatten(), last.flatten(), dim=0)
+        angle = torch.arccos(cosine.clamp(-1, 1))
         shares = torch.linspace(0, 1, num, dtype=first.dtype, device=first.device)[1:-1, None, None, None]
-        if torch.sin(angle) < 1e-6:  # on one ray, or opposite: no arc is the shortest
+        if torch.sin(angle) < 1e-6:  # on one line: no arc is the shortest
             between = torch.lerp(first, last, shares)
         else:
             between = (torch.sin((1 - shares) * angle) * first + torch.sin(shares * angle) * last) / torch.sin(angle)

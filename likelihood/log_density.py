@@ -143,7 +143,7 @@ def ancestral_terms(
 
 
 def noise_divergence(latents: Tensor, log_snr: Tensor) -> Tensor:
-    r""":math:`KL(q(z_T \mid z) \| N(0, I))` of latents ``(B, *)`` at a log-SNR, ``(B,)``, in nats (Luo 2022, 58)."""
+    r""":math:`KL(q(z_T \mid z) \| N(0, I))` of latents at a log-SNR, ``(B,)``, in nats: Luo 2022, equation 58."""
     alpha_squared, sigma_squared = torch.sigmoid(log_snr), torch.sigmoid(-log_snr)
     dims = latents[0].numel()
     return (alpha_squared * squared_norm(latents) + dims * (sigma_squared - 1 - sigma_squared.log())) / 2
@@ -161,7 +161,7 @@ def _mean_velocity_error(velocity: Tensor, true_velocity: Tensor, latents: Tenso
 
 
 def _drawn_velocity_error(diffusion: ContinuousDiffusion, latents: Tensor, log_snr: Tensor, draw: Draw) -> Tensor:
-    """The same at log-SNRs ``(B,)``, with noise that is drawn."""
+    """The mean velocity error at log-SNRs ``(B,)``, with drawn noise."""
     alpha, sigma = alpha_sigma_like(log_snr, latents)
     noise = draw(latents.shape[1:])
     velocity = diffusion.velocity(alpha * latents + sigma * noise, log_snr)

@@ -1,4 +1,4 @@
-"""Solves the equation of the probability flow by explicit Runge-Kutta methods, in equal or in adaptive steps."""
+"""Solves the probability flow by explicit Runge-Kutta methods, in equal or in adaptive steps."""
 
 from __future__ import annotations
 
@@ -25,14 +25,12 @@ DORMAND_PRINCE = Tableau(
     (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0),
     (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40),
 )
-#: A step's error cannot fall below the network's own, however short the step.
-_MOST_STEPS = 1000
-#: Of states (B, D) and angles (B,), their derivatives by the angle (B, D).
-Slope = Callable[[Tensor, Tensor], Tensor]
+_MOST_STEPS = 1000  #: No step, however short, has a smaller error than the network.
+Slope = Callable[[Tensor, Tensor], Tensor]  #: Of states (B, D) and angles (B,), their derivatives (B, D).
 
 
 def check_solver(num_steps: int, tolerance: float | None) -> None:
-    """Raises a ``ValueError`` unless the flow can be solved in such steps."""
+    """Raises a ``ValueError`` unless ``num_steps`` is even and ``tolerance`` is inside (0, 1) or None."""
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 2 or num_steps % 2:
         raise ValueError(f"num_steps must be an even integer of at least 2 for the probability flow, got {num_steps!r}")
     if tolerance is not None and not 0 < tolerance < 1:
@@ -42,18 +40,15 @@ def check_solver(num_steps: int, tolerance: float | None) -> None:
 def solve(
     slope: Slope, state: Tensor, ends: tuple[float, float], num_steps: int, tolerance: float | None = None
 ) -> Tensor:
-    """The state at the second end.
+    """The state at the second end, shape ``(B, D)``.
 
     Args:
         slope: The equation.
-        state: At the first end, shape ``(B, D)``, float64.
+        state: The state at the first end, shape ``(B, D)``, float64.
         ends: Angles.
-        num_steps: Equal steps of the classical Runge-Kutta method, four evaluations each.
-        tolerance: Instead, each sample takes steps of its own, whose estimated errors stay below this. An entry's error
-            is measured against :math:`1 + |x|`, a sample's is the largest of its entries'.
-
-    Returns:
-        Shape ``(B, D)``.
+        num_steps: Number of equal steps of the classical Runge-Kutta method, four evaluations each.
+        tolerance: Largest error of a step of the adaptive method, which replaces these: each sample has steps of its
+            own. The error of an entry is relative to :math:`1 + |x|`, that of a sample is the largest of its entries.
     """
     if tolerance is not None:
         return _solve_adaptively(slope, state, ends, tolerance)
@@ -88,13 +83,12 @@ def _solve_adaptively(slope: Slope, state: Tensor, ends: tuple[float, float], to
         state, first = (
             torch.where(accepted[:, None], new, old) for new, old in ((proposal, state), (slopes[-1], first))
         )
-        # a last step ends on the end itself, which a sum of steps may miss by rounding
+        # the last step ends on the end itself: a sum of steps has rounding errors
         reached = torch.where(length == ends[1] - angle, torch.full_like(angle, ends[1]), angle + length)
         angle = torch.where(accepted, reached, angle)
         length = length * (0.9 * error.clamp(min=1e-8) ** -0.2).clamp(0.2, 5)
-    raise ValueError(
-        f"tolerance must be within reach of the network's precision in {_MOST_STEPS} steps, got {tolerance!r}"
-    )
+    reach = f"within reach of the network's precision in {_MOST_STEPS} steps"
+    raise ValueError(f"tolerance must be {reach}, got {tolerance!r}")
 
 
 def _weighted(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor | float:

@@ -8,9 +8,9 @@ that the scheduler takes with the first: over a step of the log-SNR from :math:`
     \approx x_s + w \, \sigma_t^2 \, k \, \nabla \log p(y \mid x_s),
 
 where :math:`k = 1 - e^{\lambda_t - \lambda_s}` for a scheduler that draws noise, as in an ancestral step, and
-:math:`k = 1 - e^{(\lambda_t - \lambda_s)/2}` for one that solves the probability flow, as in a step of DDIM. What is at
-hand after the step is the gradient at its end. A noisy latent of unit variance tells of the clean one in proportion to
-:math:`\alpha`, so that the gradient at the start is :math:`\alpha_t / \alpha_s` of it.
+:math:`k = 1 - e^{(\lambda_t - \lambda_s)/2}` for one that solves the probability flow, as in a step of DDIM. After the
+step, only the gradient at its end is known. The gradient grows in proportion to :math:`\alpha`: at the start it is
+:math:`\alpha_t / \alpha_s` times that at the end.
 """
 
 import math
@@ -25,16 +25,17 @@ from mechdiffusers.schedulers.log_snr_curve import LogSnrCurve
 
 __all__ = ["ClassifierGuidance"]
 
-# whose steps are those of the formula; others rebuild a step from what they saw before or scale the latents otherwise
+# only the steps of these are those of the formula
 _DETERMINISTIC = ("DDIMScheduler", "DPMSolverMultistepScheduler", "DEISMultistepScheduler", "ProbabilityFlowScheduler")
 _STOCHASTIC = ("DDPMScheduler", "VDMScheduler")
 
 
 class ClassifierGuidance:
-    r"""A ``callback_on_step_end`` that draws samples towards a target.
+    r"""A ``callback_on_step_end`` that guides samples towards a target.
 
-    It knows the steps of ``DDPMScheduler``, ``VDMScheduler``, ``DDIMScheduler``, ``DPMSolverMultistepScheduler`` (its
-    stochastic algorithms too), ``DEISMultistepScheduler`` and ``ProbabilityFlowScheduler`` with one evaluation a step.
+    It suits ``DDPMScheduler``, ``VDMScheduler``, ``DDIMScheduler``, ``DPMSolverMultistepScheduler`` (its stochastic
+    algorithms too), ``DEISMultistepScheduler``, and ``ProbabilityFlowScheduler`` without churn. The scheduler must
+    evaluate the network once a timestep.
 
     Args:
         log_likelihood: Function of noisy latents ``(B, C, h, w)`` and a timestep ``()``: the log-likelihood of the
@@ -42,9 +43,8 @@ class ClassifierGuidance:
         guidance_scale: Weight w of its gradient; 1 is Bayes' rule.
 
     Raises:
-        ValueError: If ``guidance_scale`` is negative or not finite; when called, if the scheduler is none of these,
-            churns or evaluates the network more than once at a timestep, so that a step cannot be told from a stage of
-            it, or ``log_likelihood`` does not give one number a sample.
+        ValueError: If ``guidance_scale`` is negative or not finite; when called, if the scheduler does not suit or
+            ``log_likelihood`` does not give one number a sample.
 
     Example:
         >>> guidance = ClassifierGuidance(lambda latents, t: predictor.log_likelihood(latents, t, wanted))
@@ -74,43 +74,38 @@ class ClassifierGuidance:
         if step >= len(self._weights):  # the last step ends at clean data
             return {}
         latents = tensors["latents"]
-        # enable_grad does not undo an inference_mode around the call, whose tensors have no gradient: hence a copy
+        # a copy, because tensors of an inference_mode around the call have no gradient
         with torch.inference_mode(False), torch.enable_grad():
             variable = latents.detach().clone().requires_grad_()
             log_likelihood = self.log_likelihood(variable, pipe.scheduler.timesteps[step + 1].clone())
             if log_likelihood.shape != latents.shape[:1]:
-                raise ValueError(
-                    f"log_likelihood must give one number a sample, shape ({len(latents)},), "
-                    f"got shape {tuple(log_likelihood.shape)}"
-                )
+                accepted, got = f"shape ({len(latents)},)", f"shape {tuple(log_likelihood.shape)}"
+                raise ValueError(f"log_likelihood must give one number a sample, {accepted}, got {got}")
             (gradient,) = torch.autograd.grad(log_likelihood.sum(), variable)
         return {"latents": latents + self.guidance_scale * self._weights[step] * gradient}
 
 
 def _weights(scheduler: Any) -> list[float]:
-    """What the gradient is weighted by after each step but the last."""
+    """The weight of the gradient after each step but the last."""
     draws_noise = _draws_noise(scheduler)
     timesteps = scheduler.timesteps.cpu().double().numpy()
     if (np.diff(timesteps) >= 0).any():
-        raise ValueError(
-            "scheduler must evaluate the network once a timestep for classifier guidance, such as VDMScheduler or "
-            f"DDIMScheduler, got {type(scheduler).__name__}"
-        )
+        accepted = "once a timestep for classifier guidance, such as VDMScheduler or DDIMScheduler"
+        raise ValueError(f"scheduler must evaluate the network {accepted}, got {type(scheduler).__name__}")
     log_snr = LogSnrCurve.of_scheduler(scheduler).at(timesteps)
     share = -np.expm1(-np.diff(log_snr) * (1 if draws_noise else 0.5))
     return (share / (1 + np.exp(log_snr[:-1]))).tolist()
 
 
 def _draws_noise(scheduler: Any) -> bool:
-    """Whether a scheduler's steps draw noise, if the formula holds for them at all."""
-    # options of other classes may stand in a configuration too, so that the name comes first
+    """Whether a scheduler's steps draw noise; a ``ValueError`` if they are not those of the formula."""
+    # by name first: a configuration may have options of other classes
     name, config = type(scheduler).__name__, scheduler.config
     if name == "DPMSolverMultistepScheduler":
         return config.algorithm_type.startswith("sde")
     churns = name == "ProbabilityFlowScheduler" and config.s_churn > 0
     if name not in (*_DETERMINISTIC, *_STOCHASTIC) or churns:
-        raise ValueError(
-            f"scheduler must be one of {(*_STOCHASTIC, *_DETERMINISTIC)}, without churn, for classifier guidance, "
-            f"got {name}{f' with s_churn={config.s_churn}' if churns else ''}"
-        )
+        accepted = f"one of {(*_STOCHASTIC, *_DETERMINISTIC)}, without churn, for classifier guidance"
+        got = f"{name} with s_churn={config.s_churn}" if churns else name
+        raise ValueError(f"scheduler must be {accepted}, got {got}")
     return name in _STOCHASTIC

@@ -14,9 +14,6 @@ The autoencoder is a latent-variable model, whose decoder is a probability mass 
     distribution with one common ``scale``. A pixel value has the mass of its bin of width 1/255. The bins at 0 and 1
     extend to infinity: the 256 masses sum to 1 (Salimans et al. 2017, section 2.1).
 
-Two ways lead to a wanted response: classifier-free guidance of a denoiser that attends to it (Ho & Salimans 2021), and
-guidance by a network that predicts the response of a design (``response_predictor.py``).
-
 This file travels inside checkpoints: it imports torch, numpy, diffusers and its sibling alone.
 """
 
@@ -89,7 +86,7 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
             configuration is what it was trained for; where it is missing, that of ``scheduler`` is recorded there.
         scheduler: Variance-preserving, with the betas and prediction type that the denoiser was trained with.
         response_encoder: Makes tokens of responses, and the null tokens of a sample without one.
-        response_predictor: Predicts the response of a design, to guide samples towards a wanted one. It may be missing.
+        response_predictor: Predicts the response of a design, to guide samples towards a wanted one (see its module).
 
     Raises:
         ValueError: If the parts do not fit together or the scheduler does not suit.
@@ -142,8 +139,7 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
 
     def _upgrade(self, index: dict[str, Any]) -> None:
         if "decoder_likelihood" in index:  # an argument of the pipeline in the earlier layout
-            meaning = {f"_{name}": index[name] for name in ("decoder_likelihood", "decoder_scale")}
-            self.vae.register_to_config(**meaning)
+            self.vae.register_to_config(**{f"_{name}": index[name] for name in ("decoder_likelihood", "decoder_scale")})
 
     @property
     def decoder_likelihood(self) -> str:
@@ -291,13 +287,12 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
         if meaning is not None:
             self.response_encoder.check_meaning("meaning", meaning)
         responses = wanted = responses.repeat_interleave(num_images_per_response, dim=0).to(device)
-        num_images = len(responses)
-        generator = _one_for_each(generator, num_images)
+        generator = _one_for_each(generator, len(wanted))
         if num_candidates > 1:
             responses = responses.repeat_interleave(num_candidates, dim=0)
-            num_images *= num_candidates
             if generator is not None:
                 generator = [each for one in generator for each in _spread(one, num_candidates)]
+        num_images = len(responses)
         shape = (num_images, self.unet.config.in_channels, *latent_size(self.vae, size))
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
@@ -308,17 +303,17 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
             raise ValueError("latents must be finite, got NaN or an infinite one")
 
         tokens = self.response_encoder(responses)
-        null_tokens = self.response_encoder(torch.full_like(responses, math.nan))
+        if response is not None and guidance_scale != 1:
+            tokens = torch.cat([self.response_encoder(torch.full_like(responses, math.nan)), tokens])
         step_kwargs = {"eta": eta, "generator": generator}
         step_kwargs = {name: value for name, value in step_kwargs.items() if name in step_options}
         self._interrupt = False
-        guides = response is not None and guidance_scale != 1
 
         def denoise(latents: Tensor, begin: int = 0) -> Tensor:
             self._guidance_scale = guidance_scale
             num_steps = self._num_timesteps = len(self.scheduler.timesteps)
             guided = range(int(guidance_start * num_steps), int(guidance_stop * num_steps))
-            prompt_embeds = torch.cat([null_tokens, tokens]) if guides else tokens
+            prompt_embeds = tokens
             for i, t in enumerate(self.progress_bar(self.scheduler.timesteps[begin:]), begin):
                 if self.interrupt:
                     continue
@@ -438,9 +433,8 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
             num: Number of images, both ends included, at least 2.
             output_type: As in :meth:`decode`.
 
-        Raises:
-            ImportError: If mechdiffusers is not installed.
-            ValueError: If ``num`` is below 2, or ``a`` or ``b`` is not one image of the checkpoint's size.
+        Raises an ``ImportError`` if mechdiffusers is not installed, and a ``ValueError`` if ``num`` is below 2, or an
+        end is not one image of the checkpoint's size.
         """
         check_choice("output_type", output_type, _OUTPUT_TYPES[:3])
         diffusion, ends = _likelihood_package().LatentDiffusion(self), {"a": self.encode(a), "b": self.encode(b)}
@@ -459,14 +453,13 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
         pixels = self.image_processor.preprocess(images)
         if pixels.is_complex():
             raise ValueError(f"images must be real, got {pixels.dtype}")
-        pixels = pixels.float()
         if pixels.shape[1:] != (1, *self.image_size):
             accepted = f"one channel and {self.image_size} pixels, as this checkpoint's designs have"
             got = f"{pixels.shape[1]} channels and {tuple(pixels.shape[2:])} pixels"
             raise ValueError(f"images must have {accepted}, got {got}")
         if not ((pixels >= 0) & (pixels <= 1)).all():  # also false for NaN
             raise ValueError("images must lie in [0, 1] and hold no NaN")
-        return pixels
+        return pixels.float()
 
     def check_scheduler(self) -> None:
         """Raises a ``ValueError`` if the denoiser was not trained for the scheduler."""
@@ -523,9 +516,8 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
 
     def _refinement_begin(self) -> int:
         """Index of the scheduler's timestep at which a refinement begins."""
-        timesteps = self.scheduler.timesteps
-        late = [i for i, t in enumerate(timesteps) if self._log_snr(t) >= _REFINEMENT_LOG_SNR]
-        begin = late[0] if late else len(timesteps) - 1
+        levels = [self._log_snr(t) for t in self.scheduler.timesteps]
+        begin = next((i for i, level in enumerate(levels) if level >= _REFINEMENT_LOG_SNR), len(levels) - 1)
         begin -= begin % self.scheduler.order  # where a solver of more stages begins a step
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(begin)
@@ -639,7 +631,7 @@ def most_likely_images(decoded: Tensor, likelihood: str, scale: Tensor | float |
 
 
 def output_from_velocity(prediction_type: str, alpha: Any, sigma: Any) -> tuple[Any, Any]:
-    r""":math:`a, b` of the network's output :math:`a \hat v + b x_t`; the velocity is Salimans & Ho 2022, section 4."""
+    r""":math:`a, b` of a network's output :math:`a \hat v + b x_t`, by the velocity (Salimans & Ho 2022, section 4)."""
     pairs = {"epsilon": (alpha, sigma), "v_prediction": (1.0, 0.0), "sample": (-sigma, alpha)}
     pairs["score"] = (-alpha / sigma, -1.0)
     return pairs[prediction_type]
@@ -732,8 +724,7 @@ def _guide(prediction: Tensor, scale: float, rescale: float) -> Tensor:
     guided = unconditional + scale * (conditional - unconditional)
     if not rescale:
         return guided
-    entries = tuple(range(1, guided.ndim))
-    spread = conditional.std(entries, keepdim=True) / guided.std(entries, keepdim=True)
+    spread = conditional.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
     return torch.lerp(guided, guided * spread, rescale)
 
 

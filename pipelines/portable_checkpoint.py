@@ -1,8 +1,7 @@
 """Checkpoints that carry their code, so that plain diffusers loads them, from a folder or the Hugging Face Hub.
 
-``DiffusionPipeline.save_pretrained`` writes weights and configurations but no code: a pipeline with classes of its own
-cannot be loaded without the package it came from. :class:`PortableCheckpoint` ships the source file of every class of
-ours, and points ``model_index.json`` at those files:
+``DiffusionPipeline.save_pretrained`` writes no code: a pipeline with classes of its own cannot be loaded without its
+package. :class:`PortableCheckpoint` ships the source file of every class of ours, and names it in ``model_index.json``:
 
     model_index.json    "_class_name": ["pipeline_foo", "FooPipeline"], "encoder": ["foo_encoder", "FooEncoder"]
     pipeline_foo.py     and the sibling files that it imports
@@ -34,17 +33,11 @@ from huggingface_hub import (
     ModelCard,
     create_branch,
     create_repo,
+    errors,
     file_exists,
     model_info,
     snapshot_download,
     upload_folder,
-)
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
 
@@ -53,11 +46,10 @@ __all__ = ["PortableCheckpoint", "claim_repository", "upload_checkpoint"]
 _INDEX = DiffusionPipeline.config_name
 _CARD = "README.md"
 _STOCK = ("diffusers", "transformers")
-#: Where our classes are defined: the installed package, or the code of a checkpoint that was loaded by it.
-_OURS = ("mechdiffusers", "diffusers_modules")
-#: Installed subpackages in which the component files of a checkpoint are looked for by name.
+_OURS = ("mechdiffusers", "diffusers_modules")  #: The installed package, or the code of a loaded checkpoint.
+#: Installed subpackages with the component files of checkpoints.
 _INSTALLED = ("mechdiffusers.models", "mechdiffusers.schedulers")
-#: Entries of an index that are no arguments of the pipeline; the last two are the earlier layout's.
+#: Entries of an index that are no arguments of the pipeline; the last two are from the earlier layout.
 _NO_ARGUMENTS = ("auto_map", "decoder_likelihood", "decoder_scale")
 #: Weight files: of the variant ``.fp16`` or of none, whole or one of several shards, or the index of the shards.
 _WEIGHTS = (
@@ -86,10 +78,10 @@ With `mechdiffusers` installed, `{pipeline}.from_pretrained("{repo_id}")` runs n
 
 
 class PortableCheckpoint:
-    """What a ``DiffusionPipeline`` needs beside itself for its checkpoints to carry their code and hold no pickles.
+    """Makes the checkpoints of a ``DiffusionPipeline`` carry their code and hold no pickles.
 
-    A pipeline inherits from it and from ``DiffusionPipeline``, in that order. It is no ``DiffusionPipeline`` itself,
-    since diffusers takes the only one that it finds in a file for the custom pipeline.
+    A pipeline inherits from it and from ``DiffusionPipeline``, in that order. It is no ``DiffusionPipeline`` itself:
+    diffusers takes the only one in a file for the custom pipeline.
     """
 
     def save_pretrained(
@@ -103,31 +95,27 @@ class PortableCheckpoint:
         include_custom_code: bool = False,
         **push_options: Any,
     ) -> None:
-        """Writes weights, configurations and code, aside first; no file is ever half-written.
+        """Writes weights, configurations and code; no file is ever half-written.
 
         Args:
-            save_directory: Folder to write to; made if need be. Earlier weights of the same components and variant are
-                replaced, files of other names stay.
-            safe_serialization: Must be true: these checkpoints are meant for sharing and never hold pickles.
+            save_directory: Folder to write to, made if need be. Earlier weights of the same components and variant are
+                replaced, other files stay.
+            safe_serialization: Must be true: a shared checkpoint never holds pickles.
             variant: As in diffusers: weights are saved as ``*.<variant>.safetensors``.
             max_shard_size: As in diffusers.
-            push_to_hub: Whether to call :meth:`push_to_hub` once the folder is written.
+            push_to_hub: Whether to call :meth:`push_to_hub` afterwards.
             use_flashpack: Must be false, for the same reason.
-            include_custom_code: Whether to ship the source files of classes that are neither ours nor diffusers' nor
-                transformers': whole files, with everything that stands in them. Without it a pipeline of a class
-                derived from ours is saved as ours.
-            **push_options: Arguments of :meth:`push_to_hub`; ``repo_id`` is the folder's name unless it is given.
+            include_custom_code: Whether to ship the whole source files of classes that are neither ours nor diffusers'
+                nor transformers'. Without it, a pipeline of a class derived from ours is saved as ours.
+            **push_options: Arguments of :meth:`push_to_hub`; ``repo_id`` is the folder's name by default.
 
         Raises:
-            ValueError: If a component's code would have to be shipped and may not or cannot, an option is none of
-                these, ``save_directory`` is a file or cannot be written, or as in :meth:`push_to_hub`. Nothing has been
-                written then.
+            ValueError: If a component's code may not or cannot be shipped, an option is unknown, ``save_directory`` is
+                a file or cannot be written, all before anything is written, or as in :meth:`push_to_hub`.
         """
         if not safe_serialization or use_flashpack:
-            raise ValueError(
-                "safe_serialization must be True and use_flashpack False: a checkpoint meant for sharing holds "
-                f"safetensors alone, got {safe_serialization!r} and {use_flashpack!r}"
-            )
+            accepted = "True and use_flashpack False: a checkpoint meant for sharing holds safetensors alone"
+            raise ValueError(f"safe_serialization must be {accepted}, got {safe_serialization!r} and {use_flashpack!r}")
         known = inspect.signature(PortableCheckpoint.push_to_hub).parameters.keys() - {"self"}
         if unknown := sorted(push_options.keys() - known):
             raise ValueError(f"push options must be among {sorted(known)}, got {unknown}")
@@ -146,8 +134,7 @@ class PortableCheckpoint:
             super().save_pretrained(staging, variant=variant, max_shard_size=max_shard_size)  # type: ignore[misc]
             _ship_code(code, staging)
             _forget_origin(staging)
-            before = _files_below(target)
-            written = _files_below(staging)
+            before, written = _files_below(target), _files_below(staging)
             for name in sorted(written, key=lambda name: name == _INDEX):  # the index last: it names the rest
                 _move(staging / name, target / name)
             for name in _stale_weights(before, written):
@@ -176,17 +163,16 @@ class PortableCheckpoint:
         """Uploads weights, configurations, code and card to the Hugging Face Hub in one commit.
 
         Args:
-            repo_id: ``"name"`` or ``"owner/name"``; made if need be.
+            repo_id: ``"name"`` or ``"owner/name"``, made if need be.
             commit_message: Subject of the commit.
-            private: Whether a repository that is made is private; by default as its owner has set it.
-            token: Access token; by default that of ``hf auth login`` or of ``HF_TOKEN``.
+            private: Whether a new repository is private; by default as its owner has set it.
+            token: Access token, by default that of ``hf auth login`` or of ``HF_TOKEN``.
             create_pr: Whether to open a pull request instead of committing.
-            safe_serialization: As in :meth:`save_pretrained`, like ``variant``, ``max_shard_size`` and the last one.
-            variant: As in diffusers.
-            card: The model card. Without it, a card that the repository has stays, and one that has none gets a card
-                that says how to load the checkpoint.
+            safe_serialization: As in :meth:`save_pretrained`.
+            variant: As in :meth:`save_pretrained`.
+            card: The model card. Without it, an existing card stays; otherwise a card says how to load the checkpoint.
             revision: Branch to commit to, made if need be; the main one by default.
-            max_shard_size: As in diffusers.
+            max_shard_size: As in :meth:`save_pretrained`.
             include_custom_code: As in :meth:`save_pretrained`.
 
         Returns:
@@ -210,24 +196,18 @@ class PortableCheckpoint:
                 card = _PLAIN_CARD.format(name=name, repo_id=repo_id, pipeline=pipeline)
             if card is not None:
                 (Path(folder) / _CARD).write_text(str(card), encoding="utf-8")
-            return upload_checkpoint(
-                folder,
-                repo_id,
-                commit_message=commit_message or f"Upload {type(self).__name__}",
-                token=token,
-                create_pr=create_pr,
-                revision=revision,
-            )
+            subject = commit_message or f"Upload {type(self).__name__}"
+            options: dict[str, Any] = {"token": token, "create_pr": create_pr, "revision": revision}
+            return upload_checkpoint(folder, repo_id, commit_message=subject, **options)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """As in diffusers, from safetensors alone, and with each damaged file named.
+        """As in diffusers, but from safetensors alone, and naming a damaged file.
 
         Args:
             pretrained_model_name_or_path: Folder of a checkpoint, or its repository on the Hub as ``"owner/name"``.
-            **kwargs: Further arguments of ``DiffusionPipeline.from_pretrained``, such as ``dtype``. About the download
-                are ``revision`` (a branch, tag or commit), ``token``, ``cache_dir``, ``local_files_only`` and
-                ``force_download``.
+            **kwargs: Arguments of ``DiffusionPipeline.from_pretrained``, such as ``dtype``. For a download: ``token``,
+                ``revision`` (branch, tag or commit), ``cache_dir``, ``local_files_only`` and ``force_download``.
 
         Raises:
             ValueError: If there is no such folder, repository or revision, it may not be read, ``use_safetensors`` is
@@ -249,19 +229,14 @@ class PortableCheckpoint:
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
-        """As in diffusers, which switches over no networks but those of the very class that a constructor names.
-
-        Args:
-            pipeline: A pipeline whose components this one can take.
-            **kwargs: As in diffusers: components and options to take instead.
-        """
+        """As in diffusers, but with all components of ``pipeline`` that the constructor takes, of any class."""
         expected, _ = cls._get_signature_keys(cls)  # type: ignore[attr-defined]
         taken = {name: component for name, component in pipeline.components.items() if name in expected}
         return super().from_pipe(pipeline, **{**taken, **kwargs})  # type: ignore[misc]
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """As in diffusers; an installed class sees the installed twins of the files that a checkpoint ships."""
+        """As in diffusers, but an installed class uses installed modules instead of those of the checkpoint."""
         loaded = super().load_config(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         if isinstance(config.get("_class_name"), list):  # whose class would take the place of the one that loads
@@ -276,24 +251,18 @@ class PortableCheckpoint:
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in diffusers, without warnings of the entries of an index that are no arguments."""
+        """As in diffusers, without warnings about entries of an index that are no arguments."""
         arguments = {name: value for name, value in config_dict.items() if name not in _NO_ARGUMENTS}
         return super().extract_init_dict(arguments, **kwargs)  # type: ignore[misc]
 
 
 def claim_repository(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-    """Makes a repository on the Hub unless it exists; arguments and errors as in ``push_to_hub``.
-
-    Returns:
-        ``"owner/name"``.
-    """
+    """Makes a repository on the Hub unless it exists: its ``"owner/name"``; the rest is as in ``push_to_hub``."""
     with _refusals_explained(repo_id):
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         if private and not model_info(repo_id, token=token).private:
-            raise ValueError(
-                f"private must be left out for {repo_id!r}, which exists and is public: choose another name, or make "
-                "it private in its settings first"
-            )
+            remedy = "choose another name, or make it private in its settings first"
+            raise ValueError(f"private must be left out for {repo_id!r}, which exists and is public: {remedy}")
     return repo_id
 
 
@@ -306,13 +275,10 @@ def upload_checkpoint(
     create_pr: bool = False,
     revision: str | None = None,
 ) -> str:
-    """Uploads a folder that ``save_pretrained`` has written, a card and pictures in it too, in one commit.
+    """Uploads a folder that ``save_pretrained`` has written, with any card and pictures, in one commit: its address.
 
-    Earlier weights of the same components and variants are deleted by that commit. Arguments and errors are those of
+    The commit deletes earlier weights of the same components and variants. Arguments and errors are as in
     ``push_to_hub``; ``repo_id`` is from :func:`claim_repository`.
-
-    Returns:
-        Address of the commit.
     """
     with _refusals_explained(repo_id):
         if revision is not None:
@@ -332,46 +298,44 @@ def upload_checkpoint(
 
 @contextlib.contextmanager
 def _refusals_explained(repo_id: str) -> Iterator[None]:
-    """Turns the Hub's refusal to write into a ``ValueError``; other failures stay what they are."""
+    """Turns the Hub's refusal to write into a ``ValueError``; other errors pass."""
     try:
         yield
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         status = error.response.status_code
         if status not in (401, 403, 404):
             raise
-        raise ValueError(
-            f"repo_id must be a repository that your token may write to, got {repo_id!r}, refused with status "
-            f"{status}: log in by `hf auth login` with a token that has write permission, or set HF_TOKEN"
-        ) from error
+        got = f"{repo_id!r}, refused with status {status}"
+        remedy = "log in by `hf auth login` with a token that has write permission, or set HF_TOKEN"
+        raise ValueError(f"repo_id must be a repository that your token may write to, got {got}: {remedy}") from error
 
 
 def _download(repo_id: str, options: dict[str, Any]) -> str:
     """The folder of a checkpoint of the Hub, downloaded unless it is in the cache."""
     try:
         return snapshot_download(repo_id, allow_patterns=_PARTS, **options)
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         revision = options["revision"]
         raise ValueError(f"revision must be a branch, tag or commit of {repo_id!r}, got {revision!r}") from error
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        if isinstance(error, LocalEntryNotFoundError):
+    except (errors.HFValidationError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
+        if isinstance(error, errors.LocalEntryNotFoundError):
             why = "which is no folder, has not been downloaded before, and cannot be had from the Hub now"
-        elif isinstance(error, (HFValidationError, RepositoryNotFoundError)):
+        elif isinstance(error, (errors.HFValidationError, errors.RepositoryNotFoundError)):
             why = "which is neither, or private and not for your token (`hf auth login`)"
         else:
             why = f"which the Hub refused with status {error.response.status_code}"
-        raise ValueError(
-            f"pretrained_model_name_or_path must be a folder or a repository on the Hub, got {repo_id!r}, {why}"
-        ) from error
+        accepted = "a folder or a repository on the Hub"
+        raise ValueError(f"pretrained_model_name_or_path must be {accepted}, got {repo_id!r}, {why}") from error
 
 
 def _class_to_save(pipe: Any, include_custom_code: bool) -> type:
-    """The class that a checkpoint of a pipeline names: its own, or the one of ours that it is derived from."""
+    """The class that a checkpoint names: the pipeline's own, or that of ours from which it is derived."""
     ours = (cls for cls in type(pipe).__mro__ if cls.__module__.split(".")[0] in _OURS)
     return type(pipe) if include_custom_code else next(ours, type(pipe))
 
 
 def _code_of(pipe: Any, include_custom_code: bool) -> dict[str, tuple[type, list[Path]]]:
-    """What is to be shipped with a pipeline, ``""``, and with its components: the class, and its source files."""
+    """The class and its source files for each component of a pipeline, and for the pipeline, ``""``."""
     classes = {"": _class_to_save(pipe, include_custom_code)}
     for name, component in pipe.components.items():
         cls = type(getattr(component, "_orig_mod", component))  # what torch.compile wraps
@@ -380,21 +344,16 @@ def _code_of(pipe: Any, include_custom_code: bool) -> dict[str, tuple[type, list
     code = {}
     for name, cls in classes.items():
         what = f"component {name!r}" if name else "pipeline"
-        try:
+        is_there = False
+        with contextlib.suppress(TypeError, OSError):
             source = Path(inspect.getfile(cls))
             is_there = source.is_file()
-        except (TypeError, OSError):
-            is_there = False
         if not is_there:
-            raise ValueError(
-                f"{what} must have a class whose source file can be shipped, got {cls.__name__} without one: define it "
-                "in a file of its own"
-            )
+            got = f"{cls.__name__} without one: define it in a file of its own"
+            raise ValueError(f"{what} must have a class whose source file can be shipped, got {got}")
         if cls.__module__.split(".")[0] not in _OURS and not include_custom_code:
-            raise ValueError(
-                f"{what} must have a class of mechdiffusers, diffusers or transformers, got {cls.__name__}: "
-                f"include_custom_code=True ships {source}, with everything that stands in it"
-            )
+            got = f"{cls.__name__}: include_custom_code=True ships {source}, with everything that stands in it"
+            raise ValueError(f"{what} must have a class of mechdiffusers, diffusers or transformers, got {got}")
         code[name] = (cls, [source, *(source.parent / f"{name}.py" for name in get_relative_imports(source))])
     return code
 
@@ -412,7 +371,7 @@ def _ship_code(code: dict[str, tuple[type, list[Path]]], folder: Path) -> None:
 
 
 def _forget_origin(folder: Path) -> None:
-    """Takes the place that a part was loaded from out of its configuration: a path of the machine it was made on."""
+    """Removes the path that a part was loaded from, on this machine, from its configuration."""
     for path in (folder / _INDEX, *folder.glob("*/*config.json")):
         config = json.loads(path.read_text())
         if config.pop("_name_or_path", None) is not None:
@@ -426,7 +385,7 @@ def _files_below(folder: Path) -> list[str]:
 
 
 def _stale_weights(there: Iterable[str], written: Iterable[str]) -> list[str]:
-    """Weight files that are there of the components and variants of those written, but are none of them."""
+    """Earlier weight files of the components and variants that were written."""
 
     def kind(name: str) -> tuple[str, str | None] | None:
         folder, _, file = name.rpartition("/")
@@ -439,7 +398,7 @@ def _stale_weights(there: Iterable[str], written: Iterable[str]) -> list[str]:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Puts a file in its place in one step, on another file system too."""
+    """Moves a file in one step, also to another file system."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.replace(source, target)
@@ -461,9 +420,8 @@ def _checked_index(folder: Path) -> dict[str, Any]:
         except ValueError as error:
             raise ValueError(f"{path} is damaged, not JSON: {error}; {_REMEDY}") from error
         if not (isinstance(content, dict) and "_class_name" in content):
-            raise ValueError(
-                f"{path} is damaged: it must be a mapping with a _class_name, as save_pretrained writes it"
-            )
+            accepted = "a mapping with a _class_name, as save_pretrained writes it"
+            raise ValueError(f"{path} is damaged: it must be {accepted}")
     for path in sorted(folder.glob("*/*.safetensors")):
         try:
             with safe_open(path, framework="pt"):
