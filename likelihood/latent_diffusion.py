@@ -47,7 +47,7 @@ class ContinuousDiffusion:
 
     def log_snr(self, timesteps: Tensor) -> Tensor:
         """Log-SNR at timesteps of any shape, float64."""
-        return _like(timesteps, self.curve.at(timesteps.double().cpu().numpy()))
+        return _like(timesteps, self.curve.at(timesteps.cpu().double().numpy()))
 
     def timesteps(self, log_snr: Tensor) -> Tensor:
         """The inverse of :meth:`log_snr`, limited to the ends."""
