@@ -27,6 +27,7 @@ DIMS = 3
 LATENTS = GaussianMixture([1.0], [[-0.24] * DIMS], 0.64 * torch.eye(DIMS, dtype=torch.float64)[None])
 
 
+@dataclasses.dataclass(frozen=True)
 class KnownPrior(Prior):
     """A prior of a user's own: the density of the latents themselves."""
 
