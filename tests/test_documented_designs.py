@@ -247,3 +247,10 @@ def test_the_page_of_mechanics_has_the_designs_that_were_not_solved():
     designs = recorded("inverse_design")["designs"]
     simulated = designs["targets"] * designs["designs_a_target"]
     assert f"{designs['unsolved']} of the {simulated:,} in [`inverse_design.json`]" in words("docs/mechanics.md")
+
+
+def test_the_page_on_performance_has_what_a_busy_neighbour_costs():
+    text = words("docs/performance.md")
+    for digits, row in zip((3, 1, 0), recorded("busy_neighbour").values(), strict=True):
+        alone, beside = (f"{row[f'{name}_seconds']:.{digits}f} s" for name in ("alone", "beside"))
+        assert f"| {alone} | {beside} | {row['times_as_long']:.1f} |" in text
