@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
-from mechdiffusers.microstructures.read_designs import read_designs
 from torch import Tensor
 
 from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.microstructures.build_dataset.columns import dataset_of, designs_of, grey_levels
 from mechdiffusers.microstructures.dataset_folder import write_dataset_folder
+from mechdiffusers.microstructures.read_designs import read_designs
 from mechdiffusers.microstructures.response_table import ResponseTable, read_response_table
 
 __all__ = ["add_arguments", "dataset_from_responses", "match_names", "run"]
@@ -197,8 +197,8 @@ def _common_strains(table: ResponseTable, given: Sequence[float] | None) -> list
             low, high = max(each[0] for each in strains), min(each[-1] for each in strains)
             raise ValueError(
                 f"strains must be given, since curves of {case!r} have different ones: {len(one)} points to "
-                f"{one[-1]:g} for {first!r}, {len(other)} to {other[-1]:g} for {second!r} ({table.where(second)}); all reach from "
-                f"{low:g} to {high:g}"
+                f"{one[-1]:g} for {first!r}, {len(other)} to {other[-1]:g} for {second!r} ({table.where(second)}); all "
+                f"reach from {low:g} to {high:g}"
             )
     found = [list(next(iter(strains))) for strains in by_case.values()]
     if len({len(strains) for strains in found}) > 1:
