@@ -15,6 +15,7 @@ from scipy.stats import binomtest
 from mechdiffusers.mechanics import simulate
 from mechdiffusers.mechanics.load_cases import LOAD_CASES
 from mechdiffusers.microstructures import random_composites
+from mechdiffusers.microstructures.build_dataset.columns import dataset_of, grey_levels
 from mechdiffusers.models import ResponseEncoder
 from mechdiffusers.models.response_predictor import SYMMETRIES
 from mechdiffusers.pipelines import LatentDDPMPipeline
@@ -60,6 +61,21 @@ def test_a_folder_of_splits_gives_designs_with_responses_and_its_own_heldout_one
     images, responses = (torch.stack(part) for part in zip(*designs.train, strict=True))
     np.testing.assert_array_equal(images[:, 0] / 255, DESIGNS[16:])
     np.testing.assert_array_equal(responses, responses_of(DESIGNS[16:]))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "other", [{"strains": [[0.4, 0.5, 0.6]] * 2}, {"material": {**MEANING["material"], "young_stiff": 1000.0}}]
+)
+def test_a_heldout_split_whose_responses_have_another_meaning_is_refused(tmp_path, other, streaming):
+    folder = write_dataset(tmp_path / "d")
+    heldout = dataset_of(grey_levels(DESIGNS[:16]), responses_of(DESIGNS[:16]), {}, {**MEANING, **other})
+    heldout.to_parquet(folder / "heldout.parquet")
+    with pytest.raises(
+        ValueError, match="^all responses must have one meaning, got .* with another one in its heldout"
+    ):
+        load(folder, streaming=streaming, num_train_designs=48)
+    assert load(folder / "heldout.parquet", num_heldout_designs=4).meaning == {**MEANING, **other}
 
 
 def test_a_design_keeps_its_response_when_the_split_is_drawn_and_on_a_stream(dataset):
