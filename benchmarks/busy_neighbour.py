@@ -22,6 +22,7 @@ from record import record
 
 from mechdiffusers import LatentDDPMPipeline, random_composites, refine, simulate
 from mechdiffusers.evaluation.inverse_design import load_split, stored_designs, stored_responses
+from mechdiffusers.mechanics import ResponseSpec
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,12 +36,12 @@ def main() -> None:
     small, _ = random_composites(2, size=16)
     pipe = LatentDDPMPipeline.from_pretrained(ROOT / "checkpoints" / "composites-32")
     heldout = load_split(ROOT / "data" / "composites-32", "heldout").select(range(3))
-    target, meaning = stored_responses(heldout)[:1], pipe.response_encoder.config.meaning
+    target, spec = stored_responses(heldout)[:1], ResponseSpec.of(pipe)
     starts, response = stored_designs(heldout)[1:], stored_responses(heldout)[1:]
     short = {
         "simulate, two designs of 16 x 16": lambda: simulate(small, ["uniaxial_extension"], element_order=1),
         "refine, a step of two designs": lambda: refine(
-            starts, target, meaning, pipe.predict_response, response=response, num_rounds=1, num_coarse_steps=0
+            starts, target, spec, pipe.predict_response, response=response, num_rounds=1, num_coarse_steps=0
         ),
     }
     figures = {name: ratio(task, arguments.repeats) for name, task in short.items()}

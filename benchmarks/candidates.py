@@ -14,6 +14,7 @@ import torch
 from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.evaluation.inverse_design import response_error
 from mechdiffusers.likelihood import ContinuousPrior, LatentLikelihood
+from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.microstructures.build_dataset.columns import designs_of, grey_levels
 from mechdiffusers.microstructures.build_dataset.parts import compute_by_parts
 from mechdiffusers.pipelines import LatentDDPMPipeline
@@ -86,14 +87,14 @@ def kept(folder: Path, recipe: list[Any], make: Callable[[], np.ndarray]) -> np.
 
 
 def errors_of(
-    designs: np.ndarray, targets: np.ndarray, meaning: dict[str, Any], folder: Path, device: str | None = None
+    designs: np.ndarray, targets: np.ndarray, spec: ResponseSpec, folder: Path, device: str | None = None
 ) -> np.ndarray:
     """Errors by finite elements, shape ``(T, n)``, of designs ``(T n, H, W)`` for targets ``(T, L, S)``.
 
     Parts of 16 designs are kept in ``folder``: after a kill the same call goes on where it was.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    response = compute_by_parts(grey_levels(designs), meaning, folder, device, progress=True)
+    response = compute_by_parts(grey_levels(designs), spec, folder, device, progress=True)
     per_target = len(designs) // len(targets)
     return response_error(response, np.repeat(targets, per_target, axis=0)).reshape(len(targets), per_target)
 
@@ -102,7 +103,7 @@ def autoencoder(
     pipe: LatentDDPMPipeline,
     designs: np.ndarray,
     targets: np.ndarray,
-    meaning: dict[str, Any],
+    spec: ResponseSpec,
     folder: Path,
     device: str | None = None,
 ) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def autoencoder(
     changed = (decoded != designs).any((1, 2))
     errors = np.zeros(len(designs))
     if changed.any():
-        errors[changed] = errors_of(decoded[changed], targets[changed], meaning, folder, device)[:, 0]
+        errors[changed] = errors_of(decoded[changed], targets[changed], spec, folder, device)[:, 0]
     return {
         "error_percent": percent(errors),
         "worst_percent": 100 * float(errors.max()),

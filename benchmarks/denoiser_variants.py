@@ -23,7 +23,7 @@ from record import record
 from torch.utils.data import TensorDataset
 
 from mechdiffusers.evaluation.inverse_design import designs_for, load_split, stored_designs, stored_responses
-from mechdiffusers.microstructures import response_meaning
+from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.schedulers import stock_scheduler
 from mechdiffusers.training.accelerators import precision_of, stage_accelerator
@@ -51,7 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     heldout = load_split(arguments.dataset, "heldout")
-    meaning, stored = response_meaning(heldout), stored_responses(heldout)
+    spec, stored = ResponseSpec.of(heldout), stored_responses(heldout)
     rows = np.flatnonzero(np.isfinite(stored).all((1, 2)))
     targets, bounded = stored[rows[: arguments.num_targets]], rows[: arguments.num_bounded]
     originals = stored_designs(heldout.select(bounded))
@@ -74,9 +74,9 @@ def main() -> None:
         for name, scale in {"denoiser_alone": 0.0, "with_predictor": 4.0}.items():
             sampling = {"num_inference_steps": 25, "predictor_guidance_scale": scale, "seed": arguments.seed}
             recipe = [fingerprint(folder / "pipeline"), sampling, targets.tolist(), arguments.num_designs]
-            draw = partial(designs_for, pipe, targets, arguments.num_designs, meaning=meaning, **sampling)
+            draw = partial(designs_for, pipe, targets, arguments.num_designs, spec=spec, **sampling)
             designs = kept(arguments.run_dir, recipe, draw)
-            errors = errors_of(designs, targets, meaning, arguments.run_dir / "responses", arguments.device)
+            errors = errors_of(designs, targets, spec, arguments.run_dir / "responses", arguments.device)
             found[name] = summary(errors)
         figures["variants"][options or "as released"] = found
     record(figures, arguments.output)

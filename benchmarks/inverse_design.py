@@ -36,7 +36,7 @@ from mechdiffusers.evaluation.inverse_design import (
     stored_responses,
     verify,
 )
-from mechdiffusers.microstructures import response_meaning
+from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.pipelines import LatentDDPMPipeline
 
 #: Targets whose designs are generated and kept at once.
@@ -50,7 +50,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     train, heldout = load_split(arguments.dataset, "train"), load_split(arguments.dataset, "heldout")
-    meaning = response_meaning(heldout)
+    spec = ResponseSpec.of(heldout)
     stored = stored_responses(heldout)
     rows = np.flatnonzero(np.isfinite(stored).all((1, 2)))[: arguments.num_targets]
     targets, originals = stored[rows], stored_designs(heldout.select(rows))
@@ -68,7 +68,7 @@ def main() -> None:
         )
         parts.append(part)
     designs = np.concatenate(parts)
-    errors = errors_of(designs, targets, meaning, arguments.run_dir / "responses", arguments.device)
+    errors = errors_of(designs, targets, spec, arguments.run_dir / "responses", arguments.device)
     nearest = nearest_training_designs(targets, train, arguments.num_designs)
     figures = {
         "designs": {**summary(errors), "best_of_percent": best_of(errors)},
@@ -89,14 +89,12 @@ def main() -> None:
             "designs": bounds(pipe, designs[:: arguments.num_designs], targets, arguments.seed),
             "heldout_designs": bounds(pipe, originals, targets, arguments.seed),
         },
-        "autoencoder": autoencoder(
-            pipe, originals, targets, meaning, arguments.run_dir / "responses", arguments.device
-        ),
+        "autoencoder": autoencoder(pipe, originals, targets, spec, arguments.run_dir / "responses", arguments.device),
         "scheduler": arguments.scheduler,
         **options,
     }
     if arguments.num_timed:
-        figures["from_target_to_verified"] = timed(pipe, targets[: arguments.num_timed], meaning, arguments, options)
+        figures["from_target_to_verified"] = timed(pipe, targets[: arguments.num_timed], spec, arguments, options)
     record(figures, arguments.output)
 
 
@@ -116,7 +114,7 @@ def bounds(
 
 
 def timed(
-    pipe: LatentDDPMPipeline, targets: np.ndarray, meaning: dict[str, Any], arguments: Any, options: dict[str, Any]
+    pipe: LatentDDPMPipeline, targets: np.ndarray, spec: ResponseSpec, arguments: Any, options: dict[str, Any]
 ) -> dict[str, float]:
     """Seconds from one target to its verified designs, the mean over targets, after one call to warm up."""
     designs_for(pipe, targets[:1], 1, **options)
@@ -125,7 +123,7 @@ def timed(
         start = time.perf_counter()
         designs = designs_for(pipe, target[None], arguments.num_designs, seed=arguments.seed + 1, **options)
         middle = time.perf_counter()
-        verify(designs, target, meaning, device=arguments.device)
+        verify(designs, target, spec, device=arguments.device)
         seconds["generation"] += (middle - start) / len(targets)
         seconds["verification"] += (time.perf_counter() - middle) / len(targets)
     return {"designs": arguments.num_designs, **seconds, "seconds": sum(seconds.values())}

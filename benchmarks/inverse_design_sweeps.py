@@ -25,7 +25,7 @@ from mechdiffusers.evaluation.inverse_design import (
     stored_designs,
     stored_responses,
 )
-from mechdiffusers.microstructures import response_meaning
+from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.schedulers import (
     STOCK_SCHEDULERS,
@@ -63,7 +63,7 @@ def main() -> None:
     stored = stored_responses(heldout)
     solved = np.flatnonzero(np.isfinite(stored).all((1, 2)))
     targets = stored[solved[: arguments.num_targets]]
-    point = points(targets, response_meaning(heldout), arguments)
+    point = points(targets, ResponseSpec.of(heldout), arguments)
 
     number, chosen = arguments.num_inference_steps, arguments.scheduler
     figures: dict[str, Any] = {
@@ -92,7 +92,7 @@ def main() -> None:
     record(figures, arguments.output)
 
 
-def points(targets: np.ndarray, meaning: dict[str, Any], arguments: Any) -> Callable[..., dict[str, Any]]:
+def points(targets: np.ndarray, spec: ResponseSpec, arguments: Any) -> Callable[..., dict[str, Any]]:
     """A function that gives the summary of the errors of a checkpoint with a scheduler, steps and other options."""
     pipes: dict[Path, tuple[LatentDDPMPipeline, Mapping[str, Any], str]] = {}
 
@@ -116,11 +116,11 @@ def points(targets: np.ndarray, meaning: dict[str, Any], arguments: Any) -> Call
                 arguments.num_designs,
                 seed=arguments.seed,
                 num_inference_steps=steps,
-                meaning=meaning,
+                spec=spec,
                 **options,
             ),
         )
-        return summary(errors_of(designs, targets, meaning, arguments.run_dir / "responses", arguments.device))
+        return summary(errors_of(designs, targets, spec, arguments.run_dir / "responses", arguments.device))
 
     return point
 

@@ -36,7 +36,7 @@ from mechdiffusers.evaluation.inverse_design import (
     stored_responses,
     verify,
 )
-from mechdiffusers.microstructures import response_meaning
+from mechdiffusers.mechanics import ResponseSpec
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
 
     train, heldout = load_split(arguments.dataset, "train"), load_split(arguments.dataset, "heldout")
     heldout = heldout.select(range(min(arguments.num_targets, len(heldout))))
-    meaning, targets, originals = response_meaning(heldout), stored_responses(heldout), stored_designs(heldout)
+    spec, targets, originals = ResponseSpec.of(heldout), stored_responses(heldout), stored_designs(heldout)
     num, folder = arguments.num_designs, arguments.run_dir / "responses"
 
     pipe, options, recipe = drawing(arguments)
@@ -61,8 +61,8 @@ def main() -> None:
     )
     training_designs = stored_designs(train)
     figures = {
-        "autoencoder": autoencoder(pipe, originals, targets, meaning, folder, arguments.device),
-        "designs": summary(errors_of(designs, targets, meaning, folder, arguments.device)),
+        "autoencoder": autoencoder(pipe, originals, targets, spec, folder, arguments.device),
+        "designs": summary(errors_of(designs, targets, spec, folder, arguments.device)),
         "random_training_designs": summary(random_errors(targets, stored_responses(train), num, arguments.seed)),
         "nearest_training_designs": summary(nearest_training_designs(targets, train, num).error),
         "novelty": {
@@ -76,7 +76,7 @@ def main() -> None:
     if pipe.response_predictor is not None:
         figures["predictor_error_percent"] = percent(response_error(pipe.predict_response(originals).numpy(), targets))
     if arguments.figure:
-        first = verify(designs[:num], targets[0], meaning, binary=False, device=arguments.device)
+        first = verify(designs[:num], targets[0], spec, binary=False, device=arguments.device)
         save_verification_figure(first, arguments.figure, name="energy of a held-out digit")
     record(figures, arguments.output)
 

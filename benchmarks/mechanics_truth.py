@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from record import record
 
-from mechdiffusers.mechanics import simulate
-from mechdiffusers.microstructures import load_mechanical_mnist, response_meaning
+from mechdiffusers.mechanics import ResponseSpec, simulate
+from mechdiffusers.microstructures import load_mechanical_mnist
 from mechdiffusers.microstructures.build_dataset.columns import designs_of
 
 FIRST = 2  # of the strains whose energies have digits
@@ -29,7 +29,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     dataset = load_mechanical_mnist(arguments.data)
-    strains = response_meaning(dataset)["strains"][0]
+    strains = ResponseSpec.of(dataset).strains[0]
     rows = dataset.with_format("numpy")[: arguments.rows]
     designs = designs_of(rows["image"])
     published = rows["response"][:, 0, FIRST:].astype(np.float64)

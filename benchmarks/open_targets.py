@@ -23,7 +23,7 @@ from mechdiffusers.evaluation.inverse_design import (
     response_error,
     stored_responses,
 )
-from mechdiffusers.microstructures import response_meaning
+from mechdiffusers.mechanics import ResponseSpec
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     add_sampling(parser)
     arguments = parser.parse_args()
     train, heldout = load_split(arguments.dataset, "train"), load_split(arguments.dataset, "heldout")
-    meaning, stored = response_meaning(heldout), stored_responses(heldout)
+    spec, stored = ResponseSpec.of(heldout), stored_responses(heldout)
     whole = stored[np.isfinite(stored).all((1, 2))][: arguments.num_targets]
     pipe, options, recipe = drawing(arguments)
     recipe += [arguments.seed, arguments.num_designs]
@@ -39,7 +39,7 @@ def main() -> None:
     for name, target in left_open(whole).items():
         make = partial(designs_for, pipe, target, arguments.num_designs, seed=arguments.seed, progress=True, **options)
         designs = kept(arguments.run_dir, [*recipe, target.tolist()], make)
-        errors = partial(errors_of, designs, meaning=meaning, folder=arguments.run_dir / "responses")
+        errors = partial(errors_of, designs, spec=spec, folder=arguments.run_dir / "responses")
         nearest = nearest_training_designs(target, train, arguments.num_designs)
         everywhere = [response_error(found, wanted) for found, wanted in zip(nearest.response, whole, strict=True)]
         figures[name] = {

@@ -16,8 +16,7 @@ from matplotlib.figure import Figure
 from record import record
 
 from mechdiffusers.evaluation.inverse_design import TargetRange, load_split, stored_responses
-from mechdiffusers.mechanics import simulated_response
-from mechdiffusers.microstructures import response_meaning
+from mechdiffusers.mechanics import ResponseSpec
 
 LEVELS = (0.01, 0.05)
 
@@ -37,8 +36,8 @@ def main() -> None:
     reach = TargetRange(training, calibration)
 
     # of the stiff phase alone, on a coarse mesh, which is too stiff by per cents at most: the safe side
-    meaning = response_meaning(heldout)
-    stiff = simulated_response(np.ones((1, 8, 8)), meaning)[0]
+    spec = ResponseSpec.of(heldout)
+    stiff = spec.simulator()(np.ones((1, 8, 8)))[0]
     targets = impossible(possible, stiff, np.random.default_rng(arguments.seed))
     inside = reach.check(possible, level=0)
     p_possible = inside.p_value

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.evaluation.inverse_design import designs_for, load_split, stored_designs, stored_responses
-from mechdiffusers.microstructures import response_meaning
+from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.models import ResponseEncoder
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.schedulers import stock_scheduler
@@ -50,7 +50,7 @@ def main() -> None:
     pipe = LatentDDPMPipeline.from_pretrained(arguments.checkpoint).to(arguments.device)
     pipe.set_progress_bar_config(disable=True)
     heldout = load_split(arguments.dataset, "heldout")
-    meaning, stored = response_meaning(heldout), stored_responses(heldout)
+    spec, stored = ResponseSpec.of(heldout), stored_responses(heldout)
     targets = stored[np.isfinite(stored).all((1, 2))][: arguments.num_targets]
     unet, encoder, training = trained(pipe, arguments)
 
@@ -61,7 +61,7 @@ def main() -> None:
 
     def latents(scale: float, wanted: np.ndarray, num: int, name: str, steps: int) -> np.ndarray:
         pipe.scheduler = stock_scheduler(name, pipe.scheduler.config)
-        options = {"num_inference_steps": steps, "predictor_guidance_scale": scale, "meaning": meaning}
+        options = {"num_inference_steps": steps, "predictor_guidance_scale": scale, "spec": spec}
         return designs_for(pipe, wanted, num, seed=arguments.seed, **options)
 
     figures: dict[str, Any] = {"pixel_training": training}
@@ -80,7 +80,7 @@ def main() -> None:
             make(targets[:1], arguments.num_designs, *sampler)
             figures[f"{model}, {sampler[1]} {label} steps"] = {
                 "seconds_for_the_designs_of_a_target": time.perf_counter() - start,
-                **summary(errors_of(designs, targets, meaning, arguments.run_dir / "responses", arguments.device)),
+                **summary(errors_of(designs, targets, spec, arguments.run_dir / "responses", arguments.device)),
             }
     record(figures, arguments.output)
 

@@ -18,7 +18,7 @@ of four targets are kept in --run_dir, so that the same command goes on after an
 import hashlib
 import json
 import time
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 from candidates import add_sampling, bound, common_arguments, drawing, percent
@@ -39,8 +39,7 @@ from mechdiffusers.evaluation.inverse_design import (
     stored_designs,
     stored_responses,
 )
-from mechdiffusers.mechanics import simulated_response
-from mechdiffusers.microstructures import response_meaning
+from mechdiffusers.mechanics import ResponseSpec
 
 #: Targets of a part.
 _PART = 4
@@ -61,12 +60,12 @@ def main() -> None:
         parser.error(f"num_refined must be between 1 and num_designs={arguments.num_designs}, got {num_refined}")
 
     train, heldout = load_split(arguments.dataset, "train"), load_split(arguments.dataset, "heldout")
-    meaning, stored = response_meaning(heldout), stored_responses(heldout)
+    spec, stored = ResponseSpec.of(heldout), stored_responses(heldout)
     rows = np.flatnonzero(np.isfinite(stored).all((1, 2)))[: arguments.num_targets]
     pipe, options, recipe = drawing(arguments)
     recipe += [arguments.num_designs]
     rounds = {"num_rounds": arguments.num_rounds, "num_coarse_steps": arguments.num_coarse_steps}
-    recipe += [num_refined, rounds, arguments.seed, meaning]
+    recipe += [num_refined, rounds, arguments.seed, spec.to_dict()]
     training_designs = stored_designs(train)
     if arguments.from_training_designs:
         recipe.append(hashlib.sha256(training_designs.tobytes() + stored_responses(train).tobytes()).hexdigest())
@@ -81,11 +80,11 @@ def main() -> None:
                 drawn = start
                 few = known_in_curve_shape(targets, train, arguments.num_designs, num_refined)
             else:
-                designs = designs_for(pipe, targets, arguments.num_designs, seed=seed, meaning=meaning, **options)
+                designs = designs_for(pipe, targets, arguments.num_designs, seed=seed, spec=spec, **options)
                 drawn = time.perf_counter()
-                few = nearest_in_curve_shape(designs, targets, meaning, num_refined, device=arguments.device)
+                few = nearest_in_curve_shape(designs, targets, spec, num_refined, device=arguments.device)
             chosen_at = time.perf_counter()
-            refined = refine(few, targets, meaning, pipe.predict_response, **rounds, seed=seed, device=arguments.device)
+            refined = refine(few, targets, spec, pipe.predict_response, **rounds, seed=seed, device=arguments.device)
             end = time.perf_counter()
             found = {"chosen": few, "refined": refined.designs, "error": refined.error}
             found["seconds"] = np.diff([start, drawn, chosen_at, end])
@@ -102,13 +101,13 @@ def main() -> None:
         np.arange(len(rows)), of_targets[..., -1].argmin(1)
     ]
     originals = stored_designs(heldout.select(rows))
-    coarse = simulated_response(originals, {**meaning, "element_order": 1}, arguments.device)
+    coarse = spec.simulator(element_order=1, device=arguments.device)(originals)
     followed = np.isfinite(coarse).all((1, 2))
     coarse, fine = coarse[followed], stored[rows][followed]
     finer = slice(arguments.num_finer)
-    on_finer_mesh = error_on_a_finer_mesh(nearest[finer], originals[finer], meaning, arguments.device)
+    on_finer_mesh = error_on_a_finer_mesh(nearest[finer], originals[finer], spec, arguments.device)
     drawn = 0 if arguments.from_training_designs else arguments.num_designs
-    steps = arguments.num_coarse_steps if meaning["element_order"] > 1 else 0
+    steps = arguments.num_coarse_steps if spec.solver["element_order"] > 1 else 0
     seconds = sum(each["seconds"] for each in parts) / len(rows)
     figures = {
         "targets": len(rows),
@@ -155,12 +154,12 @@ def known_in_curve_shape(targets: np.ndarray, train: Dataset, num_known: int, nu
     return designs.reshape(-1, *designs.shape[2:]).astype(np.float32)
 
 
-def error_on_a_finer_mesh(
-    designs: np.ndarray, originals: np.ndarray, meaning: dict[str, Any], device: str
-) -> np.ndarray:
+def error_on_a_finer_mesh(designs: np.ndarray, originals: np.ndarray, spec: ResponseSpec, device: str) -> np.ndarray:
     """Errors of designs ``(B, H, W)`` against those that their targets are of, with 2 x 2 elements a pixel for both."""
     pixels = np.kron(np.concatenate([designs, originals]), np.ones((1, 2, 2)))
-    finer = simulated_response(pixels, {**meaning, "pixel_size": meaning["pixel_size"] / 2}, device)
+    finer = replace(spec, solver={**spec.solver, "pixel_size": spec.solver["pixel_size"] / 2}).simulator(device=device)(
+        pixels
+    )
     found, wanted = finer[: len(designs)], finer[len(designs) :]
     solved = np.isfinite(finer).all((1, 2)).reshape(2, -1).all(0)
     return response_error(found[solved], wanted[solved])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mechdiffusers import LatentDDPMPipeline, verify
+from mechdiffusers import LatentDDPMPipeline, ResponseSpec, verify
 from mechdiffusers.evaluation.inverse_design import read_targets
 from mechdiffusers.schedulers import stock_scheduler
 
@@ -23,13 +23,13 @@ logging.basicConfig(level=logging.INFO, format="%(message)s")
 
 pipe = LatentDDPMPipeline.from_pretrained(arguments.checkpoint)
 pipe.scheduler = stock_scheduler("dpmsolver++", pipe.scheduler.config)
-meaning = pipe.response_encoder.config.meaning
-names, targets = read_targets(arguments.targets, meaning)
+spec = ResponseSpec.of(pipe)
+names, targets = read_targets(arguments.targets, spec)
 options = {"num_inference_steps": arguments.steps, "num_candidates": 4, "num_refinements": 2}
 generator = torch.manual_seed(0)
 images = pipe(response=targets, num_images_per_response=4, generator=generator, output_type="np", **options).images
 designs = images[..., 0]
-report = verify(designs, targets, meaning, progress=True)
+report = verify(designs, targets, spec, progress=True)
 report.save(arguments.output_dir, names)
 for row in report.rows(names):
     logging.info("%(target)s, design %(design)d: error %(error).4f, rank %(rank)d", row)

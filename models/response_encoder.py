@@ -5,16 +5,16 @@ case becomes one token: a small network sees its normalised values, zero where u
 A response that is unspecified everywhere becomes the learned null tokens. So classifier-free guidance needs no second
 denoiser (Ho & Salimans 2021).
 
-What counts of a response is its relative error in each load case, and responses of two-phase designs range over more
-than a decade. So an entry :math:`y` is normalised on a logarithmic scale, but one that has a place for zero and below,
-as a target may lie there: :math:`(\operatorname{asinh}(y / s) - m) / d`, with :math:`s` near the least of the training
-data, and :math:`m` and :math:`d` the mean and the standard deviation of the first term.
+An entry :math:`y` is normalised to :math:`(\operatorname{asinh}(y / s) - m) / d`, with :math:`m` and :math:`d` the
+mean and the standard deviation of the first term over the training data. Without a sign, what counts is the relative
+error, and responses of two-phase designs range over more than a decade: :math:`s` lies near the least of the training
+data, so that the scale is logarithmic for them and still has a place for zero. With a sign, :math:`s` is the root mean
+square, so that the scale is linear around zero.
 
 This file travels inside checkpoints: it imports torch, numpy and diffusers alone.
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,14 +23,15 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-__all__ = ["ResponseEncoder", "difference_of_meanings", "normalise_response", "response_normalisation"]
+__all__ = ["ResponseEncoder", "normalise_response", "response_normalisation"]
 
 
-def response_normalisation(response: Tensor) -> dict[str, list[list[float]]]:
+def response_normalisation(response: Tensor, signed: bool = False) -> dict[str, list[list[float]]]:
     """What responses are normalised by, measured on training data.
 
     Args:
         response: Shape ``(B, L, S)``, NaN where unknown.
+        signed: Whether the response may be negative.
 
     Returns:
         ``scale``, ``mean`` and ``std``, the arguments of the networks that see or predict responses. An entry that is
@@ -41,7 +42,7 @@ def response_normalisation(response: Tensor) -> dict[str, list[list[float]]]:
 
     Example:
         >>> normalisation = response_normalisation(torch.rand(100, 2, 6))
-        >>> encoder = ResponseEncoder(16, meaning=meaning, **normalisation)  # doctest: +SKIP
+        >>> encoder = ResponseEncoder(16, spec=spec.to_dict(), **normalisation)  # doctest: +SKIP
     """
     values = response.double().numpy()
     if unknown := np.argwhere(np.isnan(values).all(0)).tolist():
@@ -52,7 +53,8 @@ def response_normalisation(response: Tensor) -> dict[str, list[list[float]]]:
     magnitudes = np.where(values == 0, np.nan, np.abs(values))
     with_some = ~np.isnan(magnitudes).all(0)
     scale = np.ones(values.shape[1:])
-    scale[with_some] = np.nanquantile(magnitudes[:, with_some], 0.01, axis=0)
+    known = magnitudes[:, with_some]
+    scale[with_some] = np.sqrt(np.nanmean(known**2, 0)) if signed else np.nanquantile(known, 0.01, axis=0)
     logarithms = np.arcsinh(values / scale)
     mean, std = np.nanmean(logarithms, 0), np.nanstd(logarithms, 0)
     std[std <= 1e-6 * np.abs(mean)] = 1
@@ -73,21 +75,21 @@ class ResponseEncoder(ModelMixin, ConfigMixin):
     Args:
         token_dim: D, the denoiser's ``cross_attention_dim``.
         hidden_dim: Width of the network that makes a token.
-        meaning: What the entries of a response are: ``load_cases`` (L names), ``strains`` (L lists of S magnitudes)
-            and whatever else travels with them (``quantity``, ``units``, ``element_order``, material). ``None`` makes
-            an encoder of no response at all, for an unconditional model.
+        spec: The specification of the responses, as ``ResponseSpec.to_dict`` gives it: ``load_cases`` (L names),
+            ``strains`` (L lists of S), ``signed`` and whatever else travels with them. ``None`` makes an encoder of no
+            response at all, for an unconditional model.
         scale: :math:`s` of each entry, L lists of S numbers in the units of the response, positive; this and the next
             two are what :func:`response_normalisation` gives.
         mean: :math:`m` of each entry.
         std: :math:`d` of each entry, positive.
 
     Raises:
-        ValueError: If ``meaning``, ``scale``, ``mean`` and ``std`` do not fit together.
+        ValueError: If ``spec``, ``scale``, ``mean`` and ``std`` do not fit together.
 
     Example:
-        >>> meaning = {"quantity": "stress", "load_cases": ["shear"], "strains": [[0.1, 0.2, 0.3]]}
+        >>> spec = {"quantity": "stress", "load_cases": ["shear"], "strains": [[0.1, 0.2, 0.3]]}
         >>> responses = torch.rand(100, 1, 3) + torch.tensor([1.0, 2.0, 3.0])
-        >>> encoder = ResponseEncoder(16, meaning=meaning, **response_normalisation(responses))
+        >>> encoder = ResponseEncoder(16, spec=spec, **response_normalisation(responses))
         >>> encoder(responses[:4]).shape
         torch.Size([4, 1, 16])
 
@@ -101,25 +103,25 @@ class ResponseEncoder(ModelMixin, ConfigMixin):
         self,
         token_dim: int = 32,
         hidden_dim: int = 128,
-        meaning: dict[str, Any] | None = None,
+        spec: dict[str, Any] | None = None,
         scale: list[list[float]] | None = None,
         mean: list[list[float]] | None = None,
         std: list[list[float]] | None = None,
     ):
         super().__init__()
-        if meaning is not None and not {"load_cases", "strains"} <= meaning.keys():
-            raise ValueError(f"meaning must have 'load_cases' and 'strains', got {sorted(meaning)}")
-        strains = [] if meaning is None else meaning["strains"]
+        if spec is not None and not {"load_cases", "strains"} <= spec.keys():
+            raise ValueError(f"spec must have 'load_cases' and 'strains', got {sorted(spec)}")
+        strains = [] if spec is None else spec["strains"]
         #: (L, S), the shape of a response; (0, 0) for an unconditional model.
         self.response_shape = (len(strains), len(strains[0]) if strains else 0)
         self.null_tokens = nn.Parameter(torch.randn(max(len(strains), 1), token_dim))
-        if meaning is None:
+        if spec is None:
             return
         shapes = {np.array(entries, dtype=float).shape for entries in (strains, scale, mean, std)}
-        if shapes != {self.response_shape} or len(meaning["load_cases"]) != len(strains):
+        if shapes != {self.response_shape} or len(spec["load_cases"]) != len(strains):
             raise ValueError(
                 f"scale, mean and std must be {self.response_shape[0]} lists of {self.response_shape[1]} numbers, as "
-                f"the strains of the load cases {meaning['load_cases']} are, got {scale!r}, {mean!r} and {std!r}"
+                f"the strains of the load cases {spec['load_cases']} are, got {scale!r}, {mean!r} and {std!r}"
             )
         for name, entries in (("scale", scale), ("std", std)):
             if not (np.array(entries) > 0).all():
@@ -131,8 +133,9 @@ class ResponseEncoder(ModelMixin, ConfigMixin):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in diffusers, which warns of the entry that it writes for ``AutoModel``."""
-        return super().extract_init_dict({key: config_dict[key] for key in config_dict if key != "auto_map"}, **kwargs)
+        """As in diffusers, without its own entry for ``AutoModel``; ``meaning`` is what ``spec`` was called once."""
+        known = {"spec" if key == "meaning" else key: config_dict[key] for key in config_dict if key != "auto_map"}
+        return super().extract_init_dict(known, **kwargs)
 
     def forward(self, response: Tensor) -> Tensor:
         """Tokens of a batch of responses.
@@ -150,7 +153,7 @@ class ResponseEncoder(ModelMixin, ConfigMixin):
         if response.shape[1:] != self.response_shape:
             raise ValueError(f"response must have shape (B, *{self.response_shape}), got {tuple(response.shape)}")
         null = self.null_tokens.expand(len(response), -1, -1)
-        if self.config.meaning is None:
+        if self.config.spec is None:
             return null
         given = ~response.isnan()
         values = torch.where(given, self.normalise(response), 0.0)
@@ -186,7 +189,7 @@ class ResponseEncoder(ModelMixin, ConfigMixin):
         num_cases, num_strains = self.response_shape
         if response is None:
             return torch.full((batch_size, num_cases, num_strains), math.nan)
-        if self.config.meaning is None:
+        if self.config.spec is None:
             raise ValueError("response must be None: this checkpoint was trained without responses")
         try:
             # a copy, since torch takes no view that runs backwards
@@ -195,7 +198,7 @@ class ResponseEncoder(ModelMixin, ConfigMixin):
                 raise TypeError
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(f"response must be a tensor or array of numbers, got {type(response).__name__}") from None
-        wanted, cases = wanted.float(), self.config.meaning["load_cases"]
+        wanted, cases = wanted.float(), self.config.spec["load_cases"]
         if wanted.ndim != 3 or tuple(wanted.shape[1:]) != self.response_shape:
             raise ValueError(
                 f"response must have shape (B, {num_cases}, {num_strains}): the load cases {cases} at {num_strains} "
@@ -207,47 +210,22 @@ class ResponseEncoder(ModelMixin, ConfigMixin):
             raise ValueError(
                 "response must be finite somewhere in each sample, NaN only where unspecified, and never infinite"
             )
-        if (wanted < 0).any():
+        if not self.config.spec.get("signed", False) and (wanted < 0).any():
             sample, case, strain = (wanted < 0).nonzero()[0].tolist()
             raise ValueError(
-                "response must be non-negative, since it belongs to magnitudes of strain, in compression too; got "
+                "response must be non-negative, since this checkpoint was trained without a sign; got "
                 f"{wanted[sample, case, strain].item():g} in sample {sample}, load case {cases[case]!r}"
             )
-        if ((wanted == 0).any(-1) & ~(wanted > 0).any(-1)).any():
-            raise ValueError("response must not be zero all along a load case: NaN leaves it unspecified")
         return wanted
 
-    def check_meaning(self, name: str, meaning: Mapping[str, Any]) -> None:
-        """Raises a ``ValueError`` unless a meaning, named in the message, is what this encoder was trained for."""
-        if self.config.meaning is None:
-            raise ValueError(f"{name} must be None: this checkpoint was trained without responses")
-        if not isinstance(meaning, Mapping):
-            raise ValueError(
-                f"{name} must be a dictionary as mechdiffusers.response_meaning reads it from a dataset, got "
-                f"{meaning!r}"
-            )
-        if (other := difference_of_meanings(meaning, self.config.meaning)) is not None:
-            raise ValueError(f"{name} must agree with what response_encoder was trained for, got {other}")
-
-
-def difference_of_meanings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
-    """The first entry in which two meanings differ, in words, ``None`` if there is none."""
-    one, other = _as_saved(found), _as_saved(wanted)
-    for key in sorted(one.keys() | other.keys()):
-        if one.get(key) != other.get(key):
-            return f"another {key}: {one.get(key)}, not {other.get(key)}"
-    return None
-
-
-def _as_saved(value: Any) -> Any:
-    """A meaning as a file holds it, where tuples and arrays are lists, but not to the last digit."""
-    if isinstance(value, (np.ndarray, np.generic, Tensor)):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {str(key): _as_saved(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_as_saved(entry) for entry in value]
-    return float(f"{value:.9g}") if isinstance(value, float) else value
+    def check_spec(self, spec: Any) -> None:
+        """Raises a ``ValueError`` unless a ``ResponseSpec`` is of the responses that this encoder was trained for."""
+        if self.config.spec is None:
+            raise ValueError("spec must be None: this checkpoint was trained without responses")
+        if not hasattr(spec, "difference"):
+            raise ValueError(f"spec must be a ResponseSpec, as ResponseSpec.of(dataset) reads it, got {spec!r}")
+        if (difference := spec.difference(spec.from_dict(self.config.spec))) is not None:
+            raise ValueError(f"spec must agree with what response_encoder was trained for, got {difference}")
 
 
 # for AutoModel.from_pretrained(checkpoint, subfolder="response_encoder", trust_remote_code=True)

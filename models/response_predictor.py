@@ -57,8 +57,8 @@ class ResponsePredictor(ModelMixin, ConfigMixin):
     Args:
         block_out_channels: Widths of the blocks.
         layers_per_block: Residual layers of a block.
-        meaning: What the entries of a response are: ``load_cases`` (L names), ``strains`` (L lists of S magnitudes)
-            and whatever else travels with them.
+        spec: The specification of the responses, as ``ResponseSpec.to_dict`` gives it: ``load_cases`` (L names),
+            ``strains`` (L lists of S) and whatever else travels with them.
         scale: :math:`s` of each entry, L lists of S numbers in the units of the response, positive; this and the next
             two are what :func:`mechdiffusers.models.response_normalisation` gives.
         mean: :math:`m` of each entry.
@@ -67,12 +67,12 @@ class ResponsePredictor(ModelMixin, ConfigMixin):
             the index of that under which the design itself responds alike, ``None`` where there is none.
 
     Raises:
-        ValueError: If ``meaning``, ``scale``, ``mean`` and ``std`` do not fit together, or ``symmetries`` are unknown.
+        ValueError: If ``spec``, ``scale``, ``mean`` and ``std`` do not fit together, or ``symmetries`` are unknown.
 
     Example:
-        >>> meaning = {"quantity": "stress", "load_cases": ["shear"], "strains": [[0.1, 0.2, 0.3]]}
+        >>> spec = {"quantity": "stress", "load_cases": ["shear"], "strains": [[0.1, 0.2, 0.3]]}
         >>> responses = torch.rand(100, 1, 3) + torch.tensor([1.0, 2.0, 3.0])
-        >>> predictor = ResponsePredictor(meaning=meaning, **response_normalisation(responses))
+        >>> predictor = ResponsePredictor(spec=spec, **response_normalisation(responses))
         >>> predictor.predict(torch.zeros(4, 1, 32, 32)).shape
         torch.Size([4, 1, 3])
     """
@@ -82,23 +82,23 @@ class ResponsePredictor(ModelMixin, ConfigMixin):
         self,
         block_out_channels: tuple[int, ...] = (32, 64, 128),
         layers_per_block: int = 2,
-        meaning: dict[str, Any] | None = None,
+        spec: dict[str, Any] | None = None,
         scale: list[list[float]] | None = None,
         mean: list[list[float]] | None = None,
         std: list[list[float]] | None = None,
         symmetries: dict[str, list[int | None]] | None = None,
     ):
         super().__init__()
-        if meaning is None or not {"load_cases", "strains"} <= meaning.keys():
-            raise ValueError(f"meaning must have 'load_cases' and 'strains', got {meaning and sorted(meaning)}")
-        strains = meaning["strains"]
+        if spec is None or not {"load_cases", "strains"} <= spec.keys():
+            raise ValueError(f"spec must have 'load_cases' and 'strains', got {spec and sorted(spec)}")
+        strains = spec["strains"]
         #: (L, S), the shape of a response.
         self.response_shape = (len(strains), len(strains[0]) if strains else 0)
         shapes = {np.array(entries, dtype=float).shape for entries in (strains, scale, mean, std)}
-        if shapes != {self.response_shape} or len(meaning["load_cases"]) != len(strains):
+        if shapes != {self.response_shape} or len(spec["load_cases"]) != len(strains):
             raise ValueError(
                 f"scale, mean and std must be {self.response_shape[0]} lists of {self.response_shape[1]} numbers, as "
-                f"the strains of the load cases {meaning['load_cases']} are, got {scale!r}, {mean!r} and {std!r}"
+                f"the strains of the load cases {spec['load_cases']} are, got {scale!r}, {mean!r} and {std!r}"
             )
         for name, entries in (("scale", scale), ("std", std)):
             if not (np.array(entries) > 0).all():
@@ -108,7 +108,7 @@ class ResponsePredictor(ModelMixin, ConfigMixin):
             if name not in SYMMETRIES or len(cases) != len(strains) or any(case not in known for case in cases):
                 raise ValueError(
                     f"symmetries must be among {', '.join(SYMMETRIES)}, with an index of a load case or None for each "
-                    f"of {meaning['load_cases']}, got {name!r}: {cases!r}"
+                    f"of {spec['load_cases']}, got {name!r}: {cases!r}"
                 )
         widths = tuple(block_out_channels)
         groups = math.gcd(8, *widths)
@@ -130,8 +130,9 @@ class ResponsePredictor(ModelMixin, ConfigMixin):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in diffusers, which warns of the entry that it writes for ``AutoModel``."""
-        return super().extract_init_dict({key: config_dict[key] for key in config_dict if key != "auto_map"}, **kwargs)
+        """As in diffusers, without its own entry for ``AutoModel``; ``meaning`` is what ``spec`` was called once."""
+        known = {"spec" if key == "meaning" else key: config_dict[key] for key in config_dict if key != "auto_map"}
+        return super().extract_init_dict(known, **kwargs)
 
     def forward(self, images: Tensor) -> Tensor:
         """The normalised response of images, as the network alone sees them.
@@ -217,7 +218,9 @@ class ResponsePredictor(ModelMixin, ConfigMixin):
 
     @staticmethod
     def response_error(found: Tensor, wanted: Tensor) -> Tensor:
-        r"""Mean of :math:`\|y - y^*\| / \|y^*\|` over the load cases, those of zeros left out.
+        r"""Mean of :math:`\|y - y^*\| / \|y^*\|` over the load cases.
+
+        A load case that is to be zero is measured against the others, all zeros in units of the response.
 
         Args:
             found: Responses in physical units, shape ``(*, L, S)``.
@@ -228,7 +231,10 @@ class ResponsePredictor(ModelMixin, ConfigMixin):
         """
         given = ~wanted.isnan()
         distance, size = (torch.where(given, values, 0.0).norm(dim=-1) for values in (found - wanted, wanted))
-        error = torch.where(size > 0, distance / size, 0.0).sum(-1) / (size > 0).sum(-1).clamp(min=1)
+        cases = given.any(-1)
+        typical = (size.square().sum(-1, keepdim=True) / cases.sum(-1, keepdim=True).clamp(min=1)).sqrt()
+        size = torch.where(size > 1e-6 * typical, size, torch.where(typical > 0, typical, 1.0))
+        error = torch.where(cases, distance / size, 0.0).sum(-1) / cases.sum(-1).clamp(min=1)
         return torch.where(found.isfinite().flatten(-2).all(-1), error, math.inf)
 
 

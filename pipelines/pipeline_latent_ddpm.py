@@ -201,12 +201,12 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
         predictor_guidance_scale: float = 4.0,
         num_candidates: int = 1,
         num_refinements: int = 0,
-        meaning: dict[str, Any] | None = None,
+        spec: Any = None,
     ) -> ImagePipelineOutput | tuple:
         r"""Generates images: an [`ImagePipelineOutput`], or a tuple of them.
 
         Args:
-            response: Wanted responses, shape ``(B, L, S)``, NaN where unspecified; ``response_encoder.config.meaning``
+            response: Wanted responses, shape ``(B, L, S)``, NaN where unspecified; ``response_encoder.config.spec``
                 has their load cases, strains, quantity and units.
             batch_size: Number of images without a ``response``.
             num_images_per_response: Images for each response; the images of one response are neighbours.
@@ -237,8 +237,8 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
                 needs a ``response`` and a predictor.
             num_refinements: Number of SDEdit rounds (Meng et al. 2022): re-noise the best image to log-SNR 1, denoise
                 ``num_candidates`` variants, keep the best by predicted response. It needs what candidates need.
-            meaning: What the entries of ``response`` mean, as ``mechdiffusers.response_meaning`` reads it from a
-                dataset. Without it only the shape of a response is compared with the checkpoint's.
+            spec: The ``ResponseSpec`` of ``response``, which must be that of the checkpoint. Without it only the shape
+                of a response is compared.
 
         Raises:
             ValueError: If an argument is out of range or does not fit the checkpoint, or the scheduler does not suit.
@@ -284,8 +284,8 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
         device, dtype = self._execution_device, self.unet.dtype
 
         responses = self.response_encoder.prepare(response, batch_size)
-        if meaning is not None:
-            self.response_encoder.check_meaning("meaning", meaning)
+        if spec is not None:
+            self.response_encoder.check_spec(spec)
         responses = wanted = responses.repeat_interleave(num_images_per_response, dim=0).to(device)
         generator = _one_for_each(generator, len(wanted))
         if num_candidates > 1:
@@ -681,7 +681,11 @@ def _check_parts(vae: Any, unet: Any, encoder: Any, predictor: Any) -> None:
         wanted = f"tokens of the unet's cross_attention_dim={unet.config.cross_attention_dim}"
         raise ValueError(f"response_encoder must make {wanted}, got token_dim={encoder.config.token_dim}")
     if predictor is not None:
-        encoder.check_meaning("response_predictor.config.meaning", predictor.config.meaning)
+        ours, its = encoder.config.spec or {}, predictor.config.spec
+        # signed is missing from checkpoints of the first edition, whose responses never were
+        if other := [name for name in {**ours, **its} if ours.get(name, False) != its.get(name, False)]:
+            got = f"another {other[0]}: {its.get(other[0])!r}, not {ours.get(other[0])!r}"
+            raise ValueError(f"response_predictor must predict the responses of response_encoder, got {got}")
         for name in ("scale", "mean", "std"):
             if not np.allclose(predictor.config[name], encoder.config[name], rtol=1e-6, atol=0):
                 got = f"another {name}: {predictor.config[name]!r}, not {encoder.config[name]!r}"

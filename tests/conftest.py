@@ -50,7 +50,7 @@ class Without:
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 """
 
-MEANING = {
+SPEC = {
     "quantity": "stress",
     "load_cases": ["uniaxial_extension", "shear"],
     "strains": [[0.1, 0.2, 0.3], [0.1, 0.2, 0.3]],
@@ -95,7 +95,7 @@ def tiny_pipeline(
         attention_head_dim=2,
     )
     normalisation = {"scale": [[0.5, 1.0, 2.0]] * 2, "mean": [[1.0, 2.0, 3.0]] * 2, "std": [[0.5, 1.0, 2.0]] * 2}
-    responses = {"meaning": MEANING, **normalisation}
+    responses = {"spec": SPEC, **normalisation}
     encoder = ResponseEncoder(token_dim=6, hidden_dim=8, **(responses if conditional or predictor else {}))
     scheduler = DDPMScheduler(**{"clip_sample": False, "prediction_type": "v_prediction", **scheduler_options})
     pipe = LatentDDPMPipeline(vae.eval(), unet.eval(), scheduler, encoder.eval())

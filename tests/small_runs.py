@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.microstructures.build_dataset.columns import dataset_of, grey_levels
 from mechdiffusers.training import TrainingConfig
@@ -48,15 +49,14 @@ def small(folder: Path, **settings: object) -> TrainingConfig:
     return TrainingConfig(output_dir=str(folder), **{**SMALL, **settings})
 
 
-MEANING = {
-    "quantity": "stress",
-    "load_cases": ["uniaxial_extension", "shear"],
-    "strains": [[0.1, 0.2, 0.3], [0.1, 0.2, 0.3]],
-    "units": "modulus of the soft phase",
-    "element_order": 1,
-    "pixel_size": 1.0,
-    "material": {"law": "CompressibleNeoHookean", "young_soft": 1.0, "young_stiff": 100.0, "poisson": 0.3},
-}
+SPEC = ResponseSpec(
+    "stress",
+    ["uniaxial_extension", "shear"],
+    [[0.1, 0.2, 0.3], [0.1, 0.2, 0.3]],
+    units="modulus of the soft phase",
+    signed=False,
+    solver={"element_order": 1},
+)
 
 
 def responses_of(designs: np.ndarray) -> np.ndarray:
@@ -73,7 +73,7 @@ def write_dataset(folder: Path, num_train: int = 48, num_heldout: int = 16, colu
     designs, _ = random_composites(num_train + num_heldout, size=8)
     folder.mkdir(parents=True)
     for split, rows in (("heldout", designs[:num_heldout]), ("train", designs[num_heldout:])):
-        dataset = dataset_of(grey_levels(rows), responses_of(rows), {}, MEANING)
+        dataset = dataset_of(grey_levels(rows), responses_of(rows), {}, SPEC)
         if column != "response":
             dataset = dataset.rename_column("response", column)
         dataset.to_parquet(folder / f"{split}.parquet")

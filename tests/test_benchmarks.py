@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mechdiffusers.evaluation.inverse_design import stored_responses
-from mechdiffusers.microstructures import build_dataset, random_composites, response_meaning
+from mechdiffusers.mechanics import ResponseSpec
+from mechdiffusers.microstructures import build_dataset, random_composites
 from mechdiffusers.models import ResponseEncoder, ResponsePredictor, response_normalisation
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -26,10 +27,10 @@ def folder(make_pipeline, tmp_path):
     train = build_dataset(designs[20:], output=tmp_path / "data" / "train.parquet", progress=False, **options)
     pipe = make_pipeline(conditional=True)
     normalisation = response_normalisation(torch.from_numpy(stored_responses(train)))
-    meaning = response_meaning(train)
+    spec = ResponseSpec.of(train)
     pipe.register_modules(
-        response_encoder=ResponseEncoder(6, 8, meaning=meaning, **normalisation),
-        response_predictor=ResponsePredictor((4, 8), 1, meaning, **normalisation).eval(),
+        response_encoder=ResponseEncoder(6, 8, spec=spec.to_dict(), **normalisation),
+        response_predictor=ResponsePredictor((4, 8), 1, spec.to_dict(), **normalisation).eval(),
     )
     pipe.save_pretrained(tmp_path / "checkpoint")
     return tmp_path

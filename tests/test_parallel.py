@@ -6,16 +6,17 @@ import torch
 
 from mechdiffusers import random_composites, simulate
 from mechdiffusers.evaluation.inverse_design import refine
+from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.parallel import num_workers, one_thread, run
 
-MEANING = {
-    "quantity": "stress",
-    "load_cases": ["uniaxial_extension", "shear"],
-    "strains": [[0.1, 0.2], [0.1, 0.2]],
-    "element_order": 1,
-    "pixel_size": 1.0,
-    "material": {"law": "CompressibleNeoHookean", "young_soft": 1.0, "young_stiff": 100.0, "poisson": 0.3},
-}
+SPEC = ResponseSpec(
+    "stress",
+    ["uniaxial_extension", "shear"],
+    [[0.1, 0.2], [0.1, 0.2]],
+    units="MPa",
+    signed=False,
+    solver={"element_order": 1},
+)
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +73,7 @@ def test_each_process_has_one_thread_and_every_task_is_done():
 def test_refined_designs_do_not_depend_on_the_number_of_threads():
     designs, _ = random_composites(3, size=8, seed=0)
     known, _ = random_composites(1, size=8, seed=1)
-    target = simulate(known, MEANING["load_cases"], MEANING["strains"], element_order=1).stress
+    target = simulate(known, SPEC.load_cases, SPEC.strains, element_order=1).stress
     threads = []
 
     def predict(these: np.ndarray) -> np.ndarray:
@@ -80,10 +81,10 @@ def test_refined_designs_do_not_depend_on_the_number_of_threads():
         return np.einsum("bhw,ls->bls", these, np.ones((2, 2)))
 
     options = {"num_rounds": 2, "num_coarse_steps": 0, "seed": 3}
-    by_two = refine(designs, target, MEANING, predict, **options)
+    by_two = refine(designs, target, SPEC, predict, **options)
     assert threads == [2]  # the check of what it gives; its searches are in processes
     torch.set_num_threads(1)
-    by_one = refine(designs, target, MEANING, predict, **options)
+    by_one = refine(designs, target, SPEC, predict, **options)
     assert np.array_equal(by_two.designs, by_one.designs)
     assert np.array_equal(by_two.error, by_one.error)
     assert (by_one.error[:, -1] < by_one.error[:, 0]).any()  # something was found at all

@@ -22,7 +22,8 @@ from torch.utils.data import Dataset, TensorDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from tqdm.auto import tqdm
 
-from mechdiffusers.microstructures import random_composites, response_meaning
+from mechdiffusers.mechanics import ResponseSpec
+from mechdiffusers.microstructures import random_composites
 from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.samples import checked_samples
 
@@ -45,14 +46,14 @@ class Designs:
         heldout: uint8 images, shape ``(N, 1, H, W)``.
         heldout_response: Their responses, shape ``(N, L, S)``.
         num_train: Number of different training designs.
-        meaning: What the responses mean; ``None`` where there are none, and L and S are 0.
+        spec: Of the responses; ``None`` where there are none, and L and S are 0.
     """
 
     train: Dataset
     heldout: Tensor
     heldout_response: Tensor
     num_train: int
-    meaning: dict[str, Any] | None = None
+    spec: ResponseSpec | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -73,7 +74,7 @@ def load_designs(config: TrainingConfig) -> Designs:
     Raises:
         ValueError: If the source is missing, empty or mixed, a column is unknown, an image cannot be read, has another
             size than the first, holds NaN or values that its decoder likelihood does not cover, a response has no
-            meaning, another shape than it says or is infinite, or there are too few designs.
+            specification, another shape than it says or is infinite, or there are too few designs.
     """
     if config.dataset == "random_composites":
         assert config.num_train_designs is not None  # TrainingConfig has checked it
@@ -84,32 +85,32 @@ def load_designs(config: TrainingConfig) -> Designs:
         return _split((images, torch.empty(total, 0, 0)), config, np.arange(total), None)
 
     rows, heldout_rows = _rows(config)
-    meaning = None if config.response_column is None else _meaning(rows, config)
-    if heldout_rows is not None and meaning is not None and _meaning(heldout_rows, config) != meaning:
-        raise ValueError(f"all responses must have one meaning, got {config.dataset!r} with another one in its heldout")
+    spec = None if config.response_column is None else _spec(rows, config)
+    if heldout_rows is not None and spec is not None and (other := _spec(heldout_rows, config).difference(spec)):
+        raise ValueError(f"all responses must have one specification, got heldout of {config.dataset!r} with {other}")
     if isinstance(rows, IterableDataset):
         assert config.num_train_designs is not None  # TrainingConfig has checked it
-        heldout = _first(rows if heldout_rows is None else heldout_rows, config, meaning)
+        heldout = _first(rows if heldout_rows is None else heldout_rows, config, spec)
         others = rows.skip(config.num_heldout_designs) if heldout_rows is None else rows
         shuffled = others.take(config.num_train_designs).shuffle(seed=config.seed, buffer_size=_SHUFFLE_BUFFER)
-        stream = _Stream(shuffled, config, meaning, heldout[0].shape[1:])
-        return Designs(stream, *heldout, config.num_train_designs, meaning)
-    samples = checked_samples(rows, config, meaning)
+        stream = _Stream(shuffled, config, spec, heldout[0].shape[1:])
+        return Designs(stream, *heldout, config.num_train_designs, spec)
+    samples = checked_samples(rows, config, spec)
     everything = _stacked(tqdm(samples, total=len(rows), desc="reading designs", unit="design"))
     if heldout_rows is None:
-        return _split(everything, config, np.random.default_rng(config.seed).permutation(len(rows)), meaning)
+        return _split(everything, config, np.random.default_rng(config.seed).permutation(len(rows)), spec)
     _check_enough(len(rows), 0, config)
-    heldout = _first(heldout_rows, config, meaning, everything[0].shape[1:])
+    heldout = _first(heldout_rows, config, spec, everything[0].shape[1:])
     images, responses = (part[: config.num_train_designs] for part in everything)
-    return Designs(TensorDataset(images, responses), *heldout, len(images), meaning)
+    return Designs(TensorDataset(images, responses), *heldout, len(images), spec)
 
 
 def _first(
-    rows: Any, config: TrainingConfig, meaning: dict[str, Any] | None, shape: torch.Size | None = None
+    rows: Any, config: TrainingConfig, spec: ResponseSpec | None, shape: torch.Size | None = None
 ) -> tuple[Tensor, Tensor]:
     """The designs to hold out, the first of rows, and their responses."""
     num = config.num_heldout_designs
-    images, responses = _stacked(islice(checked_samples(rows, config, meaning, shape), num))
+    images, responses = _stacked(islice(checked_samples(rows, config, spec, shape), num))
     if len(images) < num:
         raise ValueError(
             f"dataset must have num_heldout_designs={num} designs to hold out, got {len(images)} from "
@@ -119,7 +120,7 @@ def _first(
 
 
 def _split(
-    samples: tuple[Tensor, Tensor], config: TrainingConfig, order: np.ndarray, meaning: dict[str, Any] | None
+    samples: tuple[Tensor, Tensor], config: TrainingConfig, order: np.ndarray, spec: ResponseSpec | None
 ) -> Designs:
     """The first samples of an order as the held-out, the others as the training designs."""
     _check_enough(len(order), config.num_heldout_designs, config)
@@ -127,7 +128,7 @@ def _split(
     train = train[: config.num_train_designs]
     images, responses = samples
     return Designs(
-        TensorDataset(images[train], responses[train]), images[heldout], responses[heldout], len(train), meaning
+        TensorDataset(images[train], responses[train]), images[heldout], responses[heldout], len(train), spec
     )
 
 
@@ -150,16 +151,14 @@ def _stacked(samples: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 class _Stream(TorchIterableDataset):
     """A dataset of the Hub, read as it is needed and without end."""
 
-    def __init__(
-        self, rows: IterableDataset, config: TrainingConfig, meaning: dict[str, Any] | None, shape: torch.Size
-    ):
-        self._rows, self._config, self._meaning, self._shape = rows, config, meaning, shape
+    def __init__(self, rows: IterableDataset, config: TrainingConfig, spec: ResponseSpec | None, shape: torch.Size):
+        self._rows, self._config, self._spec, self._shape = rows, config, spec, shape
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for epoch in count():
             self._rows.set_epoch(epoch)  # each has its own order
             num = 0
-            for sample in checked_samples(self._rows, self._config, self._meaning, self._shape):
+            for sample in checked_samples(self._rows, self._config, self._spec, self._shape):
                 yield sample
                 num += 1
             if num != self._config.num_train_designs:  # only now it is known
@@ -214,13 +213,13 @@ def _selected(rows: Any, config: TrainingConfig) -> Any:
     return rows
 
 
-def _meaning(rows: Any, config: TrainingConfig) -> dict[str, Any]:
-    """What the responses of rows mean."""
+def _spec(rows: Any, config: TrainingConfig) -> ResponseSpec:
+    """The specification of the responses of rows."""
     try:
-        return response_meaning(rows)
+        return ResponseSpec.of(rows)
     except ValueError as error:
         raise ValueError(
-            f"response_column must hold responses with their meaning, as build_dataset stores them, got "
+            f"response_column must hold responses with their specification, as build_dataset stores them, got "
             f"{config.response_column!r} of {config.dataset!r}: {error}"
         ) from error
 

@@ -143,7 +143,7 @@ def train_denoiser(
 
         errors, nats = seen_with(response)
         metrics = {"loss": errors.double().mean().item()}
-        if designs.meaning is not None:
+        if designs.spec is not None:
             alone, _ = seen_with(torch.full_like(response, math.nan))
             metrics["loss_without_response"] = alone.double().mean().item()
         pipe = pipeline(module).to(device)
@@ -181,7 +181,9 @@ def train_denoiser(
         return metrics
 
     responses = train.tensors[1]
-    conditioning = {} if designs.meaning is None else {"meaning": designs.meaning, **response_normalisation(responses)}
+    conditioning = {}
+    if designs.spec is not None:
+        conditioning = {"spec": designs.spec.to_dict(), **response_normalisation(responses, designs.spec.signed)}
     denoiser = LatentDenoiser(config, latent_size(vae), **conditioning)
     compute_loss = denoising_loss(config, shift, scale)
     trained = run_stage(accelerator, config, "denoiser", denoiser, train, compute_loss, validate)

@@ -29,7 +29,7 @@ class LatentDenoiser(nn.Module):
     Args:
         config: Settings of the run.
         size: Height and width of the latents.
-        response_encoder: Options of the :class:`~mechdiffusers.models.ResponseEncoder`, which are the meaning of the
+        response_encoder: Options of the :class:`~mechdiffusers.models.ResponseEncoder`: the specification of the
             responses and what they are normalised by. Without any, the model is unconditional.
     """
 

@@ -43,13 +43,13 @@ def train_predictor(
     Returns:
         The predictor with averaged weights, on the CPU, in the main process.
     """
-    assert designs.meaning is not None  # where there is none there are no responses to predict
-    normalisation = response_normalisation(responses)
+    assert designs.spec is not None  # where there is none there are no responses to predict
+    normalisation = response_normalisation(responses, designs.spec.signed)
     predictor = ResponsePredictor(
         block_out_channels=tuple(config.predictor_block_out_channels),
         layers_per_block=config.predictor_layers_per_block,
-        meaning=designs.meaning,
-        symmetries=symmetries(config, designs.meaning["load_cases"], designs.size),
+        spec=designs.spec.to_dict(),
+        symmetries=symmetries(config, designs.spec.load_cases, designs.size),
         **normalisation,
     )
 

@@ -183,7 +183,7 @@ def model_card(output_dir: str | os.PathLike, repo_id: str) -> ModelCard:
         num_heldout=settings["num_heldout_designs"],
         is_local=not is_public and dataset != "random_composites",
         settings_yaml=yaml.safe_dump(shown, sort_keys=False).strip(),
-        meaning=json.loads((run / "pipeline" / "response_encoder" / "config.json").read_text())["meaning"],
+        spec=json.loads((run / "pipeline" / "response_encoder" / "config.json").read_text())["spec"],
         parts=_parts(run / "pipeline", settings),
         metrics=[{"name": key, "description": descriptions[key], "value": value} for key, value in metrics.items()],
     )

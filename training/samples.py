@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.training.config import TrainingConfig
 
 __all__ = ["checked_samples"]
@@ -20,20 +21,20 @@ __all__ = ["checked_samples"]
 def checked_samples(
     rows: Iterable[Any],
     config: TrainingConfig,
-    meaning: dict[str, Any] | None,
+    spec: ResponseSpec | None,
     shape: torch.Size | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The images and responses of rows, each checked.
 
     Args:
-        rows: Mappings with the image and, with a meaning, ``response``.
+        rows: Mappings with the image and, with a specification, ``response``.
         config: Settings of the run.
-        meaning: What the responses mean; ``None`` where there are none.
+        spec: Of the responses; ``None`` where there are none.
         shape: What all images must have, ``(1, H, W)``; that of the first if ``None``.
 
     Yields:
         An image, uint8 ``(1, H, W)``, and its response, float32 ``(L, S)``, NaN where unknown; ``(0, 0)`` without a
-        meaning.
+        specification.
 
     Raises:
         ValueError: If an image or a response is unfit, see :func:`~mechdiffusers.training.data.load_designs`.
@@ -58,20 +59,19 @@ def checked_samples(
                 f"images must be binary (black and white) for decoder_likelihood='bernoulli', got {where} with grey "
                 f"levels; 'discretized_logistic' is for those"
             )
-        yield image, _response(row, meaning, f"that of {where}")
+        yield image, _response(row, spec, f"that of {where}")
     if index < 0:
         raise ValueError(f"dataset must have rows, got none from {config.dataset!r}")
 
 
-def _response(row: dict[str, Any], meaning: dict[str, Any] | None, where: str) -> Tensor:
+def _response(row: dict[str, Any], spec: ResponseSpec | None, where: str) -> Tensor:
     """The response of a row, float32 (L, S), NaN where unknown."""
-    if meaning is None:
+    if spec is None:
         return torch.empty(0, 0)
     response = np.asarray(row["response"], dtype=np.float32)
-    if response.shape != np.shape(meaning["strains"]):
+    if response.shape != spec.shape:
         raise ValueError(
-            f"responses must have the shape of their strains, {np.shape(meaning['strains'])}, got {where} with "
-            f"{response.shape}"
+            f"responses must have the shape of their strains, {spec.shape}, got {where} with {response.shape}"
         )
     if np.isinf(response).any():
         raise ValueError(f"responses must be finite, or NaN where unknown, got {where} with infinite values")

@@ -36,8 +36,8 @@ def run_stages(config: TrainingConfig, designs: Designs) -> LatentDDPMPipeline:
     accelerator = stage_accelerator(config, "autoencoder")
     autoencoder = train_autoencoder(accelerator, config, designs)
     vae, scale = autoencoder.vae, autoencoder.decoder_scale
-    meaning = {"_decoder_likelihood": autoencoder.likelihood, "_decoder_scale": None if scale is None else scale.item()}
-    vae.register_to_config(**meaning)
+    decoder = {"_decoder_likelihood": autoencoder.likelihood, "_decoder_scale": None if scale is None else scale.item()}
+    vae.register_to_config(**decoder)
     latents = _cached_latents(accelerator, config, vae, designs)
     measure_latents(vae, latents["train"])
 
@@ -83,12 +83,12 @@ def check_stages(config: TrainingConfig, designs: Designs) -> None:
             raise ValueError(
                 f"{stage} must be at most the number of training designs, got {size} for {designs.num_train} designs"
             )
-    if _has_predictor(config, designs) and designs.meaning is not None:
-        symmetries(config, designs.meaning["load_cases"], designs.size)
+    if _has_predictor(config, designs) and designs.spec is not None:
+        symmetries(config, designs.spec.load_cases, designs.size)
 
 
 def _has_predictor(config: TrainingConfig, designs: Designs) -> bool:
-    return designs.meaning is not None and config.predictor_steps > 0
+    return designs.spec is not None and config.predictor_steps > 0
 
 
 def _cached_latents(

@@ -16,7 +16,6 @@ import numpy as np
 
 from mechdiffusers.evaluation.inverse_design.checks import (
     checked_count,
-    checked_meaning,
     checked_names,
     checked_targets,
 )
@@ -28,6 +27,7 @@ from mechdiffusers.evaluation.inverse_design.select import nearest_in_curve_shap
 from mechdiffusers.evaluation.inverse_design.target_range import TargetRange
 from mechdiffusers.evaluation.inverse_design.targets import read_targets
 from mechdiffusers.evaluation.inverse_design.verify import verify
+from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.mechanics.simulate import checked_device
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.schedulers import STOCK_SCHEDULERS, stock_scheduler
@@ -104,8 +104,9 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
         ) from error
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = stock_scheduler(arguments.scheduler, pipe.scheduler.config)
-    if pipe.response_encoder.config.meaning is None:
+    if pipe.response_encoder.config.spec is None:
         raise ValueError(f"checkpoint must be trained with responses, got {arguments.checkpoint}, trained without")
+    spec = ResponseSpec.of(pipe)
     binary = pipe.decoder_likelihood == "bernoulli"
     if arguments.num_rounds < 0 or (arguments.num_rounds and not (binary and pipe.response_predictor is not None)):
         raise ValueError(
@@ -124,8 +125,7 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
     checked_count(arguments.seed, "seed", least=0)
     if arguments.num_rounds and num_refined > num_designs:
         raise ValueError(f"num_refined must be at most num_designs={num_designs}, got {num_refined}")
-    meaning = checked_meaning(pipe.response_encoder.config.meaning)
-    names, targets = read_targets(arguments.targets, meaning)
+    names, targets = read_targets(arguments.targets, spec)
     checked_names(names, len(targets))
     stored = {}
     if arguments.dataset is not None:
@@ -133,7 +133,7 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
         stored = {name: load_split(arguments.dataset, split) for name, split in splits.items()}
     kept = num_refined if arguments.num_rounds else num_designs
     shape = (len(targets) * kept, *pipe.image_size)
-    checked_targets(targets, meaning, shape, **stored)  # what cannot be verified is not generated
+    checked_targets(targets, spec, shape, **stored)  # what cannot be verified is not generated
     reach = None
     if stored:
         train, heldout = stored_responses(stored["dataset"]), stored_responses(stored["heldout"])
@@ -151,10 +151,10 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
     )
     shown: dict[str, Any] = {"device": arguments.device, "progress": True}
     if arguments.num_rounds:
-        few = nearest_in_curve_shape(designs, targets, meaning, num_refined, **shown)
+        few = nearest_in_curve_shape(designs, targets, spec, num_refined, **shown)
         rounds = {"num_rounds": arguments.num_rounds, "seed": arguments.seed}
-        designs = refine(few, targets, meaning, pipe.predict_response, **rounds, **shown).designs
-    report = verify(designs, targets, meaning, dataset=stored.get("dataset"), binary=binary, **shown)
+        designs = refine(few, targets, spec, pipe.predict_response, **rounds, **shown).designs
+    report = verify(designs, targets, spec, dataset=stored.get("dataset"), binary=binary, **shown)
     return replace(report, reach=reach), names
 
 

@@ -15,7 +15,7 @@ the same factor for a design and its neighbours. So a chain of coarse simulation
 
 .. math:: y^*_1 = y^* \, f_1(x) / f(x).
 
-Only the design where it arrives is simulated at the element order of the meaning. That gives the next factor.
+Only the design where it arrives is simulated at the element order of the specification. That gives the next factor.
 
 References:
     | Space mapping: the state of the art (Bandler et al., 2004)
@@ -26,7 +26,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,16 +35,21 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechdiffusers.evaluation.inverse_design.checks import check_binary, checked_count, checked_targets
+from mechdiffusers.evaluation.inverse_design.checks import (
+    check_binary,
+    checked_count,
+    checked_simulator,
+    checked_targets,
+)
 from mechdiffusers.evaluation.inverse_design.interface_flips import Predictor, interface_length, sets_of_flips
 from mechdiffusers.evaluation.inverse_design.response import as_array, response_error
-from mechdiffusers.mechanics import simulated_response
+from mechdiffusers.mechanics import ResponseSpec, Simulator
 from mechdiffusers.parallel import num_workers, one_thread, run
 
 __all__ = ["RefinedDesigns", "refine"]
 
-#: Searches among neighbours, and neighbours of these, before a simulation at the order of the meaning. Before a coarse
-#: simulation one search is enough: a second one would take longer than the simulation.
+#: Searches among neighbours, and neighbours of these, before a simulation at the order of the specification. Before a
+#: coarse simulation one search is enough: a second one would take longer than the simulation.
 _SEARCHES = 2
 
 
@@ -59,9 +64,10 @@ class RefinedDesigns:
 def refine(
     designs: np.ndarray | Tensor,
     target: np.ndarray | Tensor,
-    meaning: Mapping[str, Any],
+    spec: ResponseSpec,
     predict: Predictor,
     *,
+    simulator: Simulator | None = None,
     response: np.ndarray | Tensor | None = None,
     num_rounds: int = 3,
     num_coarse_steps: int = 5,
@@ -71,38 +77,40 @@ def refine(
 ) -> RefinedDesigns:
     """Changes some pixels of binary designs, so that their response by finite elements comes nearer to the target.
 
-    Every design is a chain of its own, of up to ``num_rounds + 1`` simulations at the element order of the meaning and
+    Every design is a chain of its own, of up to ``num_rounds + 1`` simulations at the specification's element order and
     ``num_rounds * num_coarse_steps + 1`` with first-order elements.
 
     Args:
         designs: Shape ``(B, H, W)``, 0 or 1; with T targets, B / T for each, those of a target neighbours.
         target: Shape ``(T, L, S)``, or ``(L, S)`` for one; NaN where unspecified.
-        meaning: Of the response, as :func:`.verify` takes it.
+        spec: Of the response, as :func:`.verify` takes it.
         predict: Predicts responses of designs, as ``pipe.predict_response`` does.
+        simulator: As :func:`.verify` takes it. With one of your own, every step is a simulation by it.
         response: Of the designs by finite elements where that is known, as ``report.response`` of :func:`.verify`,
             shape ``(B, L, S)``; they are not simulated again at that order then.
-        num_rounds: Simulations of each design at the order of the meaning after the first, at least 1.
+        num_rounds: Simulations of each design at the order of the specification after the first, at least 1.
         num_coarse_steps: Simulations with first-order elements before each of them, which find out what is worth it. 0
-            leaves that to the predictor alone. Where the meaning has first-order elements itself, nothing is coarser,
-            and there are none: more rounds make up for it.
+            leaves that to the predictor alone. There are none with a simulator of your own, or where the specification
+            has first-order elements itself: more rounds make up for it.
         seed: Of all random choices, at least 0; those of a design do not depend on the designs after it.
-        device: Where to simulate; by default on the CPU.
+        device: Where our solver computes; by default on the CPU.
         progress: Whether to show a progress bar.
 
     Returns:
         The designs and how their errors fell. One that the solver cannot follow, at either order, stays as it is.
 
     Raises:
-        ValueError: If the designs are not binary or do not divide among the targets, if the target does not fit the
-            meaning, or the response or what ``predict`` gives do not fit the two, or if ``num_rounds`` is no integer
-            of at least 1, or ``num_coarse_steps`` or ``seed`` none of at least 0.
+        ValueError: If the designs are not binary or do not divide among the targets, if the target does not fit
+            ``spec``, or the response or what ``predict`` gives do not fit the two, or if there is no simulator,
+            ``num_rounds`` is no integer of at least 1, or ``num_coarse_steps`` or ``seed`` none of at least 0.
 
     Example:
-        >>> refined = refine(designs, target, meaning, pipe.predict_response)  # doctest: +SKIP
+        >>> refined = refine(designs, target, spec, pipe.predict_response)  # doctest: +SKIP
         >>> refined.error[:, [0, -1]].mean(0)  # doctest: +SKIP
     """
     array = as_array(designs, "designs")
-    meaning, targets = checked_targets(target, meaning, array.shape)
+    targets = checked_targets(target, spec, array.shape)
+    simulate = checked_simulator(simulator, spec, device=device)
     check_binary(array)
     num_rounds = checked_count(num_rounds, "num_rounds")
     num_coarse_steps = checked_count(num_coarse_steps, "num_coarse_steps", least=0)
@@ -112,7 +120,7 @@ def refine(
         raise ValueError(f"predict must be a function of designs, such as pipe.predict_response, got {predict!r}")
     if (shape := as_array(predict(array[:1]), "predict").shape) != (1, *wanted.shape[1:]):
         raise ValueError(f"predict must give a response of shape {(1, *wanted.shape[1:])} for a design, got {shape}")
-    found = simulated_response(array, meaning, device) if response is None else as_array(response, "response")
+    found = simulate(array) if response is None else as_array(response, "response")
     if found.shape != (len(array), *wanted.shape[1:]):
         raise ValueError(f"response must have shape {(len(array), *wanted.shape[1:])}, got {found.shape}")
     if np.isinf(found).any():
@@ -120,23 +128,24 @@ def refine(
 
     chains = _chains(array, found, wanted, seed)
     errors = [[chain.error for chain in chains]]
-    coarse_meaning, coarse_chains = {**meaning, "element_order": 1}, []
-    if num_coarse_steps and meaning["element_order"] > 1:
-        known = np.where(np.isnan(found), np.nan, simulated_response(array, coarse_meaning, device))
+    coarse_chains = []
+    if num_coarse_steps and simulator is None and spec.solver is not None and spec.solver["element_order"] > 1:
+        simulate_coarsely = checked_simulator(None, spec, element_order=1, device=device)
+        known = np.where(np.isnan(found), np.nan, simulate_coarsely(array))
         aims = wanted * _ratio(known, found)
         coarse_chains = _chains(array, known, np.where(np.isnan(aims), wanted, aims), seed)
     steps = num_coarse_steps if coarse_chains else 0
     with tqdm(total=num_rounds * (steps + 1), desc="refine", unit="step", disable=not progress) as bar:
         for _ in range(num_rounds):
             for _ in range(steps):
-                _simulate(coarse_chains, _neighbours(coarse_chains, predict, 1), coarse_meaning, device)
+                _simulate(coarse_chains, _neighbours(coarse_chains, predict, 1), simulate_coarsely)
                 bar.update()
             if coarse_chains:
-                _simulate(chains, [chain.design for chain in coarse_chains], meaning, device)
+                _simulate(chains, [chain.design for chain in coarse_chains], simulate)
                 for each, chain in zip(coarse_chains, chains, strict=True):
                     each.aim_at(chain.wanted * _ratio(each.response, chain.known[each.design.tobytes()]))
             else:
-                _simulate(chains, _neighbours(chains, predict, _SEARCHES), meaning, device)
+                _simulate(chains, _neighbours(chains, predict, _SEARCHES), simulate)
             bar.update()
             errors.append([chain.error for chain in chains])
     refined, error = np.stack([chain.design for chain in chains]), np.array(errors).T
@@ -223,14 +232,13 @@ def _neighbours(chains: Sequence[_Chain], predict: Predictor, num_searches: int)
 def _simulate(
     chains: Sequence[_Chain],
     designs: Sequence[np.ndarray | None],
-    meaning: Mapping[str, Any],
-    device: str | torch.device | None,
+    simulate: Callable[[np.ndarray], np.ndarray],
 ) -> None:
     """Simulates a design for each chain that has one, unless it knows that."""
     pairs = zip(chains, designs, strict=True)
     tried = [(chain, design) for chain, design in pairs if design is not None and design.tobytes() not in chain.known]
     if tried:
-        answers = simulated_response(np.stack([design for _, design in tried]), meaning, device)
+        answers = simulate(np.stack([design for _, design in tried]))
         for (chain, design), answer in zip(tried, answers, strict=True):
             chain.learn(design, answer)
 

@@ -21,6 +21,7 @@ from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.evaluation.inverse_design.checks import checked_names
 from mechdiffusers.evaluation.inverse_design.retrieval import NearestDesigns
 from mechdiffusers.evaluation.inverse_design.target_range import RangeCheck
+from mechdiffusers.mechanics import ResponseSpec
 
 __all__ = ["VerificationReport", "save_verification_figure"]
 
@@ -32,7 +33,7 @@ _SHOWN = 8
 class VerificationReport:
     """B designs for T targets, those of a target neighbours; numpy arrays, or tensors on the CPU for a tensor."""
 
-    meaning: dict[str, Any]  #: of target and response
+    spec: ResponseSpec  #: of target and response
     designs: Any  #: shape (B, H, W)
     target: Any  #: shape (T, L, S), NaN where unspecified
     response: Any  #: by finite elements, shape (B, L, S), NaN where not solved
@@ -66,7 +67,7 @@ class VerificationReport:
     def to_dict(self, names: Sequence[str] | None = None) -> dict[str, Any]:
         """Everything but the designs, as JSON holds it: ``None`` for NaN."""
         content = {
-            "meaning": self.meaning,
+            "spec": self.spec.to_dict(),
             "targets": _plain(self.target),
             "responses": _plain(self.response),
             "designs": [{key: _plain(value) for key, value in row.items()} for row in self.rows(names)],
@@ -124,7 +125,7 @@ def save_verification_figure(report: VerificationReport, path: Path, *, index: i
         np.asarray(values[rows]) for values in (report.designs, report.response, report.error, report.rank)
     )
     best = np.argsort(rank)[:_SHOWN]
-    cases, strains = report.meaning["load_cases"], np.asarray(report.meaning["strains"])
+    cases, strains = report.spec.load_cases, np.asarray(report.spec.strains)
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(10, 4.2), layout="constrained")
         halves: Any = figure.subfigures(2, 1, height_ratios=[1, 2])
@@ -152,9 +153,7 @@ def save_verification_figure(report: VerificationReport, path: Path, *, index: i
             axes.plot(strains[case], np.asarray(report.target[index][case]), "ko", markersize=4, label="target")
             axes.set(xlabel="nominal strain", title=cases[case].replace("_", " "), ylim=(0, None))
         axes = figure.axes[-len(cases)]
-        units = report.meaning.get("units")  # which a meaning need not have
-        label = report.meaning["quantity"] + (f" ({units})" if units else "")
-        axes.set_ylabel(textwrap.fill(label, 32))
+        axes.set_ylabel(textwrap.fill(f"{report.spec.quantity} ({report.spec.units})", 32))
         axes.legend(frameon=False, fontsize=7)
         with atomic_write(path) as unfinished:
             figure.savefig(unfinished, format="png", dpi=150)

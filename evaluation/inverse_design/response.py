@@ -6,6 +6,9 @@ The error of a response :math:`y` is the mean over load cases of
 
 the norms along that case's strains, so that a soft load case counts as much as a stiff one. Entries that the target
 :math:`y^*` leaves unspecified (NaN) are left out. A load case without any entry is left out as a whole.
+
+A load case whose target is zero, such as a coupling stiffness or a Poisson's ratio, has no relative error. It is
+measured against the root mean square of the load cases' norms, and in units of the response if all are zero.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ import torch
 from torch import Tensor
 
 __all__ = ["as_array", "response_error"]
+
+#: The share of the other load cases' norms below which a target is zero.
+_ZERO = 1e-6
 
 
 @overload
@@ -34,8 +40,7 @@ def response_error(response: np.ndarray | Tensor, target: np.ndarray | Tensor) -
         Shape ``(B,)``, float64, of the kind of ``response``; NaN where an entry that the target gives is not solved.
 
     Raises:
-        ValueError: If the shapes do not fit, or a target is infinite, unspecified everywhere or zero all along a load
-            case.
+        ValueError: If the shapes do not fit, or a target is infinite or unspecified everywhere.
 
     Example:
         >>> float(response_error(np.full((1, 2, 3), 1.1), np.ones((2, 3)))[0])
@@ -53,10 +58,12 @@ def response_error(response: np.ndarray | Tensor, target: np.ndarray | Tensor) -
     given = ~wanted.isnan()
     size = torch.linalg.vector_norm(torch.where(given, wanted, 0.0), dim=-1)
     cases = given.any(-1)
-    if not cases.any(-1).all() or wanted.isinf().any() or (cases & (size == 0)).any():
-        raise ValueError("target must be finite, given somewhere, and not zero all along a load case")
+    if not cases.any(-1).all() or wanted.isinf().any():
+        raise ValueError("target must be finite, and given somewhere")
+    typical = (size.square().sum(-1, keepdim=True) / cases.sum(-1, keepdim=True)).sqrt()
+    size = torch.where(size > _ZERO * typical, size, torch.where(typical > 0, typical, 1.0))
     distance = torch.linalg.vector_norm(torch.where(given, found - wanted, 0.0), dim=-1)
-    relative = torch.where(cases, distance / torch.where(cases, size, 1.0), 0.0)
+    relative = torch.where(cases, distance / size, 0.0)
     error = relative.sum(-1) / cases.sum(-1)
     return error if isinstance(response, Tensor) else error.numpy()
 

@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from mechdiffusers.evaluation.inverse_design.response import as_array, response_error
-from mechdiffusers.microstructures import response_meaning
+from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.microstructures.build_dataset.columns import designs_of
 
 __all__ = ["NearestDesigns", "load_split", "nearest_training_designs", "stored_designs", "stored_responses"]
@@ -71,7 +71,7 @@ def load_split(folder: Path, split: str) -> Dataset:
 
 
 def stored_responses(dataset: Any) -> np.ndarray:
-    """The responses of a dataset, in the units that its meaning says.
+    """The responses of a dataset, in the units of its specification.
 
     Args:
         dataset: A dataset of :func:`mechdiffusers.build_dataset`, one split.
@@ -80,12 +80,12 @@ def stored_responses(dataset: Any) -> np.ndarray:
         Shape ``(N, L, S)``, float64, NaN where a design was not solved.
 
     Raises:
-        ValueError: If the dataset has no responses, or they came without their meaning.
+        ValueError: If the dataset has no responses, or they came without their specification.
 
     Example:
         >>> targets = stored_responses(heldout)[:4]  # doctest: +SKIP
     """
-    response_meaning(dataset)
+    ResponseSpec.of(dataset)
     return np.asarray(dataset.select_columns(["response"]).with_format("numpy")[:]["response"], dtype=np.float64)
 
 
@@ -99,7 +99,7 @@ def stored_designs(dataset: Any) -> np.ndarray:
         Shape ``(N, H, W)``, float32, in [0, 1]: 0 is the soft phase, 1 the stiff one.
 
     Example:
-        >>> verify(stored_designs(heldout)[:4], targets, meaning)  # doctest: +SKIP
+        >>> verify(stored_designs(heldout)[:4], targets, spec)  # doctest: +SKIP
     """
     levels = np.asarray(dataset.select_columns(["image"]).with_format("numpy")[:]["image"])
     return designs_of(levels).astype(np.float32)

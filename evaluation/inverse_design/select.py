@@ -11,16 +11,13 @@ nearly the same factor all along a curve.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from mechdiffusers.evaluation.inverse_design.checks import checked_count, checked_targets
+from mechdiffusers.evaluation.inverse_design.checks import checked_count, checked_simulator, checked_targets
 from mechdiffusers.evaluation.inverse_design.response import as_array, response_error
-from mechdiffusers.mechanics import simulated_response
+from mechdiffusers.mechanics import ResponseSpec, Simulator
 
 __all__ = ["curve_shape_error", "nearest_in_curve_shape"]
 
@@ -51,42 +48,45 @@ def curve_shape_error(response: np.ndarray, target: np.ndarray) -> np.ndarray:
 def nearest_in_curve_shape(
     designs: np.ndarray | Tensor,
     target: np.ndarray | Tensor,
-    meaning: Mapping[str, Any],
+    spec: ResponseSpec,
     num_designs: int = 2,
     *,
+    simulator: Simulator | None = None,
     device: str | torch.device | None = None,
     progress: bool = False,
 ) -> np.ndarray | Tensor:
-    """Chooses the designs whose curves are nearest in shape to a target, by simulations with first-order elements.
+    """Chooses the designs whose curves are nearest in shape to a target.
 
     Of equal shapes, as all are where a target gives one point for each load case, the nearest in height come first.
 
     Args:
         designs: Shape ``(B, H, W)``, in [0, 1]; with T targets, B / T for each, those of a target neighbours.
         target: Shape ``(T, L, S)``, or ``(L, S)`` for one; NaN where unspecified.
-        meaning: Of the response, as :func:`.verify` takes it.
+        spec: Of the response, as :func:`.verify` takes it.
         num_designs: How many to choose for each target.
-        device: Where to simulate; by default on the CPU.
-        progress: Whether to show a progress bar.
+        simulator: As :func:`.verify` takes it; by default our solver with first-order elements.
+        device: Where our solver computes; by default on the CPU.
+        progress: Whether it shows a progress bar.
 
     Returns:
         Shape ``(T * num_designs, H, W)``, of the kind of ``designs``; those of a target are neighbours, the nearest
-        first. A design that the solver cannot follow with first-order elements comes last.
+        first. A design that is not solved comes last.
 
     Raises:
-        ValueError: If the designs do not divide among the targets, the target does not fit the meaning, or
+        ValueError: If the designs do not divide among the targets, the target does not fit ``spec``, or
             ``num_designs`` is no integer from 1 to the designs of a target.
 
     Example:
-        >>> few = nearest_in_curve_shape(designs, targets, meaning, 2)  # doctest: +SKIP
-        >>> refined = refine(few, targets, meaning, pipe.predict_response)  # doctest: +SKIP
+        >>> few = nearest_in_curve_shape(designs, targets, spec, 2)  # doctest: +SKIP
+        >>> refined = refine(few, targets, spec, pipe.predict_response)  # doctest: +SKIP
     """
     array = as_array(designs, "designs")
-    meaning, wanted = checked_targets(target, meaning, array.shape)
+    wanted = checked_targets(target, spec, array.shape)
+    simulate = checked_simulator(simulator, spec, element_order=1, device=device, progress=progress)
     per_target = len(array) // len(wanted)
     if checked_count(num_designs) > per_target:
         raise ValueError(f"num_designs must be at most the {per_target} designs of a target, got {num_designs}")
-    response = simulated_response(array, {**meaning, "element_order": 1}, device, progress)
+    response = simulate(array)
     asked = np.repeat(wanted, per_target, axis=0)
     errors = [
         measure(response, asked).reshape(len(wanted), per_target) for measure in (response_error, curve_shape_error)

@@ -7,7 +7,8 @@ Two things can be wrong with a target, and each has its score:
 - *No curve has its shape*: the Mahalanobis distance :math:`\left((y - m)^T (C + \tau^2 I)^{-1} (y - m)\right)^{1/2}`
   of the logarithms :math:`y` of its entries, with mean :math:`m` and covariance :math:`C` of the training data. These
   fill few of the directions of response space, so that a kink or a falling curve shows, however near its values are.
-  :math:`\tau` is the relative precision of a target: what lies within it is no contradiction.
+  :math:`\tau` is the relative precision of a target: what lies within it is no contradiction. Of responses that are
+  zero or negative somewhere, :math:`y` are the entries over their root mean square in the place of logarithms.
 
 Each score becomes a p-value by its rank among those of held-out designs: the fraction of these that are as far out.
 It is exact for whatever distribution the responses have. Twice the smaller one is the p-value of the target
@@ -46,7 +47,7 @@ class RangeCheck:
 
     p_value: np.ndarray  #: twice the smaller p-value of the two scores, at most 1, shape (T,)
     nearest_error: np.ndarray  #: error of the nearest training design's stored response, shape (T,)
-    shape_distance: np.ndarray  #: Mahalanobis distance of the logarithms, shape (T,)
+    shape_distance: np.ndarray  #: Mahalanobis distance of the logarithms, or of the entries, shape (T,)
     out_of_range: np.ndarray  #: whether the p-value is below the level, bool, shape (T,)
 
 
@@ -60,7 +61,7 @@ class TargetRange:
         tolerance: :math:`\tau`, the relative precision of targets.
 
     Raises:
-        ValueError: If the responses are not of one shape, not positive, or too few.
+        ValueError: If the responses are not of one shape or too few.
 
     Example:
         >>> reach = TargetRange(stored_responses(train), stored_responses(heldout))  # doctest: +SKIP
@@ -83,9 +84,12 @@ class TargetRange:
         _check_number("tolerance", tolerance)
         if not 0 < tolerance < math.inf:
             raise ValueError(f"tolerance must be a positive number, got {tolerance!r}")
-        logs = np.log(self._training).reshape(len(self._training), -1)
-        self._mean = logs.mean(0)
-        self._covariance = np.atleast_2d(np.cov(logs.T)) + tolerance**2 * np.eye(logs.shape[1])
+        self._positive = (self._training > 0).all()
+        self._size = np.sqrt((self._training**2).mean(0))
+        self._size[self._size == 0] = 1
+        entries = self._entries(self._training)
+        self._mean = entries.mean(0)
+        self._covariance = np.atleast_2d(np.cov(entries.T)) + tolerance**2 * np.eye(entries.shape[1])
 
     def check(
         self, targets: np.ndarray | Tensor, *, level: float = 0.01, names: Sequence[str] | None = None
@@ -102,7 +106,7 @@ class TargetRange:
             The p-values and the scores behind them.
 
         Raises:
-            ValueError: If the targets have another shape, or are unspecified everywhere, not positive or infinite, if
+            ValueError: If the targets have another shape, or are unspecified everywhere or infinite, if
                 ``level`` is not in [0, 1], or the names are not one for each target.
 
         Warns:
@@ -113,8 +117,8 @@ class TargetRange:
             raise ValueError(
                 f"targets must have shape (T, {', '.join(map(str, self._training.shape[1:]))}), got {wanted.shape}"
             )
-        if np.isnan(wanted).all((1, 2)).any() or np.isinf(wanted).any() or (wanted <= 0).any():
-            raise ValueError("targets must be positive and finite where given, and given somewhere in each")
+        if np.isnan(wanted).all((1, 2)).any() or np.isinf(wanted).any():
+            raise ValueError("targets must be finite where given, and given somewhere in each")
         _check_number("level", level)
         if not 0 <= level <= 1:
             raise ValueError(f"level must lie in [0, 1], got {level!r}")
@@ -147,11 +151,18 @@ class TargetRange:
             )
         return RangeCheck(p_values, scores[0], scores[1], outside)
 
+    def _entries(self, responses: np.ndarray) -> np.ndarray:
+        """What the covariance is of, flat: logarithms where the training data have them."""
+        flat = responses.reshape(len(responses), -1)
+        if not self._positive:
+            return flat / self._size.ravel()
+        return np.log(np.maximum(flat, 1e-300))  # a target may be zero
+
     def _scores(self, targets: np.ndarray) -> np.ndarray:
         """Both scores of targets with the same unspecified entries, shape ``(2, T)``."""
         nearest = np.array([response_error(self._training, target).min() for target in targets])
         given = ~np.isnan(targets[0]).ravel()
-        offset = np.log(targets.reshape(len(targets), -1)[:, given]) - self._mean[given]
+        offset = self._entries(targets)[:, given] - self._mean[given]
         lower = np.linalg.cholesky(self._covariance[np.ix_(given, given)])
         return np.stack([nearest, np.linalg.norm(np.linalg.solve(lower, offset.T), axis=0)])
 
@@ -162,8 +173,8 @@ def _solved(name: str, responses: np.ndarray | Tensor) -> np.ndarray:
     if values.ndim != 3:
         raise ValueError(f"{name} must have shape (N, L, S), got {values.shape}")
     values = values[np.isfinite(values).all((1, 2))]
-    if len(values) < 2 or (values <= 0).any():
-        raise ValueError(f"{name} must be positive and hold at least two solved designs, got {len(values)} solved")
+    if len(values) < 2:
+        raise ValueError(f"{name} must hold at least two solved designs, got {len(values)}")
     return values
 
 

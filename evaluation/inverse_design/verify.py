@@ -1,26 +1,32 @@
 """Verifies designs: their response by finite elements beside the target, and what else is to be known of them.
 
-A verification takes the element order, load cases, strains and material from the meaning of the response, which travels
-with the dataset and the checkpoint: nothing is chosen here, so that errors of different designs can be compared.
+Load cases, strains and the settings of our solver come from the specification of the response, which travels with the
+dataset and the checkpoint. Nothing is chosen here, so errors of different designs can be compared. A user's own solver
+is a function of designs, ``simulator``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mechdiffusers.evaluation.inverse_design.checks import check_binary, checked_names, checked_targets
+from mechdiffusers.evaluation.inverse_design.checks import (
+    check_binary,
+    checked_names,
+    checked_simulator,
+    checked_targets,
+)
 from mechdiffusers.evaluation.inverse_design.report import VerificationReport
 from mechdiffusers.evaluation.inverse_design.response import as_array, response_error
 from mechdiffusers.evaluation.inverse_design.retrieval import nearest_training_designs, stored_designs, stored_responses
 from mechdiffusers.evaluation.inverse_design.target_range import TargetRange
 from mechdiffusers.evaluation.novelty import diversity, novelty, stiff_connectivity
-from mechdiffusers.mechanics import simulated_response
+from mechdiffusers.mechanics import ResponseSpec, Simulator
 
 __all__ = ["verify"]
 
@@ -28,8 +34,9 @@ __all__ = ["verify"]
 def verify(
     designs: np.ndarray | Tensor,
     target: np.ndarray | Tensor,
-    meaning: Mapping[str, Any],
+    spec: ResponseSpec,
     *,
+    simulator: Simulator | None = None,
     dataset: Any = None,
     heldout: Any = None,
     names: Sequence[str] | None = None,
@@ -43,15 +50,16 @@ def verify(
         designs: Shape ``(B, H, W)``, in [0, 1]; with T targets, B / T designs for each, those of a target neighbours,
             as a pipeline gives them.
         target: Shape ``(T, L, S)``, or ``(L, S)`` for one; NaN where unspecified.
-        meaning: What the response means, as ``pipe.response_encoder.config.meaning`` or
-            :func:`mechdiffusers.response_meaning` has it.
+        spec: Of the response, such as ``ResponseSpec.of(pipe)`` or ``ResponseSpec.of(dataset)``.
+        simulator: Takes designs (B, H, W) and returns their response (B, L, S), NaN where not solved; by default our
+            solver, with the settings of ``spec``.
         dataset: The training data, for novelty and for retrieval, the baseline of as many stored designs.
         heldout: Designs kept from training, likewise: with them an :class:`OutOfRangeWarning` says which targets lie
             outside what the training data can reach.
         names: Of the targets, for that warning, as :meth:`VerificationReport.save` has them; by default their numbers.
         binary: Whether the family of designs is binary; then so must these be.
-        device: Where to simulate; by default on the CPU.
-        progress: Whether to show a progress bar.
+        device: Where our solver computes; by default on the CPU.
+        progress: Whether it shows a progress bar.
 
     Returns:
         The report. A design that the solver cannot follow to the end is kept and flagged; where it fails at a strain
@@ -59,15 +67,16 @@ def verify(
 
     Raises:
         ValueError: If the designs are not binary where they should be, or do not divide among the targets; if the
-            target does not fit the meaning, the meaning is not complete, or the dataset's responses mean another thing,
-            its designs are of another size or too few. All of that is found before anything is simulated.
+            target does not fit ``spec``, or the dataset has another, its designs are of another size or too few, or
+            if there is no simulator. All of that is found before anything is simulated.
 
     Example:
-        >>> report = verify(designs, target, pipe.response_encoder.config.meaning)  # doctest: +SKIP
+        >>> report = verify(designs, target, ResponseSpec.of(pipe))  # doctest: +SKIP
         >>> report.error.min(), report.save("runs/design")  # doctest: +SKIP
     """
     array = as_array(designs, "designs")
-    meaning, wanted = checked_targets(target, meaning, array.shape, dataset=dataset, heldout=heldout)
+    wanted = checked_targets(target, spec, array.shape, dataset=dataset, heldout=heldout)
+    simulate = checked_simulator(simulator, spec, device=device, progress=progress)
     if names is not None:
         names = checked_names(names, len(wanted))
     if binary:
@@ -85,7 +94,7 @@ def verify(
     if heldout is not None:
         reach = TargetRange(stored_responses(dataset), stored_responses(heldout)).check(wanted, names=names)
 
-    response = simulated_response(array, meaning, device=device, progress=progress)
+    response = simulate(array)
     error = response_error(response, np.repeat(wanted, per_target, axis=0))
     order = np.argsort(error.reshape(len(wanted), per_target), axis=1, kind="stable")  # NaN comes last
     found |= {
@@ -97,6 +106,6 @@ def verify(
     if isinstance(designs, Tensor):
         found = {name: torch.from_numpy(values) for name, values in found.items()}
         return VerificationReport(
-            meaning, designs.detach().cpu(), torch.from_numpy(wanted), **found, retrieval=retrieval, reach=reach
+            spec, designs.detach().cpu(), torch.from_numpy(wanted), **found, retrieval=retrieval, reach=reach
         )
-    return VerificationReport(meaning, np.asarray(designs), wanted, **found, retrieval=retrieval, reach=reach)
+    return VerificationReport(spec, np.asarray(designs), wanted, **found, retrieval=retrieval, reach=reach)

@@ -16,9 +16,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from mechdiffusers.mechanics import simulate
-from mechdiffusers.mechanics.materials import CompressibleNeoHookean
-from mechdiffusers.microstructures.build_dataset.columns import dataset_of, grey_levels, response_meaning
+from mechdiffusers.mechanics import ResponseSpec, simulate
+from mechdiffusers.microstructures.build_dataset.columns import dataset_of, grey_levels
 from mechdiffusers.microstructures.build_dataset.parts import compute_by_parts
 
 __all__ = ["build_dataset"]
@@ -46,7 +45,7 @@ def build_dataset(
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Dataset:
-    """Simulates designs and stores them with their responses and the meaning of these.
+    """Simulates designs and stores them with their responses and the specification of these.
 
     With ``output``, what is done is kept beside it, in ``.unfinished-NAME``: the same call, made again after a kill,
     goes on from there and writes the file that it would have written undisturbed, to the byte (on one device and with
@@ -71,7 +70,7 @@ def build_dataset(
     Returns:
         A row a design, in their order, in memory: ``image`` (PNG, of 1 bit a pixel if all designs are binary, else of
         8), ``response`` (L, S) float32, ``converged`` (L,) bool and the parameters. A design that is not solved is
-        kept: NaN from that strain on and flagged. :func:`response_meaning` says what the responses mean.
+        kept: NaN from that strain on and flagged. :meth:`.ResponseSpec.of` reads their specification.
 
     Raises:
         ValueError: If an argument is not as described, or ``output`` holds another dataset.
@@ -108,40 +107,34 @@ def build_dataset(
         pixel_size=pixel_size,
         device=device,
     ).strain
-    meaning = {
-        "quantity": quantity,
-        "load_cases": list(load_cases),
-        "strains": strain.tolist(),
-        "units": units or _UNITS[quantity],
-        "element_order": int(element_order),
-        "pixel_size": float(pixel_size),
-        "material": {
-            "law": CompressibleNeoHookean.__name__,
-            "young_soft": float(young_soft),
-            "young_stiff": float(young_stiff),
-            "poisson": float(poisson),
-        },
+    solver = {
+        "element_order": element_order,
+        "young_soft": young_soft,
+        "young_stiff": young_stiff,
+        "poisson": poisson,
+        "pixel_size": pixel_size,
     }
+    spec = ResponseSpec(quantity, load_cases, strain, units=units or _UNITS[quantity], signed=False, solver=solver)
 
     def responses(folder: Path) -> np.ndarray:
-        response = compute_by_parts(levels, meaning, folder, device, progress)
+        response = compute_by_parts(levels, spec, folder, device, progress)
         if lost := int(np.isnan(response).any(-1).sum()):
             logger.warning("%d of %d paths are not solved to their end: NaN", lost, response[..., 0].size)
         return response
 
     if output is None:
         with tempfile.TemporaryDirectory() as folder:
-            return dataset_of(levels, responses(Path(folder)), columns, meaning)
+            return dataset_of(levels, responses(Path(folder)), columns, spec)
     path = Path(output)
     parts = path.with_name(f".unfinished-{path.name}")
     if path.exists():
-        dataset = _read(path, levels, columns, meaning)
+        dataset = _read(path, levels, columns, spec)
     else:
         try:
             parts.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"output must be a file that can be written, got {path}: {error}") from error
-        dataset = dataset_of(levels, responses(parts), columns, meaning)
+        dataset = dataset_of(levels, responses(parts), columns, spec)
         dataset.to_parquet(parts / path.name)
         os.replace(parts / path.name, path)
     shutil.rmtree(parts, ignore_errors=True)
@@ -165,11 +158,14 @@ def _checked_parameters(parameters: Mapping[str, Any], num: int) -> dict[str, np
     return columns
 
 
-def _read(path: Path, levels: np.ndarray, columns: Mapping[str, np.ndarray], meaning: dict[str, Any]) -> Dataset:
-    """The finished dataset of these designs with this meaning."""
+def _read(path: Path, levels: np.ndarray, columns: Mapping[str, np.ndarray], spec: ResponseSpec) -> Dataset:
+    """The finished dataset of these designs with this specification."""
     try:
         dataset = Dataset(pq.read_table(path))
-        same = response_meaning(dataset) == meaning and set(dataset.column_names) == {*_OWN_COLUMNS, *columns}
+        same = ResponseSpec.of(dataset).difference(spec) is None and set(dataset.column_names) == {
+            *_OWN_COLUMNS,
+            *columns,
+        }
         same = same and np.array_equal([np.asarray(image) for image in dataset["image"]], levels)
         same = same and all(np.array_equal(dataset[name], columns[name], equal_nan=True) for name in columns)
     except (OSError, ValueError) as error:
@@ -177,6 +173,6 @@ def _read(path: Path, levels: np.ndarray, columns: Mapping[str, np.ndarray], mea
     if not same:
         raise ValueError(
             f"output must be new or hold this very dataset, got {path} with other designs, parameters or responses of "
-            "another meaning: choose another output"
+            "another specification: choose another output"
         )
     return dataset

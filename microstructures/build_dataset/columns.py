@@ -1,4 +1,4 @@
-r"""What a row of a dataset of responses holds, and how the meaning of the responses travels with them.
+r"""What a row of a dataset of responses holds, and how their specification travels with them.
 
 ========== ============================ ==============================================================
 column     type                         what
@@ -9,8 +9,8 @@ converged  bool, shape (L,)             whether all strains of a load case are s
 ...        float64                      what else is known of a design, such as its volume fraction
 ========== ============================ ==============================================================
 
-The meaning of the responses is JSON in the ``id`` of the feature of their column. Of all places that a dataset has for
-metadata, that is the one which ``datasets`` carries through parquet files, streams, ``map``, concatenation and the Hub.
+The specification of the responses is JSON in the ``id`` of the feature of their column. Of all places that a dataset
+has for metadata, ``datasets`` carries that one through parquet files, streams, ``map``, concatenation and the Hub.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from datasets import Array2D, Dataset, Features, List, Value
@@ -26,36 +25,9 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["dataset_of", "designs_of", "grey_levels", "response_meaning"]
+from mechdiffusers.mechanics import ResponseSpec
 
-
-def response_meaning(dataset: Any) -> dict[str, Any]:
-    """What the responses of a dataset mean.
-
-    Args:
-        dataset: A ``datasets.Dataset`` or ``IterableDataset`` that :func:`build_dataset` or
-            :func:`load_mechanical_mnist` made, wherever it has been stored since.
-
-    Returns:
-        ``quantity`` ("stress" or "energy"), ``load_cases`` (L names), ``strains`` (L lists of S magnitudes of nominal
-        strain), ``units`` of the response, ``element_order``, ``pixel_size`` and ``material`` (``law``, ``young_soft``,
-        ``young_stiff``, ``poisson``).
-
-    Raises:
-        ValueError: If the dataset has no responses, or they came without their meaning.
-
-    Example:
-        >>> dataset = load_dataset("parquet", data_files="data/composites-32/train.parquet", split="train")
-        >>> response_meaning(dataset)["load_cases"]
-        ['uniaxial_extension', 'uniaxial_extension_x', 'shear']
-    """
-    features = getattr(dataset, "features", None)
-    if not isinstance(features, Features) or "response" not in features:
-        raise ValueError(f"dataset must be one split of a dataset with a column 'response', got {dataset!r}")
-    stored = getattr(features["response"], "id", None)
-    if stored is None:
-        raise ValueError("dataset must say what its responses mean, got a column 'response' that has lost its 'id'")
-    return json.loads(stored)
+__all__ = ["dataset_of", "designs_of", "grey_levels"]
 
 
 def grey_levels(designs: Tensor | np.ndarray) -> np.ndarray:
@@ -93,7 +65,7 @@ def designs_of(levels: np.ndarray) -> np.ndarray:
 
 
 def dataset_of(
-    levels: np.ndarray, response: np.ndarray, parameters: Mapping[str, np.ndarray], meaning: Mapping[str, Any]
+    levels: np.ndarray, response: np.ndarray, parameters: Mapping[str, np.ndarray], spec: ResponseSpec
 ) -> Dataset:
     """The dataset, in memory.
 
@@ -101,12 +73,12 @@ def dataset_of(
         levels: The designs, bool or uint8, shape ``(B, H, W)``.
         response: Shape ``(B, L, S)``, NaN where not solved.
         parameters: Further columns, shape ``(B,)`` each.
-        meaning: What the responses mean, see :func:`response_meaning`.
+        spec: Of the responses.
     """
     shape = response.shape[1:]
     features = {
         "image": ImageFeature(),
-        "response": Array2D(shape, "float32", id=json.dumps(meaning)),
+        "response": Array2D(shape, "float32", id=json.dumps(spec.to_dict())),
         "converged": List(Value("bool"), length=shape[0]),
         **{name: Value("float64") for name in parameters},
     }

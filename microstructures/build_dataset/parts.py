@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from mechdiffusers.atomic_file import atomic_write
-from mechdiffusers.mechanics import simulated_response
+from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.microstructures.build_dataset.columns import designs_of
 
 __all__ = ["compute_by_parts"]
@@ -26,7 +25,7 @@ _GPU_PART = 512
 
 
 def compute_by_parts(
-    levels: np.ndarray, meaning: Mapping[str, Any], folder: Path, device: str | torch.device | None, progress: bool
+    levels: np.ndarray, spec: ResponseSpec, folder: Path, device: str | torch.device | None, progress: bool
 ) -> np.ndarray:
     """Responses of designs; those of a part are read from its file in ``folder`` or, if that is missing, computed.
 
@@ -36,7 +35,7 @@ def compute_by_parts(
 
     Args:
         levels: Designs as :func:`grey_levels` gives them, shape ``(B, H, W)``.
-        meaning: What the responses are to mean, see :func:`response_meaning`.
+        spec: Of the responses.
         folder: Where to keep the parts.
         device: Where to compute; ``None`` is the CPU.
         progress: Whether to show a progress bar.
@@ -47,11 +46,11 @@ def compute_by_parts(
     on_cpu = torch.device(device or "cpu").type == "cpu"
     size = _CPU_PART if on_cpu else _GPU_PART
     parts = [levels[start : start + size] for start in range(0, len(levels), size)]
-    paths = [folder / f"{_fingerprint(part, meaning)}.npy" for part in parts]
+    paths = [folder / f"{_fingerprint(part, spec)}.npy" for part in parts]
     missing = {path: part for path, part in zip(paths, parts, strict=True) if not path.exists()}
     if missing:
         workers = min(torch.get_num_threads(), len(missing)) if on_cpu else 0
-        work = DataLoader(_Parts(missing, meaning, device), batch_size=None, num_workers=workers, in_order=False)
+        work = DataLoader(_Parts(missing, spec, device), batch_size=None, num_workers=workers, in_order=False)
         done = len(levels) - sum(map(len, missing.values()))
         with tqdm(total=len(levels), initial=done, desc="simulate", unit="design", disable=not progress) as bar:
             for num in work:
@@ -62,24 +61,24 @@ def compute_by_parts(
 class _Parts(Dataset[int]):
     """Parts to compute; taking one writes its file and gives the number of its designs."""
 
-    def __init__(self, parts: Mapping[Path, np.ndarray], meaning: Mapping[str, Any], device: str | torch.device | None):
-        self._parts, self._meaning, self._device = list(parts.items()), meaning, device
+    def __init__(self, parts: Mapping[Path, np.ndarray], spec: ResponseSpec, device: str | torch.device | None):
+        self._parts, self._simulate = list(parts.items()), spec.simulator(device=device)
 
     def __len__(self) -> int:
         return len(self._parts)
 
     def __getitem__(self, index: int) -> int:
         path, levels = self._parts[index]
-        response = simulated_response(designs_of(levels), self._meaning, device=self._device)
+        response = self._simulate(designs_of(levels))
         # the worker of a killed build may be at the same part, for as long as that takes
         with atomic_write(path, shared=True) as unfinished:
             np.save(unfinished, response)
         return len(levels)
 
 
-def _fingerprint(levels: np.ndarray, meaning: Mapping[str, Any]) -> str:
+def _fingerprint(levels: np.ndarray, spec: ResponseSpec) -> str:
     """Of everything that responses are computed from: it names their file, so that no build takes those of another."""
-    recipe = {name: value for name, value in meaning.items() if name != "units"}  # words change no number
+    recipe = {name: value for name, value in spec.to_dict().items() if name != "units"}  # words change no number
     versions = {name: version(name) for name in ("mechdiffusers", "torch")}
     start = json.dumps([recipe, versions, levels.shape, str(levels.dtype)])
     return hashlib.sha256(start.encode() + levels.tobytes()).hexdigest()

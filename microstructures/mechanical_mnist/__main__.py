@@ -10,13 +10,15 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import numpy as np
 from datasets import Dataset
 
-from mechdiffusers.microstructures.build_dataset.columns import dataset_of, response_meaning
+from mechdiffusers.mechanics import ResponseSpec
+from mechdiffusers.microstructures.build_dataset.columns import dataset_of
 from mechdiffusers.microstructures.mechanical_mnist.reader import load_mechanical_mnist
 
 __all__ = ["with_usable_energies", "write_splits"]
@@ -77,12 +79,10 @@ def write_splits(folder: Path, output_dir: Path, num_heldout: int = 500) -> None
 
 def with_usable_energies(dataset: Dataset) -> Dataset:
     """The same designs with energies of as many digits as a model needs, at displacements from 0.1: shape (1, 10)."""
-    meaning = response_meaning(dataset)
+    spec = ResponseSpec.of(dataset)
     rows = dataset.with_format("numpy")[:]
-    strains = [case[_NUM_UNUSABLE:] for case in meaning["strains"]]
-    return dataset_of(
-        np.asarray(rows["image"]), rows["response"][..., _NUM_UNUSABLE:], {}, {**meaning, "strains": strains}
-    )
+    usable = replace(spec, strains=[case[_NUM_UNUSABLE:] for case in spec.strains])
+    return dataset_of(np.asarray(rows["image"]), rows["response"][..., _NUM_UNUSABLE:], {}, usable)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from mechdiffusers.mechanics.materials import CompressibleNeoHookean
+from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.microstructures.build_dataset.columns import dataset_of
 
 __all__ = ["load_mechanical_mnist"]
@@ -36,7 +36,7 @@ def load_mechanical_mnist(folder: str | Path) -> Dataset:
 
     Returns:
         A row a bitmap, with the columns of :func:`build_dataset`: 8-bit images and responses (1, 12), the total strain
-        energy. :func:`response_meaning` says at which strains. Energies have 5 decimals: those of the first two
+        energy. :meth:`.ResponseSpec.of` says at which strains. Energies have 5 decimals: those of the first two
         strains carry hardly a digit. The published meshes are of triangles of order 2, finer than the bitmap.
 
     Raises:
@@ -49,17 +49,16 @@ def load_mechanical_mnist(folder: str | Path) -> Dataset:
         raise ValueError(f"folder must hold as many bitmaps as energies, got {len(bitmaps)} and {len(energies)}")
     if (bitmaps != np.clip(np.rint(bitmaps), 0, 255)).any():
         raise ValueError("folder must hold bitmaps of integers from 0 to 255, got others")
-    meaning = {
-        "quantity": "energy",
-        "load_cases": ["uniaxial_extension"],
-        "strains": [[displacement / _SIZE for displacement in _DISPLACEMENTS]],
-        "units": "Young's modulus of a black pixel x pixel^2, per unit thickness",
-        "element_order": 2,
-        "pixel_size": 1.0,
-        "material": {"law": CompressibleNeoHookean.__name__, "young_soft": 1.0, "young_stiff": 100.0, "poisson": 0.3},
-    }
+    spec = ResponseSpec(
+        "energy",
+        ["uniaxial_extension"],
+        [[displacement / _SIZE for displacement in _DISPLACEMENTS]],
+        units="Young's modulus of a black pixel x pixel^2, per unit thickness",
+        signed=False,
+        solver={"element_order": 2, "young_soft": 1.0, "young_stiff": 100.0, "poisson": 0.3, "pixel_size": 1.0},
+    )
     images = bitmaps.astype(np.uint8).reshape(-1, _SIZE, _SIZE)
-    dataset = dataset_of(images, (energies[:, 1:] - energies[:, :1])[:, None], {}, meaning)
+    dataset = dataset_of(images, (energies[:, 1:] - energies[:, :1])[:, None], {}, spec)
     dataset.info.license = "CC BY-SA 3.0"
     dataset.info.homepage = "https://github.com/elejeune11/Mechanical-MNIST"
     dataset.info.citation = "E. Lejeune, Mechanical MNIST, Extreme Mechanics Letters 36 (2020) 100659"

@@ -14,12 +14,12 @@ if TYPE_CHECKING:  # for type checkers and editors; an alias that repeats the na
     from mechdiffusers.evaluation.inverse_design import refine as refine
     from mechdiffusers.evaluation.inverse_design import response_error as response_error
     from mechdiffusers.evaluation.inverse_design import verify as verify
+    from mechdiffusers.mechanics import ResponseSpec as ResponseSpec
     from mechdiffusers.mechanics import SimulationResult as SimulationResult
     from mechdiffusers.mechanics import simulate as simulate
     from mechdiffusers.microstructures import build_dataset as build_dataset
     from mechdiffusers.microstructures import load_mechanical_mnist as load_mechanical_mnist
     from mechdiffusers.microstructures import random_composites as random_composites
-    from mechdiffusers.microstructures import response_meaning as response_meaning
     from mechdiffusers.models import ResponseEncoder as ResponseEncoder
     from mechdiffusers.models import ResponsePredictor as ResponsePredictor
     from mechdiffusers.pipelines import ClassifierGuidance as ClassifierGuidance
@@ -40,8 +40,8 @@ _NAMES = {
         "response_error",
         "verify",
     ),
-    "mechanics": ("SimulationResult", "simulate"),
-    "microstructures": ("build_dataset", "load_mechanical_mnist", "random_composites", "response_meaning"),
+    "mechanics": ("ResponseSpec", "SimulationResult", "simulate"),
+    "microstructures": ("build_dataset", "load_mechanical_mnist", "random_composites"),
     "models": ("ResponseEncoder", "ResponsePredictor"),
     "pipelines": ("ClassifierGuidance", "LatentDDPMPipeline"),
     "schedulers": ("PredictorCorrectorScheduler", "ProbabilityFlowScheduler", "VDMScheduler"),

@@ -176,7 +176,7 @@ def test_a_single_probe_is_refused_unless_it_is_the_exact_trace(pipe):
 def test_a_scheduler_without_an_ancestral_chain_says_what_needs_none(pipe, cls, method, tmp_path):
     pipe.scheduler.save_pretrained(tmp_path)
     pipe.scheduler = cls.from_config(DDPMScheduler.from_pretrained(tmp_path).config, clip_sample=False)
-    assert pipe.scheduler.config.variance_type == "fixed_small"  # of the class before, with no meaning here
+    assert pipe.scheduler.config.variance_type == "fixed_small"  # of the class before, with no spec here
     images, name = torch.zeros(1, 1, 8, 8), cls.__name__
     with pytest.raises(
         ValueError, match=f"^scheduler must have an ancestral chain .* got {name} .*ContinuousPrior and FlowPrior"

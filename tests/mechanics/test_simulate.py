@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from mechdiffusers.mechanics import simulate
+from mechdiffusers.mechanics import ResponseSpec, simulate
 from mechdiffusers.mechanics.elements import Elements
 from mechdiffusers.mechanics.load_cases import LOAD_CASES, LoadCase
 from mechdiffusers.mechanics.materials import CompressibleNeoHookean
 from mechdiffusers.mechanics.newton import Cell, equilibrate
-from mechdiffusers.microstructures import load_mechanical_mnist, random_composites, response_meaning
+from mechdiffusers.microstructures import load_mechanical_mnist, random_composites
 from mechdiffusers.microstructures.build_dataset.columns import designs_of
 
 ROOT = Path(__file__).parents[2]
@@ -148,7 +148,7 @@ def test_gradients_agree_with_central_differences(order, case):
 @pytest.mark.parametrize(("order", "mean", "worst"), [(1, 1.7e-2, 3e-2), (2, 5e-4, 1.5e-3)])
 def test_energies_are_those_that_were_published(order, mean, worst):
     dataset = load_mechanical_mnist(PUBLISHED)
-    rows, strains = dataset.with_format("numpy")[:8], response_meaning(dataset)["strains"]
+    rows, strains = dataset.with_format("numpy")[:8], ResponseSpec.of(dataset).strains
     result = simulate(designs_of(rows["image"]), ["uniaxial_extension"], strains, element_order=order)
     published = rows["response"][:, 0, 2:]  # the first steps have no digits
     error = np.linalg.norm(result.energy[:, 0, 2:] - published, axis=1) / np.linalg.norm(published, axis=1)

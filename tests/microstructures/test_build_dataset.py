@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from mechdiffusers.mechanics import simulate
-from mechdiffusers.microstructures import build_dataset, random_composites, response_meaning
+from mechdiffusers.mechanics import ResponseSpec, simulate
+from mechdiffusers.microstructures import build_dataset, random_composites
 from mechdiffusers.microstructures.build_dataset import builder
 from mechdiffusers.microstructures.build_dataset.__main__ import main
 from mechdiffusers.microstructures.build_dataset.columns import designs_of, grey_levels
@@ -81,7 +81,7 @@ def test_parameters_become_columns(tmp_path):
 
 def test_the_meaning_of_the_responses_goes_where_the_dataset_goes(tmp_path):
     path = tmp_path / "d.parquet"
-    meaning = {
+    spec = {
         "quantity": "energy",
         "load_cases": list(CASES),
         "strains": [STRAINS, STRAINS],
@@ -91,7 +91,7 @@ def test_the_meaning_of_the_responses_goes_where_the_dataset_goes(tmp_path):
         "material": {"law": "CompressibleNeoHookean", "young_soft": 0.5, "young_stiff": 7.0, "poisson": 0.2},
     }
     material = {"young_soft": 0.5, "young_stiff": 7.0, "poisson": 0.2}
-    built = build(quantity="energy", units=meaning["units"], pixel_size=2.0, output=path, **material)
+    built = build(quantity="energy", units=spec.units, pixel_size=2.0, output=path, **material)
     loaded = load(path)
     loaded.save_to_disk(tmp_path / "disk")
     copies = {
@@ -105,21 +105,21 @@ def test_the_meaning_of_the_responses_goes_where_the_dataset_goes(tmp_path):
         "both": datasets.concatenate_datasets([built, loaded]),
     }
     for name, dataset in copies.items():
-        assert response_meaning(dataset) == meaning, name
+        assert ResponseSpec.of(dataset) == spec, name
     # and it is enough to compute the responses again
     again = simulate(
         np.stack([np.asarray(image, dtype=float) for image in loaded["image"][:3]]),
-        meaning["load_cases"],
-        meaning["strains"],
-        element_order=meaning["element_order"],
-        pixel_size=meaning["pixel_size"],
-        **{name: value for name, value in meaning["material"].items() if name != "law"},
+        spec.load_cases,
+        spec.strains,
+        element_order=spec["element_order"],
+        pixel_size=spec["pixel_size"],
+        **{name: value for name, value in spec["material"].items() if name != "law"},
     )
     np.testing.assert_allclose(loaded["response"][:3], again.energy, rtol=1e-6)
 
 
 def test_units_are_those_of_the_moduli_unless_said():
-    assert response_meaning(build(DESIGNS[:1]))["units"] == "unit of young_soft"
+    assert ResponseSpec.of(build(DESIGNS[:1]))["units"] == "unit of young_soft"
 
 
 def test_a_design_that_is_not_solved_is_kept_as_nan_and_flagged(monkeypatch, tmp_path, caplog):
@@ -284,14 +284,14 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("dataset", [datasets.Dataset.from_dict({"image": [1]}), datasets.DatasetDict(), None])
-def test_a_dataset_without_responses_has_no_meaning(dataset):
+def test_a_dataset_without_responses_has_no_spec(dataset):
     with pytest.raises(ValueError, match="^dataset must be one split of a dataset with a column 'response'"):
-        response_meaning(dataset)
+        ResponseSpec.of(dataset)
 
 
 def test_responses_that_have_lost_their_meaning_are_refused():
     with pytest.raises(ValueError, match="^dataset must say what its responses mean"):
-        response_meaning(datasets.Dataset.from_dict({"response": [[[1.0]]]}))
+        ResponseSpec.of(datasets.Dataset.from_dict({"response": [[[1.0]]]}))
 
 
 @pytest.mark.parametrize(("option", "value"), [("load_cases", "twist"), ("num_train", "0"), ("poisson", "0.7")])

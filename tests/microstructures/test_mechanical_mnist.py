@@ -8,7 +8,8 @@ import pytest
 from datasets import Dataset
 
 from mechdiffusers.evaluation.inverse_design import stored_designs, stored_responses, verify
-from mechdiffusers.microstructures import load_mechanical_mnist, response_meaning
+from mechdiffusers.mechanics import ResponseSpec
+from mechdiffusers.microstructures import load_mechanical_mnist
 from mechdiffusers.microstructures.mechanical_mnist.__main__ import main
 from mechdiffusers.training import parse_config
 from mechdiffusers.training.data import load_designs
@@ -33,11 +34,11 @@ def test_bitmaps_and_changes_in_energy_are_those_of_the_files(tmp_path):
 
 
 def test_the_meaning_of_the_published_energies_is_known(tmp_path):
-    meaning = response_meaning(load_mechanical_mnist(write(tmp_path)))
-    assert meaning["quantity"] == "energy"
-    assert meaning["load_cases"] == ["uniaxial_extension"]
-    assert meaning["strains"] == [[d / 28 for d in (0.001, 0.01, 0.1, 0.5, 1, 2, 4, 6, 8, 10, 12, 14)]]
-    assert meaning["material"]["young_stiff"] == 100
+    spec = ResponseSpec.of(load_mechanical_mnist(write(tmp_path)))
+    assert spec.quantity == "energy"
+    assert spec.load_cases == ["uniaxial_extension"]
+    assert spec.strains == [[d / 28 for d in (0.001, 0.01, 0.1, 0.5, 1, 2, 4, 6, 8, 10, 12, 14)]]
+    assert spec["material"]["young_stiff"] == 100
 
 
 def test_the_zipped_bitmaps_are_read_as_they_are_published(tmp_path):
@@ -90,9 +91,9 @@ def test_the_last_rows_are_held_out_and_the_others_trained_on(dataset):
 
 
 def test_the_energies_kept_are_those_of_the_displacements_that_leave_them_digits(dataset, tmp_path):
-    whole = response_meaning(load_mechanical_mnist(tmp_path))
+    whole = ResponseSpec.of(load_mechanical_mnist(tmp_path))
     kept = {**whole, "strains": [[d / 28 for d in (0.1, 0.5, 1, 2, 4, 6, 8, 10, 12, 14)]]}
-    assert response_meaning(split(dataset, "train")) == response_meaning(split(dataset, "heldout")) == kept
+    assert ResponseSpec.of(split(dataset, "train")) == ResponseSpec.of(split(dataset, "heldout")) == kept
 
 
 def test_the_released_configuration_trains_on_what_the_command_writes(dataset):
@@ -101,7 +102,7 @@ def test_the_released_configuration_trains_on_what_the_command_writes(dataset):
     )
     np.testing.assert_array_equal(designs.heldout[:, 0], BITMAPS[2:].reshape(-1, 28, 28))
     assert designs.num_train == 2
-    assert designs.meaning == response_meaning(split(dataset, "train"))
+    assert designs.spec == ResponseSpec.of(split(dataset, "train"))
 
 
 def test_the_folder_of_the_published_files_is_asked_for_where_neither_argument_nor_environment_names_it(
@@ -132,5 +133,5 @@ def test_the_heldout_designs_have_the_published_energies_by_the_meaning_that_tra
     assert len(split(tmp_path / "dataset", "train")) == 7500
     assert len(split(tmp_path / "dataset", "heldout")) == 500
     rows = split(tmp_path / "dataset", "heldout").select([0, 499])
-    report = verify(stored_designs(rows), stored_responses(rows), response_meaning(rows), binary=False)
+    report = verify(stored_designs(rows), stored_responses(rows), ResponseSpec.of(rows), binary=False)
     assert report.error.max() <= 1.5e-3

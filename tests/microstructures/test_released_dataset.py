@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict, load_dataset
 
-from mechdiffusers.mechanics import simulate
-from mechdiffusers.microstructures import random_composites, response_meaning
+from mechdiffusers.mechanics import ResponseSpec, simulate
+from mechdiffusers.microstructures import random_composites
 
 FOLDER = Path(__file__).parents[2] / "data" / "composites-32"
 SPLITS = ("heldout", "train")
@@ -36,7 +36,7 @@ def test_the_designs_are_those_of_the_generator_the_heldout_ones_first(splits):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_meaning_is_that_of_the_card(splits, split):
-    assert response_meaning(splits[split]) == {
+    assert ResponseSpec.of(splits[split]) == {
         "quantity": "stress",
         "load_cases": ["uniaxial_extension", "uniaxial_extension_x", "shear"],
         "strains": [[0.05, 0.1, 0.15, 0.2, 0.25, 0.3]] * 3,
@@ -59,8 +59,8 @@ def test_nearly_all_paths_are_solved_and_the_others_flagged(splits, split):
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_responses_are_those_of_simulate(splits, split):
     rows = splits[split].select(np.linspace(0, len(splits[split]) - 1, 4).astype(int))
-    meaning = response_meaning(rows)
-    result = simulate(images_of(rows).astype(float), meaning["load_cases"], meaning["strains"])
+    spec = ResponseSpec.of(rows)
+    result = simulate(images_of(rows).astype(float), spec.load_cases, spec.strains)
     np.testing.assert_allclose(rows.with_format("numpy")[:]["response"], result.stress, rtol=1e-6)
 
 

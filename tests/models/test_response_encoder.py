@@ -5,7 +5,7 @@ import torch
 
 from mechdiffusers.models import ResponseEncoder, response_normalisation
 
-MEANING = {"quantity": "stress", "load_cases": ["a", "b"], "strains": [[0.1, 0.2, 0.3]] * 2}
+SPEC = {"quantity": "stress", "load_cases": ["a", "b"], "strains": [[0.1, 0.2, 0.3]] * 2}
 
 
 def encoder(**options) -> ResponseEncoder:
@@ -13,7 +13,7 @@ def encoder(**options) -> ResponseEncoder:
     return ResponseEncoder(
         **{
             "token_dim": 8,
-            "meaning": MEANING,
+            "spec": SPEC,
             "scale": [[0.5] * 3] * 2,
             "mean": [[1.0] * 3] * 2,
             "std": [[2.0] * 3] * 2,
@@ -112,20 +112,20 @@ def test_gradients_reach_the_null_tokens_only_through_open_responses():
     assert model.null_tokens.grad.all()
 
 
-def test_it_comes_back_from_disk_with_its_meaning(tmp_path):
+def test_it_comes_back_from_disk_with_its_spec(tmp_path):
     model = encoder()
     model.save_pretrained(tmp_path)
     loaded = ResponseEncoder.from_pretrained(tmp_path)
     response = torch.randn(2, 2, 3)
     assert torch.equal(loaded(response), model(response))
-    assert loaded.config.meaning == MEANING
+    assert loaded.config.spec == SPEC
 
 
 @pytest.mark.parametrize(
     ("options", "name"),
     [
         ({"mean": None}, "scale, mean and std"),
-        ({"meaning": {"strains": []}}, "meaning"),
+        ({"spec": {"strains": []}}, "spec"),
         ({"std": [[1.0] * 2] * 2}, "scale, mean and std"),
         ({"scale": [[0.0] * 3] * 2}, "scale"),
         ({"std": [[0.0] * 3] * 2}, "std"),

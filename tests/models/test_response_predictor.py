@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mechdiffusers.models import ResponseEncoder, ResponsePredictor, response_normalisation
 
-MEANING = {"quantity": "stress", "load_cases": ["a", "b"], "strains": [[0.1, 0.2, 0.3]] * 2}
+SPEC = {"quantity": "stress", "load_cases": ["a", "b"], "strains": [[0.1, 0.2, 0.3]] * 2}
 
 
 def predictor(**options) -> ResponsePredictor:
@@ -17,7 +17,7 @@ def predictor(**options) -> ResponsePredictor:
         **{
             "block_out_channels": (4, 8),
             "layers_per_block": 1,
-            "meaning": MEANING,
+            "spec": SPEC,
             "scale": [[0.5, 1.0, 2.0]] * 2,
             "mean": [[1.0, 2.0, 3.0]] * 2,
             "std": [[2.0, 1.0, 0.5]] * 2,
@@ -28,7 +28,7 @@ def predictor(**options) -> ResponsePredictor:
 
 def encoder_of(model: ResponsePredictor) -> ResponseEncoder:
     """The encoder of the same responses, which a pipeline takes their normalisation from."""
-    return ResponseEncoder(8, **{name: model.config[name] for name in ("meaning", "scale", "mean", "std")})
+    return ResponseEncoder(8, **{name: model.config[name] for name in ("spec", "scale", "mean", "std")})
 
 
 @pytest.mark.parametrize("size", [(8, 8), (28, 28), (64, 48), (5, 7)])
@@ -106,7 +106,7 @@ def test_it_comes_back_from_disk_with_its_meaning_and_weights_rounded_to_half_pr
     loaded = ResponsePredictor.from_pretrained(tmp_path)
     assert loaded.dtype == torch.float32
     assert torch.equal(loaded.predict(images), model.half().float().predict(images))
-    assert loaded.config.meaning == MEANING
+    assert loaded.config.spec == SPEC
 
 
 def test_it_tells_rows_from_columns_and_places_apart():
@@ -148,8 +148,8 @@ def test_it_learns_an_analytic_response():
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"meaning": None}, "meaning"),
-        ({"meaning": {"strains": []}}, "meaning"),
+        ({"spec": None}, "spec"),
+        ({"spec": {"strains": []}}, "spec"),
         ({"mean": None}, "scale, mean and std"),
         ({"std": [[1.0] * 2] * 2}, "scale, mean and std"),
         ({"scale": [[0.0] * 3] * 2}, "scale"),

@@ -297,29 +297,29 @@ def test_a_response_of_another_kind_is_refused(make_pipeline, arguments, message
 )
 def test_a_response_of_another_meaning_is_refused(make_pipeline, change):
     pipe = make_pipeline(conditional=True)
-    meaning = {**pipe.response_encoder.config.meaning, **change}
+    spec = {**pipe.response_encoder.config.spec, **change}
     (key,) = change
-    with pytest.raises(ValueError, match=f"^meaning must agree with what .* got another {re.escape(str(key))}: "):
-        pipe(response=torch.ones(1, 2, 3), meaning=meaning)
+    with pytest.raises(ValueError, match=f"^spec must agree with what .* got another {re.escape(str(key))}: "):
+        pipe(response=torch.ones(1, 2, 3), spec=spec)
 
 
 def test_a_meaning_that_is_none_or_of_a_checkpoint_without_responses_is_refused(pipe, make_pipeline):
     with pytest.raises(ValueError, match="^response must be None: this checkpoint was trained without responses"):
-        pipe(response=torch.ones(1, 2, 3), meaning={"load_cases": ["shear"]})
-    with pytest.raises(ValueError, match="^meaning must be None: this checkpoint was trained without responses"):
-        pipe(meaning={"load_cases": ["shear"]})
-    with pytest.raises(ValueError, match="^meaning must be a dictionary as .* got 'stress'"):
-        make_pipeline(conditional=True)(response=torch.ones(1, 2, 3), meaning="stress")
+        pipe(response=torch.ones(1, 2, 3), spec={"load_cases": ["shear"]})
+    with pytest.raises(ValueError, match="^spec must be None: this checkpoint was trained without responses"):
+        pipe(spec={"load_cases": ["shear"]})
+    with pytest.raises(ValueError, match="^spec must be a dictionary as .* got 'stress'"):
+        make_pipeline(conditional=True)(response=torch.ones(1, 2, 3), spec="stress")
 
 
 def test_a_response_of_the_meaning_of_the_checkpoint_is_taken_in_lists_tuples_and_arrays(make_pipeline):
     pipe = make_pipeline(conditional=True)
-    meaning = dict(pipe.response_encoder.config.meaning)
-    meaning |= {"load_cases": tuple(meaning["load_cases"])}
-    meaning |= {"strains": np.array(meaning["strains"]) * (1 + 1e-15)}  # such as np.linspace gives
+    spec = dict(pipe.response_encoder.config.spec)
+    spec |= {"load_cases": tuple(spec.load_cases)}
+    spec |= {"strains": np.array(spec.strains) * (1 + 1e-15)}  # such as np.linspace gives
     found, expected = (
         latents_of(pipe, response=torch.ones(2, 2, 3), generator=generators(2), **options)
-        for options in ({"meaning": meaning}, {})
+        for options in ({"spec": spec}, {})
     )
     torch.testing.assert_close(found, expected)
 

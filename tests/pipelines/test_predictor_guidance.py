@@ -27,8 +27,8 @@ from mechdiffusers.schedulers import (
 DIMS = 5
 KINDS = ["epsilon", "v_prediction", "sample", "score"]
 REPO = "mechanic/predicted"
-MEANING = {"load_cases": ["a", "b"], "strains": [[0.1, 0.2, 0.3]] * 2}
-RESPONSES = {"meaning": MEANING, **{name: [[1.0] * 3] * 2 for name in ("scale", "mean", "std")}}
+SPEC = {"load_cases": ["a", "b"], "strains": [[0.1, 0.2, 0.3]] * 2}
+RESPONSES = {"spec": SPEC, **{name: [[1.0] * 3] * 2 for name in ("scale", "mean", "std")}}
 
 
 class LinearPredictor(ResponsePredictor):
@@ -527,17 +527,17 @@ def test_plain_diffusers_loads_a_predictor_from_a_folder_and_the_hub_and_guides_
 
 def test_a_predictor_of_other_responses_is_refused(pipe):
     parts = pipe.components
-    meaning = {**pipe.response_predictor.config.meaning, "units": "another modulus"}
-    parts["response_predictor"] = ResponsePredictor.from_config({**pipe.response_predictor.config, "meaning": meaning})
+    spec = {**pipe.response_predictor.config.spec, "units": "another modulus"}
+    parts["response_predictor"] = ResponsePredictor.from_config({**pipe.response_predictor.config, "spec": spec})
     with pytest.raises(
-        ValueError, match="^response_predictor.config.meaning must agree .* got another units: another mod"
+        ValueError, match="^response_predictor.config.spec must agree .* got another units: another mod"
     ):
         LatentDDPMPipeline(**parts)
 
 
 def test_a_meaning_in_tuples_is_that_in_lists(pipe):
-    meaning = pipe.response_encoder.config.meaning
-    meaning = {name: tuple(entry) if isinstance(entry, list) else entry for name, entry in meaning.items()}
-    predictor = ResponsePredictor.from_config({**pipe.response_predictor.config, "meaning": meaning})
-    assert predictor.config.meaning != pipe.response_encoder.config.meaning
+    spec = pipe.response_encoder.config.spec
+    spec = {name: tuple(entry) if isinstance(entry, list) else entry for name, entry in spec.items()}
+    predictor = ResponsePredictor.from_config({**pipe.response_predictor.config, "spec": spec})
+    assert predictor.config.spec != pipe.response_encoder.config.spec
     LatentDDPMPipeline(**{**pipe.components, "response_predictor": predictor})

@@ -15,7 +15,7 @@ from mechdiffusers.evaluation.inverse_design import (
     stored_responses,
     verify,
 )
-from mechdiffusers.microstructures import response_meaning
+from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.schedulers import VDMScheduler, stock_scheduler
 
@@ -38,9 +38,9 @@ def of_the_earlier_layout(folder: Path, target: Path) -> Path:
     """A checkpoint as it was saved before: the index says what the decoder means, and no denoiser its schedule."""
     shutil.copytree(folder, target)
     vae = json.loads((folder / "vae" / "config.json").read_text())
-    meaning = {name: vae[f"_{name}"] for name in ("decoder_likelihood", "decoder_scale")}
-    edit(target / "model_index.json", lambda index: (index.update(meaning), index.pop("auto_map")))
-    edit(target / "vae" / "config.json", lambda config: [config.pop(f"_{name}") for name in meaning])
+    spec = {name: vae[f"_{name}"] for name in ("decoder_likelihood", "decoder_scale")}
+    edit(target / "model_index.json", lambda index: (index.update(spec), index.pop("auto_map")))
+    edit(target / "vae" / "config.json", lambda config: [config.pop(f"_{name}") for name in spec])
     edit(target / "unet" / "config.json", lambda config: config.pop("_training_schedule"))
     for name in ("response_encoder", "response_predictor"):
         edit(target / name / "config.json", lambda config: config.pop("auto_map"))
@@ -134,4 +134,4 @@ def test_the_released_composites_know_held_out_designs_and_meet_their_responses(
     assert (pipe.decode(pipe.encode(designs), output_type="np")[..., 0] == designs).mean() > 0.999
     assert response_error(pipe.predict_response(designs).cpu().numpy(), targets).mean() < 0.05
     drawn = designs_for(pipe, targets[:2], 2, num_inference_steps=25, num_candidates=4, num_refinements=2)
-    assert verify(drawn, targets[:2], response_meaning(heldout)).error.mean() < 0.1
+    assert verify(drawn, targets[:2], ResponseSpec.of(heldout)).error.mean() < 0.1

@@ -26,7 +26,7 @@ from mechdiffusers.training.publish import model_card
 from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.stages import run_stages
 from mechdiffusers.training.train import train
-from small_runs import MEANING, assert_same_weights, conditional, responses_of, small, write_dataset
+from small_runs import SPEC, assert_same_weights, conditional, responses_of, small, write_dataset
 
 DESIGNS = random_composites(64, size=8)[0]
 
@@ -54,7 +54,7 @@ def is_probable(count: int, num: int, probability: float) -> bool:
 
 def test_a_folder_of_splits_gives_designs_with_responses_and_its_own_heldout_ones(dataset):
     designs = load(dataset)
-    assert designs.meaning == MEANING
+    assert designs.spec == SPEC
     assert designs.num_train == 48
     np.testing.assert_array_equal(designs.heldout[:, 0] / 255, DESIGNS[:16])
     np.testing.assert_array_equal(designs.heldout_response, responses_of(DESIGNS[:16]))
@@ -64,18 +64,16 @@ def test_a_folder_of_splits_gives_designs_with_responses_and_its_own_heldout_one
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize(
-    "other", [{"strains": [[0.4, 0.5, 0.6]] * 2}, {"material": {**MEANING["material"], "young_stiff": 1000.0}}]
-)
-def test_a_heldout_split_whose_responses_have_another_meaning_is_refused(tmp_path, other, streaming):
+@pytest.mark.parametrize("other", [{"strains": [[0.4, 0.5, 0.6]] * 2}, {"solver": {"young_stiff": 1000.0}}])
+def test_a_heldout_split_whose_responses_have_another_specification_is_refused(tmp_path, other, streaming):
     folder = write_dataset(tmp_path / "d")
-    heldout = dataset_of(grey_levels(DESIGNS[:16]), responses_of(DESIGNS[:16]), {}, {**MEANING, **other})
-    heldout.to_parquet(folder / "heldout.parquet")
+    spec = replace(SPEC, **other)
+    dataset_of(grey_levels(DESIGNS[:16]), responses_of(DESIGNS[:16]), {}, spec).to_parquet(folder / "heldout.parquet")
     with pytest.raises(
-        ValueError, match="^all responses must have one meaning, got .* with another one in its heldout"
+        ValueError, match=f"^all responses must have one specification, got heldout of .* with {next(iter(other))}"
     ):
         load(folder, streaming=streaming, num_train_designs=48)
-    assert load(folder / "heldout.parquet", num_heldout_designs=4).meaning == {**MEANING, **other}
+    assert load(folder / "heldout.parquet", num_heldout_designs=4).spec == spec
 
 
 def test_a_design_keeps_its_response_when_the_split_is_drawn_and_on_a_stream(dataset):
@@ -94,7 +92,7 @@ def test_a_design_keeps_its_response_when_the_split_is_drawn_and_on_a_stream(dat
 
 def test_without_a_column_of_responses_there_are_none(dataset):
     designs = load(dataset, response_column=None)
-    assert designs.meaning is None
+    assert designs.spec is None
     assert designs.heldout_response.shape == (16, 0, 0)
     assert next(iter(designs.train))[1].shape == (0, 0)
 
@@ -110,7 +108,7 @@ def test_responses_that_lost_their_meaning_are_refused(dataset, tmp_path):
     rows = datasets.load_dataset("parquet", data_files=str(dataset / "train.parquet"), split="train")
     rows = rows.cast_column("response", datasets.Array2D((2, 3), "float32"))
     rows.to_parquet(tmp_path / "lost.parquet")
-    with pytest.raises(ValueError, match="^response_column must hold responses with their meaning"):
+    with pytest.raises(ValueError, match="^response_column must hold responses with their spec"):
         load(tmp_path / "lost.parquet")
 
 
@@ -197,7 +195,7 @@ def test_a_latent_is_drawn_from_either_view_as_often_and_never_from_a_mixture():
 def test_a_conditional_run_leaves_a_pipeline_that_knows_what_its_responses_mean(trained):
     pipe = LatentDDPMPipeline.from_pretrained(trained / "pipeline")
     pipe.set_progress_bar_config(disable=True)
-    assert pipe.response_encoder.config.meaning == MEANING
+    assert pipe.response_encoder.config.spec == SPEC
     target = torch.from_numpy(responses_of(DESIGNS[1:3]))
     target[0, 1] = math.nan
     images = pipe(response=target, num_images_per_response=2, num_inference_steps=2, guidance_scale=2.0).images
@@ -233,7 +231,7 @@ def test_the_encoder_is_trained_and_averaged_with_the_denoiser(trained):
 
 
 def _options(encoder: ResponseEncoder) -> dict:
-    return {key: encoder.config[key] for key in ("token_dim", "meaning", "scale", "mean", "std")}
+    return {key: encoder.config[key] for key in ("token_dim", "spec", "scale", "mean", "std")}
 
 
 @pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
@@ -247,7 +245,7 @@ def test_a_run_from_an_autoencoders_checkpoint_may_be_conditioned_otherwise(trai
     start = str(trained / "checkpoints" / "autoencoder-00000006")
     settings = {**conditional(dataset), "response_column": None}
     pipe = train(small(tmp_path / "fork", resume_from_checkpoint=start, **settings))
-    assert pipe.response_encoder.config.meaning is None
+    assert pipe.response_encoder.config.spec is None
 
 
 def test_the_card_says_what_the_responses_mean(trained):

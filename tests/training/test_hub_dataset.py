@@ -30,9 +30,9 @@ def test_designs_of_the_hub_are_those_of_its_files(hub, folder, streaming):
         designs = load_designs(
             small("unused", **{**conditional(dataset), "num_train_designs": 48}, streaming=streaming)
         )
-        both.append((designs.meaning, designs.heldout, designs.heldout_response, list(islice(designs.train, 48))))
-    (meaning, *ours), (expected, *theirs) = both
-    assert meaning == expected
+        both.append((designs.spec, designs.heldout, designs.heldout_response, list(islice(designs.train, 48))))
+    (spec, *ours), (expected, *theirs) = both
+    assert spec == expected
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
     assert any(path.endswith("train.parquet") for _, path in hub.requests)
 

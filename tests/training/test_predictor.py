@@ -18,7 +18,7 @@ from mechdiffusers.training.publish import model_card
 from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.rehearsal import rehearse
 from mechdiffusers.training.train import train
-from small_runs import MEANING, conditional, responses_of, small, weights, write_dataset
+from small_runs import SPEC, conditional, responses_of, small, weights, write_dataset
 
 CASES = ["uniaxial_extension", "uniaxial_extension_x", "equibiaxial_extension", "shear", "shear_x"]
 
@@ -87,7 +87,7 @@ def trained(dataset, tmp_path_factory):
 def test_a_run_with_responses_leaves_a_predictor_that_has_learned_them(trained):
     pipe = LatentDDPMPipeline.from_pretrained(trained / "pipeline")
     assert type(pipe.response_predictor) is ResponsePredictor
-    assert pipe.response_predictor.config.meaning == MEANING
+    assert pipe.response_predictor.config.spec == SPEC
     for name in ("scale", "mean", "std"):  # a denoiser and a predictor of one run normalise alike
         assert pipe.response_predictor.config[name] == pipe.response_encoder.config[name]
     assert pipe.response_predictor.config.symmetries.keys() == {"half_turn", "mirror"}
@@ -155,7 +155,7 @@ def test_a_dry_run_counts_the_predictor_where_there_is_one(dataset, tmp_path):
 
 def test_reflections_of_load_cases_that_nobody_knows_are_refused_before_any_work(tmp_path):
     designs, _ = random_composites(64, size=8)
-    dataset = dataset_of(grey_levels(designs), responses_of(designs), {}, {**MEANING, "load_cases": ["pull", "shear"]})
+    dataset = dataset_of(grey_levels(designs), responses_of(designs), {}, {**SPEC, "load_cases": ["pull", "shear"]})
     dataset.to_parquet(tmp_path / "designs.parquet")
     with pytest.raises(
         ValueError, match="^random_reflections must be left out where nothing is known of them: .*'pull'"

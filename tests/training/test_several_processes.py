@@ -113,7 +113,7 @@ def test_nothing_but_rounding_tells_shares_of_a_batch_from_the_whole(fifty, tmp_
         config, seen = small(folder, **{**fifty, **settings}), []
         accelerator, designs = stage_accelerator(config, "denoiser"), load_designs(config)
         responses = designs.train.tensors[1]
-        options = {"meaning": designs.meaning, **response_normalisation(responses)}
+        options = {"spec": designs.spec.to_dict(), **response_normalisation(responses)}
         denoiser = LatentDenoiser(config, (4, 4), **options).double()
         moments = torch.randn(len(responses), 2, 4, 4, 4, generator=torch.Generator().manual_seed(0)).double()
         compute_loss = denoising_loss(config, 0.0, 1.0)

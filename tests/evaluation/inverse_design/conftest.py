@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from mechdiffusers.evaluation.inverse_design import stored_responses
-from mechdiffusers.microstructures import build_dataset, random_composites, response_meaning
+from mechdiffusers.mechanics import ResponseSpec
+from mechdiffusers.microstructures import build_dataset, random_composites
 from mechdiffusers.models import ResponseEncoder, response_normalisation
 
 
@@ -18,6 +19,6 @@ def conditional(make_pipeline, composites):
     """A pipeline with random weights for the responses of the dataset."""
     pipe = make_pipeline(conditional=True)
     normalisation = response_normalisation(torch.from_numpy(stored_responses(composites)))
-    encoder = ResponseEncoder(6, 8, meaning=response_meaning(composites), **normalisation)
+    encoder = ResponseEncoder(6, 8, spec=ResponseSpec.of(composites).to_dict(), **normalisation)
     pipe.register_modules(response_encoder=encoder.eval())
     return pipe

@@ -16,7 +16,8 @@ from mechdiffusers.evaluation.inverse_design import (
     stored_responses,
     write_targets,
 )
-from mechdiffusers.microstructures import build_dataset, random_composites, response_meaning
+from mechdiffusers.mechanics import ResponseSpec
+from mechdiffusers.microstructures import build_dataset, random_composites
 from mechdiffusers.models import ResponsePredictor, response_normalisation
 
 ROOT = Path(__file__).parents[3]
@@ -28,7 +29,7 @@ def test_the_command_line_leaves_a_table_and_a_picture_of_each_target(conditiona
     composites.select(range(16)).to_parquet(tmp_path / "data" / "train.parquet")
     composites.select(range(16, 24)).to_parquet(tmp_path / "data" / "heldout.parquet")
     curves = dict(zip(("soft", "stiff"), stored_responses(composites)[[20, 21]], strict=True))
-    write_targets(tmp_path / "targets.csv", curves, response_meaning(composites))
+    write_targets(tmp_path / "targets.csv", curves, ResponseSpec.of(composites))
     options = ["--num_designs", "3", "--num_inference_steps", "2", "--guidance_scale", "2"]
     folders = ["--checkpoint", str(tmp_path / "checkpoint"), "--dataset", str(tmp_path / "data")]
     with caplog.at_level("INFO"):
@@ -42,18 +43,18 @@ def test_the_command_line_leaves_a_table_and_a_picture_of_each_target(conditiona
 
 def save_with_predictor(pipe, dataset, folder: Path) -> dict:
     """Saves a checkpoint whose predictor has random weights; returns what its responses mean."""
-    meaning = response_meaning(dataset)
+    spec = ResponseSpec.of(dataset)
     normalisation = response_normalisation(torch.from_numpy(stored_responses(dataset)))
-    pipe.register_modules(response_predictor=ResponsePredictor((4, 8), 1, meaning, **normalisation).eval())
+    pipe.register_modules(response_predictor=ResponsePredictor((4, 8), 1, spec, **normalisation).eval())
     pipe.save_pretrained(folder)
-    return meaning
+    return spec
 
 
 def drawn_and_refined(dataset, pipe, folder: Path, num_designs: int, *options: str) -> list[dict[str, np.ndarray]]:
     """What the command line leaves for two targets, without rounds of simulations and with two, of the same draws."""
-    meaning = save_with_predictor(pipe, dataset, folder / "checkpoint")
+    spec = save_with_predictor(pipe, dataset, folder / "checkpoint")
     curves = dict(zip(("a", "b"), stored_responses(dataset)[[20, 21]], strict=True))
-    write_targets(folder / "t.csv", curves, meaning)
+    write_targets(folder / "t.csv", curves, spec)
     found = []
     for rounds in (["0", "--num_candidates", "1", "--num_refinements", "0"], ["2", *options]):
         drawn = ["--num_designs", str(num_designs), "--num_inference_steps", "2", "--num_rounds", *rounds]
@@ -75,7 +76,7 @@ def test_rounds_of_simulations_bring_the_designs_nearer(conditional, composites,
 def test_the_design_nearest_in_curve_shape_alone_is_refined_and_kept(conditional, composites, tmp_path):
     drawn, refined = drawn_and_refined(composites, conditional, tmp_path, 3, "--num_refined", "1")
     targets = stored_responses(composites)[[20, 21]]
-    chosen = nearest_in_curve_shape(drawn["designs"], targets, response_meaning(composites), 1)
+    chosen = nearest_in_curve_shape(drawn["designs"], targets, ResponseSpec.of(composites), 1)
     same = (chosen[:, None] == drawn["designs"].reshape(2, 3, *chosen.shape[1:])).all((2, 3))
     assert same.any(1).all()
     start = np.take_along_axis(drawn["error"], same.argmax(1)[:, None], 1)
@@ -97,8 +98,8 @@ def test_by_default_eight_designs_are_drawn_of_chosen_candidates_or_128_to_choos
         raise StoppedError(num_designs, options["num_candidates"], options["num_refinements"])
 
     monkeypatch.setattr(import_module("mechdiffusers.evaluation.inverse_design.command"), "designs_for", stopped)
-    meaning = save_with_predictor(conditional, composites, tmp_path / "checkpoint")
-    write_targets(tmp_path / "t.csv", {"a": stored_responses(composites)[20]}, meaning)
+    spec = save_with_predictor(conditional, composites, tmp_path / "checkpoint")
+    write_targets(tmp_path / "t.csv", {"a": stored_responses(composites)[20]}, spec)
     arguments = [str(tmp_path / "t.csv"), "--checkpoint", str(tmp_path / "checkpoint")]
     for rounds, expected in ((["--num_rounds", "3"], (128, 1, 0)), ([], (8, 4, 2))):
         with pytest.raises(StoppedError) as stop:
@@ -119,7 +120,7 @@ def test_what_cannot_be_told_of_the_range_is_warned_of_once_and_before_anything_
     conditional.save_pretrained(tmp_path / "checkpoint")
     composites.select(range(16)).to_parquet(tmp_path / "train.parquet")
     composites.select(range(16, 24)).to_parquet(tmp_path / "heldout.parquet")
-    write_targets(tmp_path / "t.csv", {"a": stored_responses(composites)[20]}, response_meaning(composites))
+    write_targets(tmp_path / "t.csv", {"a": stored_responses(composites)[20]}, ResponseSpec.of(composites))
     folders = ["--checkpoint", str(tmp_path / "checkpoint"), "--dataset", str(tmp_path)]
     with pytest.warns(OutOfRangeWarning) as warned:
         main(["design", str(tmp_path / "t.csv"), *folders, "--num_designs", "1", "--output_dir", str(tmp_path / "out")])
@@ -127,8 +128,8 @@ def test_what_cannot_be_told_of_the_range_is_warned_of_once_and_before_anything_
 
 
 def test_a_predictor_chooses_and_refines_where_nothing_else_is_asked_for(conditional, composites, tmp_path):
-    meaning = save_with_predictor(conditional, composites, tmp_path / "checkpoint")
-    write_targets(tmp_path / "t.csv", {"a": stored_responses(composites)[20]}, meaning)
+    spec = save_with_predictor(conditional, composites, tmp_path / "checkpoint")
+    write_targets(tmp_path / "t.csv", {"a": stored_responses(composites)[20]}, spec)
     designs = {}
     asked = {
         "default": [],
@@ -185,7 +186,7 @@ def test_a_checkpoint_without_responses_is_refused_in_one_sentence(pipe, tmp_pat
 
 def test_a_folder_without_data_is_refused_in_one_sentence(conditional, composites, tmp_path):
     conditional.save_pretrained(tmp_path / "checkpoint")
-    write_targets(tmp_path / "t.csv", {"a": stored_responses(composites)[0]}, response_meaning(composites))
+    write_targets(tmp_path / "t.csv", {"a": stored_responses(composites)[0]}, ResponseSpec.of(composites))
     arguments = [str(tmp_path / "t.csv"), "--checkpoint", str(tmp_path / "checkpoint"), "--dataset", str(tmp_path)]
     with pytest.raises(SystemExit, match="^error: dataset must be a folder of train.parquet and heldout.parquet"):
         main(["design", *arguments])
@@ -199,7 +200,7 @@ def test_a_folder_without_data_is_refused_in_one_sentence(conditional, composite
         ({"target": np.ones((2, 3)) * [0, 1, 2]}, "target must be positive where given, for heldout"),
         ({"rows": 2}, "dataset must have as many solved designs as there are for a target, 3, got 2"),
         ({"size": 6}, r"dataset must have designs of the size \(8, 8\) of the designs, got \(6, 6\)"),
-        ({"young_stiff": 10.0}, "dataset must have responses of the meaning of the target"),
+        ({"young_stiff": 10.0}, "dataset must have responses of the spec of the target"),
         ({"num_designs": "0"}, "num_designs must be an integer of at least 1, got 0"),
     ],
 )
@@ -209,11 +210,11 @@ def test_what_cannot_be_verified_is_not_generated(conditional, composites, tmp_p
     data = composites
     if {"size", "young_stiff"} & changes.keys():
         designs, _ = random_composites(8, size=changes.get("size", 8))
-        meaning = response_meaning(composites)
+        spec = ResponseSpec.of(composites)
         data = build_dataset(
             designs,
-            meaning["load_cases"],
-            meaning["strains"],
+            spec.load_cases,
+            spec.strains,
             element_order=1,
             young_stiff=changes.get("young_stiff", 100.0),
             progress=False,
@@ -222,7 +223,7 @@ def test_what_cannot_be_verified_is_not_generated(conditional, composites, tmp_p
     data.select(range(changes.get("rows", 4))).to_parquet(tmp_path / "data" / "train.parquet")
     data.select(range(4, 8)).to_parquet(tmp_path / "data" / "heldout.parquet")
     curve = changes.get("target", stored_responses(composites)[0])
-    write_targets(tmp_path / "t.csv", {changes.get("name", "a"): curve}, response_meaning(composites))
+    write_targets(tmp_path / "t.csv", {changes.get("name", "a"): curve}, ResponseSpec.of(composites))
     folders = ["--checkpoint", str(tmp_path / "checkpoint"), "--dataset", str(tmp_path / "data")]
     with pytest.raises(SystemExit, match=f"^error: {message}"):
         main(["design", str(tmp_path / "t.csv"), *folders, "--num_designs", changes.get("num_designs", "3")])
@@ -233,7 +234,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_generate
 ):
     conditional.save_pretrained(tmp_path / "checkpoint")
     monkeypatch.setattr(import_module("mechdiffusers.evaluation.inverse_design.command"), "designs_for", None)
-    write_targets(tmp_path / "t.csv", {"a": stored_responses(composites)[0]}, response_meaning(composites))
+    write_targets(tmp_path / "t.csv", {"a": stored_responses(composites)[0]}, ResponseSpec.of(composites))
     (tmp_path / "file").touch()
     options = ["--checkpoint", str(tmp_path / "checkpoint"), "--output_dir", str(tmp_path / "file" / "out")]
     with pytest.raises(SystemExit, match="^error: output_dir must be a folder that can be written, got"):
@@ -241,12 +242,12 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_generate
 
 
 def test_the_shipped_targets_are_three_and_given_at_all_strains_of_the_released_dataset():
-    meaning = {
+    spec = {
         "quantity": "stress",
         "load_cases": ["uniaxial_extension", "uniaxial_extension_x", "shear"],
         "strains": [[0.05, 0.1, 0.15, 0.2, 0.25, 0.3]] * 3,
     }
-    names, targets = read_targets(ROOT / "examples" / "targets.csv", meaning)
+    names, targets = read_targets(ROOT / "examples" / "targets.csv", spec)
     assert names == ["balanced", "stiff_along_y", "from_no_design"]
     assert np.isfinite(targets).all()
     assert (np.diff(targets, axis=2) > 0).all()

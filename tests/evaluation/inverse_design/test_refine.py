@@ -9,25 +9,24 @@ import torch
 from mechdiffusers.evaluation.inverse_design import refine, response_error
 from mechdiffusers.evaluation.inverse_design.interface_flips import interface_length, lengthening, sets_of_flips
 from mechdiffusers.evaluation.inverse_design.refine import _kriged
-from mechdiffusers.mechanics import simulated_response
+from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.microstructures import random_composites
 
-MEANING = {
-    "quantity": "stress",
-    "load_cases": ["uniaxial_extension", "uniaxial_extension_x"],
-    "strains": [[0.05]] * 2,
-    "units": "modulus of the soft phase",
-    "element_order": 1,
-    "pixel_size": 1.0,
-    "material": {"law": "CompressibleNeoHookean", "young_soft": 1.0, "young_stiff": 100.0, "poisson": 0.3},
-}
+SPEC = ResponseSpec(
+    "stress",
+    ["uniaxial_extension", "uniaxial_extension_x"],
+    [[0.05], [0.05]],
+    units="modulus of the soft phase",
+    signed=False,
+    solver={"element_order": 1},
+)
 
 
-FINER = {**MEANING, "element_order": 2}
+FINER = replace(SPEC, solver={**SPEC.solver, "element_order": 2})
 
 
 def exact(designs):
-    return simulated_response(designs, MEANING)
+    return SPEC.simulator()(designs)
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +37,10 @@ def question():
 
 def test_the_errors_that_come_back_are_those_of_the_designs_and_never_grow(question) -> None:
     designs, targets = question
-    refined = refine(designs, targets, MEANING, exact, num_rounds=2)
+    refined = refine(designs, targets, SPEC, exact, num_rounds=2)
     assert refined.designs.shape == designs.shape
     assert refined.designs.dtype == designs.dtype
-    of_lists = refine(designs.astype(int).tolist(), targets, MEANING, exact, num_rounds=2)
+    of_lists = refine(designs.astype(int).tolist(), targets, SPEC, exact, num_rounds=2)
     np.testing.assert_array_equal(of_lists.designs, refined.designs)
     assert set(np.unique(refined.designs)) <= {0, 1}
     np.testing.assert_allclose(refined.error[:, 0], response_error(exact(designs), targets), rtol=1e-9)
@@ -59,9 +58,9 @@ def test_what_is_known_of_the_designs_is_not_simulated_again(question, monkeypat
         return simulated_response(chosen, *arguments, **options)
 
     monkeypatch.setattr(import_module("mechdiffusers.evaluation.inverse_design.refine"), "simulated_response", counted)
-    expected = refine(designs, targets, MEANING, exact, num_rounds=2)
+    expected = refine(designs, targets, SPEC, exact, num_rounds=2)
     of_all = [simulated.pop() for _ in list(simulated)][::-1]
-    refined = refine(designs, targets, MEANING, exact, response=known, num_rounds=2)
+    refined = refine(designs, targets, SPEC, exact, response=known, num_rounds=2)
     np.testing.assert_array_equal(refined.designs, expected.designs)
     assert of_all == [2, *simulated]
 
@@ -79,7 +78,7 @@ def predictor():
     return predict
 
 
-def test_coarse_simulations_bring_designs_nearer_by_as_few_of_the_meaning(question, monkeypatch) -> None:
+def test_coarse_simulations_bring_designs_nearer_by_as_few_of_the_spec(question, monkeypatch) -> None:
     designs = question[0]
     targets = simulated_response(np.asarray(random_composites(4, size=6, seed=3)[0][2:], dtype=np.float64), FINER)
     simulated = {1: 0, 2: 0}
@@ -142,9 +141,7 @@ def test_a_design_that_is_not_solved_at_either_order_stays(question, predictor, 
         assert refined.error[0, 0] == refined.error[0, 1]
 
 
-def test_a_chain_leaves_a_design_that_is_not_solved_at_the_order_of_the_meaning(
-    question, predictor, monkeypatch
-) -> None:
+def test_a_chain_leaves_a_design_that_is_not_solved_at_the_order_of_the_spec(question, predictor, monkeypatch) -> None:
     designs, targets = question
     start = designs[0].astype(np.float64)
     simulator = Simulator(monkeypatch, lost=lambda order, design: order == 2 and (design != start).any())
@@ -156,8 +153,8 @@ def test_a_chain_leaves_a_design_that_is_not_solved_at_the_order_of_the_meaning(
 
 def test_what_a_predictor_is_always_wrong_by_does_not_matter(question) -> None:
     designs, targets = question
-    right = refine(designs, targets, MEANING, exact, num_rounds=1)
-    biased = refine(designs, targets, MEANING, lambda designs: exact(designs) + 0.7, num_rounds=1)
+    right = refine(designs, targets, SPEC, exact, num_rounds=1)
+    biased = refine(designs, targets, SPEC, lambda designs: exact(designs) + 0.7, num_rounds=1)
     np.testing.assert_array_equal(biased.designs, right.designs)
 
 
@@ -166,18 +163,18 @@ def test_a_design_does_not_depend_on_those_after_it_and_tensors_come_back_as_ten
     question, predictor, order
 ) -> None:
     designs, targets = question
-    meaning, options = {**MEANING, "element_order": order}, {"num_rounds": 1, "num_coarse_steps": 2}
-    both = refine(torch.from_numpy(designs), torch.from_numpy(targets), meaning, predictor, **options, seed=5)
-    alone = refine(designs[:1], targets[0], meaning, predictor, **options, seed=5)
+    spec, options = {**SPEC, "element_order": order}, {"num_rounds": 1, "num_coarse_steps": 2}
+    both = refine(torch.from_numpy(designs), torch.from_numpy(targets), spec, predictor, **options, seed=5)
+    alone = refine(designs[:1], targets[0], spec, predictor, **options, seed=5)
     assert isinstance(both.designs, torch.Tensor)
     assert isinstance(both.error, torch.Tensor)
     np.testing.assert_array_equal(both.designs[0], alone.designs[0])
-    other = refine(designs[:1], targets[0], meaning, predictor, **options, seed=6)
+    other = refine(designs[:1], targets[0], spec, predictor, **options, seed=6)
     assert (other.designs != alone.designs).any()
 
 
-@pytest.mark.parametrize("meaning", [MEANING, FINER], ids=["first order", "coarse steps"])
-def test_what_a_target_leaves_open_counts_for_nothing(question, meaning) -> None:
+@pytest.mark.parametrize("spec", [SPEC, FINER], ids=["first order", "coarse steps"])
+def test_what_a_target_leaves_open_counts_for_nothing(question, spec) -> None:
     designs, targets = question
     open_target = targets[0].copy()
     open_target[1] = np.nan
@@ -188,14 +185,14 @@ def test_what_a_target_leaves_open_counts_for_nothing(question, meaning) -> None
         return response
 
     options = {"num_rounds": 1, "num_coarse_steps": 2}
-    refined = refine(designs[:1], open_target, meaning, of_one_case_alone, **options)
-    same = refine(designs[:1], open_target, meaning, exact, **options)
+    refined = refine(designs[:1], open_target, spec, of_one_case_alone, **options)
+    same = refine(designs[:1], open_target, spec, exact, **options)
     np.testing.assert_array_equal(refined.designs, same.designs)
 
 
 def test_a_design_of_one_phase_has_no_neighbours_and_stays() -> None:
     target = exact(np.zeros((1, 6, 6))) * 2
-    refined = refine(np.zeros((1, 6, 6)), target, MEANING, exact, num_rounds=2)
+    refined = refine(np.zeros((1, 6, 6)), target, SPEC, exact, num_rounds=2)
     assert not refined.designs.any()
     np.testing.assert_allclose(refined.error, 0.5, rtol=1e-9)
 
@@ -268,8 +265,8 @@ def test_kriging_of_designs_that_depend_on_each_other_gives_what_is_linear_in_th
         ({"target": np.full((2, 2, 3), 1.0)}, "target"),
         ({"designs": [["soft"]]}, "designs must be a tensor, an array or lists of real numbers, .* got list"),
         ({"response": np.ones((2, 1, 3))}, r"response must have shape \(2, "),
-        ({"response": np.full((2, *np.shape(MEANING["strains"])), np.inf)}, "response must be finite"),
-        ({"target": -np.ones(np.shape(MEANING["strains"]))}, "target must be non-negative"),
+        ({"response": np.full((2, *np.shape(SPEC.strains)), np.inf)}, "response must be finite"),
+        ({"target": -np.ones(np.shape(SPEC.strains))}, "target must be non-negative"),
         ({"predict": None}, "predict must be a function of designs, such as pipe.predict_response, got None"),
         ({"predict": lambda designs: np.ones((len(designs), 1))}, r"predict must give a response of shape \(1, 2, "),
         ({"num_rounds": 0}, "num_rounds"),
@@ -282,4 +279,4 @@ def test_bad_input_is_named(question, change, named) -> None:
     designs, targets = question
     arguments = {"designs": designs, "target": targets, "predict": exact, "num_rounds": 1, **change}
     with pytest.raises(ValueError, match=named):
-        refine(meaning=MEANING, **arguments)
+        refine(spec=SPEC, **arguments)

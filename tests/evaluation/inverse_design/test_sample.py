@@ -21,7 +21,7 @@ def test_designs_chosen_from_candidates_are_predicted_nearer_and_do_not_depend_o
     conditional, composites, monkeypatch
 ):
     config = conditional.response_encoder.config
-    options = {name: config[name] for name in ("meaning", "scale", "mean", "std")}
+    options = {name: config[name] for name in ("spec", "scale", "mean", "std")}
     turned = {"half_turn": [0, 1], "mirror": [0, None]}
     torch.manual_seed(1)
     predictor = ResponsePredictor(block_out_channels=(4, 8), symmetries=turned, **options).eval()

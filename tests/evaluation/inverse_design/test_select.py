@@ -9,18 +9,17 @@ import torch
 from scipy.optimize import minimize_scalar
 
 from mechdiffusers.evaluation.inverse_design import curve_shape_error, nearest_in_curve_shape, response_error
-from mechdiffusers.mechanics import simulated_response
+from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.microstructures import random_composites
 
-MEANING = {
-    "quantity": "stress",
-    "load_cases": ["uniaxial_extension", "shear"],
-    "strains": [[0.1, 0.2, 0.3]] * 2,
-    "units": "modulus of the soft phase",
-    "element_order": 2,
-    "pixel_size": 1.0,
-    "material": {"law": "CompressibleNeoHookean", "young_soft": 1.0, "young_stiff": 100.0, "poisson": 0.3},
-}
+SPEC = ResponseSpec(
+    "stress",
+    ["uniaxial_extension", "shear"],
+    [[0.1, 0.2, 0.3], [0.1, 0.2, 0.3]],
+    units="modulus of the soft phase",
+    signed=False,
+    solver={"element_order": 2},
+)
 
 
 def curves(num: int, seed: int = 0) -> np.ndarray:
@@ -68,17 +67,17 @@ def designs() -> np.ndarray:
 
 
 def test_first_order_elements_tell_the_shape_though_not_the_height(designs):
-    fine, coarse = (simulated_response(designs, {**MEANING, "element_order": order}) for order in (2, 1))
+    fine, coarse = (SPEC.simulator(element_order=order)(designs) for order in (2, 1))
     assert curve_shape_error(coarse, fine).mean() < 0.1 * response_error(coarse, fine).mean()
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
 def test_the_nearest_in_curve_shape_comes_first_however_high_its_curves(designs, kind):
-    response = simulated_response(designs, {**MEANING, "element_order": 1})
+    response = SPEC.simulator(element_order=1)(designs)
     targets = response[[2, 3]] * np.array([[[3.0], [0.2]], [[0.5], [4.0]]])
-    chosen = nearest_in_curve_shape(kind(designs), targets, MEANING, 2)
+    chosen = nearest_in_curve_shape(kind(designs), targets, SPEC, 2)
     assert type(chosen) is type(kind(designs))
-    np.testing.assert_array_equal(chosen, nearest_in_curve_shape(designs.tolist(), targets, MEANING, 2))
+    np.testing.assert_array_equal(chosen, nearest_in_curve_shape(designs.tolist(), targets, SPEC, 2))
     np.testing.assert_array_equal(np.asarray(chosen)[0], designs[2])
     np.testing.assert_array_equal(np.asarray(chosen)[2], designs[3])  # each target has three of them
     errors = curve_shape_error(response[:3], targets[0])
@@ -86,22 +85,22 @@ def test_the_nearest_in_curve_shape_comes_first_however_high_its_curves(designs,
 
 
 def test_of_equal_shapes_the_nearest_in_height_comes_first(designs):
-    meaning = {**MEANING, "strains": [[0.1]] * 2}
-    response = simulated_response(designs, {**meaning, "element_order": 1})
+    spec = {**SPEC, "strains": [[0.1]] * 2}
+    response = spec.simulator(element_order=1)(designs)
     target = 1.01 * response[4]
-    chosen = nearest_in_curve_shape(designs, target, meaning, len(designs))
+    chosen = nearest_in_curve_shape(designs, target, spec, len(designs))
     order = np.argsort(response_error(response, target))
     assert order[0] == 4
     np.testing.assert_array_equal(chosen, designs[order])
 
 
 def test_a_design_that_is_not_solved_comes_last(designs, monkeypatch):
-    known = simulated_response(designs, {**MEANING, "element_order": 1})
+    known = SPEC.simulator(element_order=1)(designs)
     known[0, 0, 2] = math.nan
     monkeypatch.setattr(
         import_module("mechdiffusers.evaluation.inverse_design.select"), "simulated_response", lambda *_: known
     )
-    chosen = nearest_in_curve_shape(designs, known[1], MEANING, len(designs))
+    chosen = nearest_in_curve_shape(designs, known[1], SPEC, len(designs))
     np.testing.assert_array_equal(chosen[[0, -1]], designs[[1, 0]])
 
 
@@ -117,4 +116,4 @@ def test_a_design_that_is_not_solved_comes_last(designs, monkeypatch):
 def test_bad_input_is_named(designs, change, named):
     arguments = {"designs": designs, "target": np.ones((2, 2, 3)), "num_designs": 1, **change}
     with pytest.raises(ValueError, match=named):
-        nearest_in_curve_shape(meaning=MEANING, **arguments)
+        nearest_in_curve_shape(spec=SPEC, **arguments)

@@ -4,21 +4,24 @@ import numpy as np
 import pytest
 
 from mechdiffusers.evaluation.inverse_design import read_targets, write_targets
+from mechdiffusers.mechanics import ResponseSpec
 
-MEANING = {"quantity": "stress", "load_cases": ["shear", "shear_x"], "strains": [[0.1, 0.2, 0.3], [0.1, 0.2, 0.3]]}
+SPEC = ResponseSpec(
+    "stress", ["shear", "shear_x"], [[0.1, 0.2, 0.3], [0.1, 0.2, 0.3]], units="MPa", signed=False, solver=None
+)
 HEADER = "target,load_case,strain,stress\n"
 
 
 def read(tmp_path, text: str):
     (tmp_path / "targets.csv").write_text(text)
-    return read_targets(tmp_path / "targets.csv", MEANING)
+    return read_targets(tmp_path / "targets.csv", SPEC)
 
 
 def test_what_is_written_is_read(tmp_path):
     targets = np.random.default_rng(0).uniform(0.1, 9, (2, 2, 3))
     targets[1, 0] = targets[0, 1, 2] = math.nan
-    write_targets(tmp_path / "targets.csv", dict(zip("ab", targets, strict=True)), MEANING)
-    names, found = read_targets(tmp_path / "targets.csv", MEANING)
+    write_targets(tmp_path / "targets.csv", dict(zip("ab", targets, strict=True)), SPEC)
+    names, found = read_targets(tmp_path / "targets.csv", SPEC)
     assert names == ["a", "b"]
     np.testing.assert_allclose(found, targets, rtol=1e-5)
 
@@ -78,10 +81,10 @@ def test_unfit_tables_are_refused_with_the_place(tmp_path, text, message):
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="^targets must be a CSV file that can be read, got .*nowhere.csv"):
-        read_targets(tmp_path / "nowhere.csv", MEANING)
+        read_targets(tmp_path / "nowhere.csv", SPEC)
 
 
 def test_targets_of_another_shape_are_not_written(tmp_path):
     with pytest.raises(ValueError, match=r"^targets must have the shape .* of the strains, got \(2,\) for 'a'"):
-        write_targets(tmp_path / "t.csv", {"a": np.ones(2)}, MEANING)
+        write_targets(tmp_path / "t.csv", {"a": np.ones(2)}, SPEC)
     assert not (tmp_path / "t.csv").exists()

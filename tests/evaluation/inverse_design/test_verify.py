@@ -16,14 +16,15 @@ from mechdiffusers.evaluation.inverse_design import (
     stored_responses,
     verify,
 )
-from mechdiffusers.microstructures import build_dataset, random_composites, response_meaning
+from mechdiffusers.mechanics import ResponseSpec
+from mechdiffusers.microstructures import build_dataset, random_composites
 
 
 @pytest.fixture(scope="module")
 def report(composites):
     """Three targets with two designs each: the first one the target's own."""
     designs, targets = stored_designs(composites), stored_responses(composites)[[2, 5, 9]]
-    return verify(designs[[2, 3, 5, 6, 9, 10]], targets, response_meaning(composites), dataset=composites)
+    return verify(designs[[2, 3, 5, 6, 9, 10]], targets, ResponseSpec.of(composites), dataset=composites)
 
 
 def test_a_training_design_has_its_stored_response():
@@ -32,7 +33,7 @@ def test_a_training_design_has_its_stored_response():
     dataset = build_dataset(
         designs, cases, [0.1, 0.2], young_stiff=50.0, pixel_size=0.5, quantity="energy", progress=False
     )
-    report = verify(designs, stored_responses(dataset), response_meaning(dataset))
+    report = verify(designs, stored_responses(dataset), ResponseSpec.of(dataset))
     np.testing.assert_allclose(report.response, stored_responses(dataset), rtol=1e-5)
     assert (report.error < 1e-5).all()
     assert report.solved.all()
@@ -57,7 +58,7 @@ def test_a_design_that_is_not_solved_is_kept_flagged_and_ranked_last(composites,
         return response
 
     monkeypatch.setattr(import_module("mechdiffusers.evaluation.inverse_design.verify"), "simulated_response", failing)
-    report = verify(stored_designs(composites)[:3], np.full((2, 3), 2.0), response_meaning(composites))
+    report = verify(stored_designs(composites)[:3], np.full((2, 3), 2.0), ResponseSpec.of(composites))
     np.testing.assert_array_equal(report.solved, [False, True, True])
     np.testing.assert_array_equal(np.isnan(report.error), [True, False, False])
     assert report.rank[0] == 3
@@ -72,7 +73,7 @@ def test_a_design_that_fails_where_the_target_is_open_is_flagged_and_ranked_by_i
 
     monkeypatch.setattr(import_module("mechdiffusers.evaluation.inverse_design.verify"), "simulated_response", failing)
     target = np.array([[2.0, 2.0, 2.0], [2.0, 2.0, math.nan]])
-    report = verify(stored_designs(composites)[:3], target, response_meaning(composites))
+    report = verify(stored_designs(composites)[:3], target, ResponseSpec.of(composites))
     np.testing.assert_array_equal(report.solved, [False, True, True])
     np.testing.assert_allclose(report.error, [0, 0.5, 0.5])
     assert report.rank[0] == 1
@@ -86,22 +87,22 @@ def test_a_target_out_of_range_is_warned_of():
     targets = np.stack([inside, 100 * inside])
     stored = {"dataset": training, "heldout": heldout}
     with pytest.warns(OutOfRangeWarning, match="targets wild "):
-        verify(designs[:2], targets, response_meaning(dataset), **stored, names=["tame", "wild"])
+        verify(designs[:2], targets, ResponseSpec.of(dataset), **stored, names=["tame", "wild"])
     with pytest.warns(OutOfRangeWarning, match="targets 1 "):
-        report = verify(designs[:2], targets, response_meaning(dataset), **stored)
+        report = verify(designs[:2], targets, ResponseSpec.of(dataset), **stored)
     np.testing.assert_array_equal(report.reach.out_of_range, [False, True])
     assert report.to_dict()["reach"]["out_of_range"] == [False, True]
 
 
 def test_a_report_of_lists_is_one_of_arrays(report, composites):
-    ours = verify(report.designs.tolist(), report.target.tolist(), response_meaning(composites))
+    ours = verify(report.designs.tolist(), report.target.tolist(), ResponseSpec.of(composites))
     np.testing.assert_array_equal(ours.designs[ours.rank == 1], report.designs[report.rank == 1])
 
 
 def test_a_report_of_tensors_holds_the_numbers_of_one_of_arrays(report, composites):
     designs, target = (torch.from_numpy(values).clone() for values in (report.designs, report.target))
     designs.requires_grad_(), target.requires_grad_()
-    ours = verify(designs, target, response_meaning(composites), dataset=composites)
+    ours = verify(designs, target, ResponseSpec.of(composites), dataset=composites)
     for name in (
         "designs",
         "target",
@@ -131,7 +132,7 @@ def test_a_saved_report_is_a_table_a_picture_a_target_and_everything_as_json(rep
     assert [row["target"] for row in rows] == ["soft", "soft", "middling", "middling", "stiff", "stiff"]
     content = json.loads((tmp_path / "report" / "verification.json").read_text())
     np.testing.assert_allclose(content["responses"], report.response)
-    assert content["meaning"] == report.meaning
+    assert content["spec"] == report.spec
     np.testing.assert_array_equal(np.load(tmp_path / "report" / "designs.npy"), report.designs)
 
 
@@ -175,8 +176,8 @@ def test_a_report_is_saved_under_fit_names_alone(report, tmp_path):
         ({"target": np.ones((3, 3))}, r"target must have shape \(T, 2, 3\): the load cases \['uniaxial_extension', "),
         ({"target": np.full((2, 3), np.nan)}, "target must be finite, given somewhere"),
         ({"target": -np.ones((2, 3))}, "target must be non-negative, since it belongs to magnitudes of strain"),
-        ({"meaning": {"load_cases": ["shear"]}}, "meaning must have .* got .'load_cases'."),
-        ({"meaning": None}, "meaning must have"),
+        ({"spec": {"load_cases": ["shear"]}}, "spec must have .* got .'load_cases'."),
+        ({"spec": None}, "spec must have"),
         ({"names": ["soft", "stiff"]}, "names must be 1 different names of files"),
         ({"names": 5}, r"names must be 1 different names of files, one for each target, got \[5\]"),
         (
@@ -196,57 +197,57 @@ def test_a_report_is_saved_under_fit_names_alone(report, tmp_path):
 def test_unfit_arguments_are_named_before_anything_is_simulated(composites, monkeypatch, changes, message):
     monkeypatch.setattr(import_module("mechdiffusers.evaluation.inverse_design.verify"), "simulated_response", None)
     rows = {name: composites.select(range(24)[value]) for name, value in changes.items() if isinstance(value, slice)}
-    arguments = {"designs": np.zeros((2, 8, 8)), "target": np.ones((2, 3)), "meaning": response_meaning(composites)}
+    arguments = {"designs": np.zeros((2, 8, 8)), "target": np.ones((2, 3)), "spec": ResponseSpec.of(composites)}
     with pytest.raises(ValueError, match=f"^{message}"):
         verify(**{**arguments, **changes, **rows})
 
 
 def test_a_meaning_that_the_solver_does_not_know_is_refused(composites):
-    meaning = response_meaning(composites)
+    spec = ResponseSpec.of(composites)
     arguments = np.zeros((1, 8, 8)), np.ones((2, 3))
-    with pytest.raises(ValueError, match="^meaning must have a material with .* its law CompressibleNeoHookean"):
-        verify(*arguments, {**meaning, "material": {**meaning["material"], "law": "Ogden"}})
+    with pytest.raises(ValueError, match="^spec must have a material with .* its law CompressibleNeoHookean"):
+        verify(*arguments, {**spec, "material": {**spec["material"], "law": "Ogden"}})
     for material in (None, {"law": "CompressibleNeoHookean"}):
-        with pytest.raises(ValueError, match="^meaning must have a material with"):
-            verify(*arguments, {**meaning, "material": material})
+        with pytest.raises(ValueError, match="^spec must have a material with"):
+            verify(*arguments, {**spec, "material": material})
     for strains in ([0.1, 0.2, 0.3], [[0.1, 0.2, 0.3]], [[0.1], [0.1, 0.2]], None):
-        with pytest.raises(ValueError, match=r"^meaning must have load cases, and strains of shape \(L, S\)"):
-            verify(*arguments, {**meaning, "strains": strains})
+        with pytest.raises(ValueError, match=r"^spec must have load cases, and strains of shape \(L, S\)"):
+            verify(*arguments, {**spec, "strains": strains})
     for strains in ([-0.1, 0.1, 0.2], [0.1, 0.1, 0.2], [0.1, 0.2, math.inf]):
-        with pytest.raises(ValueError, match="^meaning must have positive, finite and increasing strains"):
-            verify(*arguments, {**meaning, "strains": [strains] * 2})
+        with pytest.raises(ValueError, match="^spec must have positive, finite and increasing strains"):
+            verify(*arguments, {**spec, "strains": [strains] * 2})
     for change, message in (
         ({"load_cases": ["shear", "torsion"]}, "load cases that are known: load_cases must be .* got 'torsion'"),
         ({"element_order": 3}, "the element_order 1 or 2, got 3"),
         ({"quantity": "strain"}, "the quantity 'stress' or 'energy', got 'strain'"),
     ):
-        with pytest.raises(ValueError, match=f"^meaning must have {message}"):
-            verify(*arguments, {**meaning, **change})
+        with pytest.raises(ValueError, match=f"^spec must have {message}"):
+            verify(*arguments, {**spec, **change})
     with pytest.raises(ValueError, match=r"^designs must lie in \[0, 1\]"):
-        verify(np.full((1, 8, 8), 1.5), np.ones((2, 3)), meaning, binary=False)
+        verify(np.full((1, 8, 8), 1.5), np.ones((2, 3)), spec, binary=False)
     with pytest.raises(ValueError, match="^device must be one that torch has here, got 'abacus'"):
-        verify(*arguments, meaning, device="abacus")
-    message = "^dataset must have responses of the meaning of the target, got another element_order: 1, not 2"
+        verify(*arguments, spec, device="abacus")
+    message = "^dataset must have responses of the spec of the target, got another element_order: 1, not 2"
     with pytest.raises(ValueError, match=message):
-        verify(*arguments, {**meaning, "element_order": 2}, dataset=composites)
+        verify(*arguments, {**spec, "element_order": 2}, dataset=composites)
     with pytest.raises(ValueError, match="^heldout must come with the training data"):
-        verify(*arguments, meaning, heldout=composites)
+        verify(*arguments, spec, heldout=composites)
     features = composites.features
-    without = {name: value for name, value in meaning.items() if name != "pixel_size"}
+    without = {name: value for name, value in spec.items() if name != "pixel_size"}
     features["response"] = Array2D((2, 3), "float32", id=json.dumps(without))
-    with pytest.raises(ValueError, match="^dataset must have responses of the meaning of the target"):
-        verify(*arguments, meaning, dataset=Dataset(composites.data, info=DatasetInfo(features=features)))
+    with pytest.raises(ValueError, match="^dataset must have responses of the spec of the target"):
+        verify(*arguments, spec, dataset=Dataset(composites.data, info=DatasetInfo(features=features)))
 
 
 def test_tuples_and_arrays_mean_what_lists_do(composites):
-    meaning = response_meaning(composites)
-    other = {**meaning, "load_cases": tuple(meaning["load_cases"]), "strains": np.array(meaning["strains"])}
+    spec = ResponseSpec.of(composites)
+    other = {**spec, "load_cases": tuple(spec.load_cases), "strains": np.array(spec.strains)}
     report = verify(np.zeros((1, 8, 8)), np.ones((2, 3)), other, dataset=composites)
-    assert report.meaning == meaning
+    assert report.spec == spec
     assert report.solved.all()
 
 
 def test_grey_designs_are_verified_where_their_family_is_grey(composites):
-    report = verify(np.full((1, 8, 8), 0.5), np.ones((2, 3)), response_meaning(composites), binary=False)
+    report = verify(np.full((1, 8, 8), 0.5), np.ones((2, 3)), ResponseSpec.of(composites), binary=False)
     assert report.solved.all()
     assert math.isnan(report.diversity[0])
