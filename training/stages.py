@@ -69,8 +69,8 @@ def check_stages(config: TrainingConfig, designs: Designs) -> None:
 
     Raises:
         ValueError: If there are fewer designs than a batch of a stage, the processes cannot share one evenly, or
-            nothing is known of the reflections that are wanted, or the launcher was told what does not go with the
-            settings.
+            half-turns or reflections are wanted of load cases of which nothing is known, or the launcher was told what
+            does not go with the settings.
     """
     check_accelerators(config)
     num_processes = process_state().num_processes
@@ -83,7 +83,7 @@ def check_stages(config: TrainingConfig, designs: Designs) -> None:
             raise ValueError(
                 f"{stage} must be at most the number of training designs, got {size} for {designs.num_train} designs"
             )
-    if _has_predictor(config, designs) and designs.spec is not None:
+    if designs.spec is not None:  # the other stages turn designs too
         symmetries(config, designs.spec.load_cases, designs.size)
 
 
