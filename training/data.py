@@ -180,7 +180,7 @@ def _rows(config: TrainingConfig) -> tuple[Any, Any]:
             raise ValueError(f"dataset must exist, got the parquet file {path}, which does not")
         files, split = {"train": str(path)}, "train"
     try:
-        # load_dataset would give all files the features of one, and tell the network that it reads parquet
+        # load_dataset would give all files the features of one, and send a request to count its users
         local = {
             name: HFDataset.from_parquet(file, streaming=config.streaming)
             for name, file in files.items()
