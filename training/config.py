@@ -84,7 +84,7 @@ class TrainingConfig:
     resolution: int = field(default=32, metadata={"help": "Pixels along a side of generated designs."})
     random_half_turn: bool = field(
         default=False,
-        metadata={"help": "Turn half of the designs by 180 degrees at random, which no response notices."},
+        metadata={"help": "Turn half of the designs by 180 degrees at random: they respond alike in our load cases."},
     )
     random_reflections: bool = field(
         default=False,

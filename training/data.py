@@ -179,9 +179,14 @@ def _rows(config: TrainingConfig) -> tuple[Any, Any]:
         if not path.is_file():
             raise ValueError(f"dataset must exist, got the parquet file {path}, which does not")
         files, split = {"train": str(path)}, "train"
-    source: dict[str, Any] = {"path": "parquet", "data_files": files} if files else {"path": config.dataset}
     try:
-        splits = load_dataset(**source, streaming=config.streaming)
+        # load_dataset would give all files the features of one, and send a request to count its users
+        local = {
+            name: HFDataset.from_parquet(file, streaming=config.streaming)
+            for name, file in files.items()
+            if name in (split, _HELDOUT_SPLIT)
+        }
+        splits = local if files else load_dataset(config.dataset, streaming=config.streaming)
         rows, heldout = splits[split], None if split == _HELDOUT_SPLIT else splits.get(_HELDOUT_SPLIT)
     except Exception as error:  # datasets raises many kinds, all of them meaning that there is no such data
         raise ValueError(

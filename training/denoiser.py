@@ -9,6 +9,7 @@ low-discrepancy sampler). Latents are drawn anew from their posteriors each time
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from mechdiffusers.evaluation import two_point_error
+from mechdiffusers.evaluation import diversity_ratio, two_point_error
 from mechdiffusers.evaluation.plots import save_image_grid
 from mechdiffusers.models import response_normalisation
 from mechdiffusers.pipelines import LatentDDPMPipeline
@@ -34,11 +35,15 @@ from mechdiffusers.training.randomness import StepRandomness
 
 __all__ = ["denoising_loss", "draw_latents", "train_denoiser"]
 
+logger = logging.getLogger(__name__)
+
 _GRID = 16
 #: Held-out designs that the denoiser sees at once.
 _VALIDATION_BATCH = 256
 #: Held-out latents that the error along the curve is measured on, at 50 times.
 _MEASURED = 128
+#: Diversity of the samples, over the diversity of the held-out designs, below which validation warns.
+_LEAST_DIVERSITY = 0.1
 
 
 def denoising_loss(config: TrainingConfig, shift: float, scale: float) -> LossFunction:
@@ -161,7 +166,18 @@ def train_denoiser(
         ).images[..., 0]
         folder = Path(config.output_dir) / "validation"
         save_image_grid(samples[:_GRID], folder / f"denoiser-{step:08d}.png", columns=8)
-        metrics["two_point_error"] = two_point_error(samples, designs.heldout[:, 0].numpy() / 255)
+        heldout = designs.heldout[:, 0].numpy() / 255
+        metrics["two_point_error"] = two_point_error(samples, heldout)
+        if len(samples) > 1 and (heldout != heldout[0]).any():
+            metrics["diversity_ratio"] = diversity_ratio(samples, heldout)
+            if metrics["diversity_ratio"] < _LEAST_DIVERSITY:
+                logger.warning(
+                    "the samples of step %d have %.2g of the diversity of the held-out designs: look at %s, and do not "
+                    "trust two_point_error",
+                    step,
+                    metrics["diversity_ratio"],
+                    folder,
+                )
         return metrics
 
     responses = train.tensors[1]

@@ -44,6 +44,7 @@ _DESCRIPTIONS = {
     "autoencoder/seconds_per_step": "time of a step of the autoencoder, seconds",
     "autoencoder/peak_memory_gib": "memory up to the end of the autoencoder's stage, GiB",
     "denoiser/two_point_error": "error of the samples' two-point correlation",
+    "denoiser/diversity_ratio": "diversity of the samples over the diversity of the held-out designs",
     "denoiser/step": "steps of the denoiser",
     "denoiser/seconds_per_step": "time of a step of the denoiser, seconds",
     "denoiser/peak_memory_gib": "memory up to the end of the denoiser's stage, GiB",

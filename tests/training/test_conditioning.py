@@ -15,6 +15,7 @@ from scipy.stats import binomtest
 from mechdiffusers.mechanics import simulate
 from mechdiffusers.mechanics.load_cases import LOAD_CASES
 from mechdiffusers.microstructures import random_composites
+from mechdiffusers.microstructures.build_dataset.columns import dataset_of, grey_levels
 from mechdiffusers.models import ResponseEncoder
 from mechdiffusers.models.response_predictor import SYMMETRIES
 from mechdiffusers.pipelines import LatentDDPMPipeline
@@ -23,7 +24,7 @@ from mechdiffusers.training.data import load_designs
 from mechdiffusers.training.denoiser import draw_latents
 from mechdiffusers.training.publish import model_card
 from mechdiffusers.training.randomness import StepRandomness
-from mechdiffusers.training.stages import run_stages
+from mechdiffusers.training.stages import check_stages, run_stages
 from mechdiffusers.training.train import train
 from small_runs import SPEC, assert_same_weights, conditional, responses_of, small, write_dataset
 
@@ -62,6 +63,19 @@ def test_a_folder_of_splits_gives_designs_with_responses_and_its_own_heldout_one
     np.testing.assert_array_equal(responses, responses_of(DESIGNS[16:]))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("other", [{"strains": [[0.4, 0.5, 0.6]] * 2}, {"solver": {"young_stiff": 1000.0}}])
+def test_a_heldout_split_whose_responses_have_another_specification_is_refused(tmp_path, other, streaming):
+    folder = write_dataset(tmp_path / "d")
+    spec = replace(SPEC, **other)
+    dataset_of(grey_levels(DESIGNS[:16]), responses_of(DESIGNS[:16]), {}, spec).to_parquet(folder / "heldout.parquet")
+    with pytest.raises(
+        ValueError, match=f"^all responses must have one specification, got heldout of .* with {next(iter(other))}"
+    ):
+        load(folder, streaming=streaming, num_train_designs=48)
+    assert load(folder / "heldout.parquet", num_heldout_designs=4).spec == spec
+
+
 def test_a_design_keeps_its_response_when_the_split_is_drawn_and_on_a_stream(dataset):
     of_image = {
         design.astype(np.uint8).tobytes(): response
@@ -74,6 +88,31 @@ def test_a_design_keeps_its_response_when_the_split_is_drawn_and_on_a_stream(dat
     pairs = [*drawn.train, *zip(drawn.heldout, drawn.heldout_response, strict=True), *islice(streamed.train, 40)]
     for image, response in pairs:
         np.testing.assert_array_equal(response, of_image[(image[0] // 255).numpy().tobytes()])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("never_known", [(1,), (1, 2)], ids=["load case", "strain"])
+def test_what_no_training_design_knows_is_refused_before_anything_is_trained(tmp_path, never_known, streaming):
+    folder = write_dataset(tmp_path / "d")  # whose held-out designs know all of it
+    response = responses_of(DESIGNS[16:])
+    response[:, *never_known] = math.nan
+    dataset_of(grey_levels(DESIGNS[16:]), response, {}, SPEC).to_parquet(folder / "train.parquet")
+    settings = {**conditional(folder), "streaming": streaming, "num_train_designs": 48}
+    strain = 0.1 if never_known == (1,) else 0.3
+    with pytest.raises(
+        ValueError, match=f"^responses must be known .* got only NaN for load case 'shear' at strain {strain}"
+    ):
+        train(small(tmp_path / "run", **settings))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_an_entry_that_one_training_design_knows_is_enough(tmp_path):
+    folder = write_dataset(tmp_path / "d")
+    response = responses_of(DESIGNS[16:])
+    response[:-2, 1] = math.nan
+    dataset_of(grey_levels(DESIGNS[16:]), response, {}, SPEC).to_parquet(folder / "train.parquet")
+    config = small(tmp_path, **conditional(folder))
+    check_stages(config, load_designs(config))
 
 
 def test_without_a_column_of_responses_there_are_none(dataset):
