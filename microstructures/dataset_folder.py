@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,10 @@ def write_dataset_folder(output_dir: Path, splits: Mapping[str, Dataset]) -> Non
 def write_dataset_card(folder: Path, spec: ResponseSpec, splits: Sequence[str], name: str) -> None:
     """Writes the README that names the splits of a folder and says what the responses are."""
     files = [{"split": split, "path": f"{split}.parquet"} for split in splits]
-    header = {"pretty_name": name, "configs": [{"config_name": "default", "data_files": files}]}
+    # datasets caches by what stands here: without the digest it would give the rows of another folder of this name
+    contents = b"".join(hashlib.sha256((folder / file["path"]).read_bytes()).digest() for file in files)
+    config = {"config_name": "default", "description": hashlib.sha256(contents).hexdigest(), "data_files": files}
+    header = {"pretty_name": name, "configs": [config]}
     solver = "mechdiffusers" if spec.solver else "another solver"
     lines = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n",

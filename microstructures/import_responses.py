@@ -97,10 +97,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"output_dir must not exist yet, got {arguments.output_dir}")
     table = read_response_table(arguments.responses, signed=arguments.signed)
     quantity = _checked_quantity(arguments.quantity, table)
-    strains = _common_strains(table, arguments.strains)
-    spec = ResponseSpec(quantity, table.load_cases, strains, units=arguments.units, signed=arguments.signed)
     files = read_designs(arguments.designs)
     rows = match_names(files.names, table)
+    strains = _common_strains(table, arguments.strains)
+    spec = ResponseSpec(quantity, table.load_cases, strains, units=arguments.units, signed=arguments.signed)
     response = np.stack([table.at(name, spec.load_cases, spec.strains) for name in rows])
     dataset = dataset_from_responses(designs_of(files.levels), response, spec)
     num_heldout = max(1, len(dataset) // 10) if arguments.num_heldout is None else arguments.num_heldout

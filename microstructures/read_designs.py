@@ -41,9 +41,9 @@ def read_designs(path: str | os.PathLike[str]) -> DesignFiles:
 
     Args:
         path: A PNG, BMP, JPEG, TIFF, GIF or WebP image of 1, 8 or 16 bits, in grey or in colours that are grey; a
-            stack, every page of which is a design; an ``.npy`` or ``.npz`` file of booleans, integers or floats in [0, 1],
-            shape ``(H, W)`` or ``(N, H, W)``; or a folder of these, with folders in it or not. Other files in a folder
-            are named in a warning and passed over.
+            stack, every page of which is a design; an ``.npy`` or ``.npz`` file of booleans, integers or floats in
+            [0, 1], shape ``(H, W)`` or ``(N, H, W)``; or a folder of these, with folders in it or not. Other files in a
+            folder are named in a warning and passed over.
 
     Returns:
         The designs. What their levels mean is decided for all of them together, see

@@ -167,7 +167,7 @@ def train_denoiser(
         folder = Path(config.output_dir) / "validation"
         save_image_grid(samples[:_GRID], folder / f"denoiser-{step:08d}.png", columns=8)
         heldout = designs.heldout[:, 0].numpy() / 255
-        metrics["two_point_error"] = two_point_error(samples, heldout)
+        metrics["two_point_error"] = two_point_error(samples, heldout, periodic=config.crop_size is None)
         if len(samples) > 1 and (heldout != heldout[0]).any():
             metrics["diversity_ratio"] = diversity_ratio(samples, heldout)
             if metrics["diversity_ratio"] < _LEAST_DIVERSITY:

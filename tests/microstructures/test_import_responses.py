@@ -153,16 +153,16 @@ def test_a_spreadsheet_of_signed_entries_is_a_response_without_a_curve(tmp_path,
     ("change", "message"),
     [
         (
-            lambda lines: lines + ["other.png,shear,0.1,1"],
+            lambda lines: [*lines, "other.png,shear,0.1,1"],
             "'other.png' in row 74 of r.csv, which none of 12 designs has",
         ),
         (lambda lines: lines[:-6], "responses must have a row for every design, got none in r.csv for 011.png and 0"),
         (
-            lambda lines: lines + ["011,shear,0.1,1"],
+            lambda lines: [*lines, "011,shear,0.1,1"],
             "one name for a design, got '011' in row 74 .* and '011.png' in row 68",
         ),
         (lambda lines: [line.replace(",", ";") for line in lines], "responses must have commas"),
-        (lambda lines: [lines[0] + ",extra"] + lines[1:], "responses must have the columns"),
+        (lambda lines: [lines[0] + ",extra", *lines[1:]], "responses must have the columns"),
     ],
 )
 def test_what_does_not_match_is_refused_before_anything_is_written(tmp_path, built, change, message):
