@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # for type checkers and editors; an alias that repeats the na
     from mechdiffusers.evaluation.inverse_design import verify as verify
     from mechdiffusers.mechanics import ResponseSpec as ResponseSpec
     from mechdiffusers.mechanics import SimulationResult as SimulationResult
+    from mechdiffusers.mechanics import export_designs as export_designs
     from mechdiffusers.mechanics import simulate as simulate
     from mechdiffusers.microstructures import build_dataset as build_dataset
     from mechdiffusers.microstructures import dataset_from_responses as dataset_from_responses
@@ -42,7 +43,7 @@ _NAMES = {
         "response_error",
         "verify",
     ),
-    "mechanics": ("ResponseSpec", "SimulationResult", "simulate"),
+    "mechanics": ("ResponseSpec", "SimulationResult", "export_designs", "simulate"),
     "microstructures": (
         "build_dataset",
         "dataset_from_responses",

@@ -152,13 +152,10 @@ def test_an_image_of_a_stream_with_other_levels_than_the_held_out_ones_is_refuse
 
 def test_images_that_use_a_sliver_of_the_range_are_refused(tmp_path):
     nearly_black = np.random.default_rng(0).integers(0, 20, (12, 6, 10)).astype(np.uint8)
-    settings = {"decoder_likelihood": "discretized_logistic"}
-    for source in (write_folder(tmp_path, nearly_black), write_parquet(tmp_path, nearly_black)):
-        with pytest.raises(
-            ValueError, match="^images must use the range from 0 to 255, got levels from 0 to 19 alone in"
-        ):
-            load_designs(config(source, **settings))
-        (tmp_path / "designs.parquet").unlink(missing_ok=True)
+    (tmp_path / "images").mkdir()
+    for source in (write_folder(tmp_path / "images", nearly_black), write_parquet(tmp_path, nearly_black)):
+        with pytest.raises(ValueError, match="^images must use the range from 0 to 255, got levels from 0 to 19 alone"):
+            load_designs(config(source, decoder_likelihood="discretized_logistic"))
 
 
 def test_crops_of_a_micrograph_are_trained_on_and_held_out_apart(tmp_path):

@@ -1,0 +1,151 @@
+import abq2ccx
+import meshio
+import numpy as np
+import pytest
+import torch
+from meshio.abaqus import _abaqus
+from PIL import Image
+
+from mechdiffusers import export_designs, random_composites
+
+DESIGN = random_composites(1, size=8, seed=2)[0][0, :6].astype(float)  # 6 x 8 pixels
+SIDES = ("TOP", "BOTTOM", "LEFT", "RIGHT")
+
+#: A model around a deck, which names everything that the deck has.
+MODEL = """*SOLID SECTION, ELSET=SOFT, MATERIAL=SOFT
+1.0
+*SOLID SECTION, ELSET=STIFF, MATERIAL=STIFF
+1.0
+*MATERIAL, NAME=SOFT
+*ELASTIC
+1.0, 0.3
+*MATERIAL, NAME=STIFF
+*ELASTIC
+100.0, 0.3
+*BOUNDARY
+BOTTOM, 1, 2, 0.0
+LEFT, 1, 1, 0.0
+RIGHT, 1, 1, 0.0
+*STEP
+*STATIC
+*BOUNDARY
+TOP, 2, 2, 0.01
+*END STEP
+"""
+
+
+@pytest.fixture
+def planar(monkeypatch):
+    """meshio writes Abaqus decks, and reads them but for elements of plane strain."""
+    monkeypatch.setitem(_abaqus.abaqus_to_meshio_type, "CPE4", "quad")
+    monkeypatch.setitem(_abaqus.abaqus_to_meshio_type, "CPE8", "quad8")
+
+
+def read(path) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Nodes, elements, which of these are stiff, and the nodes of the sides, as meshio reads a file."""
+    mesh = meshio.read(path)
+    cells = mesh.cells[0].data
+    if path.suffix == ".inp":
+        (elements,) = (block.data for block in mesh.cells)
+        stiff = np.isin(np.arange(len(elements)), mesh.cell_sets["STIFF"][0])
+        assert set(np.concatenate([mesh.cell_sets[name][0] for name in ("SOFT", "STIFF")])) == set(range(len(elements)))
+        return mesh.points, elements, stiff, {name: mesh.point_sets[name] for name in SIDES}
+    if path.suffix == ".vtu":
+        return (
+            mesh.points,
+            cells,
+            mesh.cell_data["stiff"][0] == 1,
+            {name: np.flatnonzero(mesh.point_data[name]) for name in SIDES},
+        )
+    tags = {name: tag for name, (tag, _) in mesh.field_data.items()}
+    assert [mesh.field_data[name][1] for name in ("SOFT", "STIFF", *SIDES)] == [2, 2, 1, 1, 1, 1]
+    groups = mesh.cell_data["gmsh:physical"]
+    pairs = list(zip(mesh.cells, groups, strict=True))
+    elements = np.concatenate([block.data for block, _ in pairs if block.type.startswith("quad")])
+    marks = np.concatenate([group for block, group in pairs if block.type.startswith("quad")])
+    edges = {
+        name: np.concatenate(
+            [block.data[group == tags[name]] for block, group in pairs if block.type.startswith("line")]
+        )
+        for name in SIDES
+    }
+    return mesh.points, elements, marks == tags["STIFF"], {name: np.unique(nodes) for name, nodes in edges.items()}
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("form", ["inp", "vtu", "msh"])
+def test_a_mesh_has_a_quadrilateral_a_pixel_its_phases_and_its_sides(tmp_path, form, order, planar):
+    export_designs(DESIGN[None], tmp_path, names=["d"], formats=[form], element_order=order, pixel_size=0.5)
+    points, elements, stiff, sides = read(tmp_path / f"d.{form}")
+    assert elements.shape == (48, {1: 4, 2: 8}[order])
+    corners = points[elements[:, :4], :2]
+    # counterclockwise squares, one a pixel
+    edges = np.roll(corners, -1, axis=1) - corners
+    area = edges[:, 0, 0] * edges[:, 1, 1] - edges[:, 0, 1] * edges[:, 1, 0]
+    np.testing.assert_allclose(area, 0.25)
+    column, row = np.round(corners.mean(1) / 0.5 - 0.5).astype(int).T
+    np.testing.assert_array_equal(stiff, DESIGN[5 - row, column] == 1)  # row 0 of the design is at the top
+    assert len(set(zip(row, column, strict=True))) == 48
+    if order == 2:
+        np.testing.assert_allclose(points[elements[:, 4:], :2], corners + edges / 2)
+    for name, axis, place in (("TOP", 1, 3.0), ("BOTTOM", 1, 0.0), ("LEFT", 0, 0.0), ("RIGHT", 0, 4.0)):
+        np.testing.assert_array_equal(np.sort(sides[name]), np.flatnonzero(np.isclose(points[:, axis], place)))
+    assert len(points) == len(np.unique(elements)) == {1: 7 * 9, 2: 13 * 17 - 48}[order]
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_calculix_reader_takes_the_deck_and_finds_every_set(tmp_path, order):
+    export_designs(DESIGN[None], tmp_path, names=["d"], formats=["inp"], element_order=order)
+    model = (tmp_path / "d.inp").read_text() + MODEL
+    assert f"*ELEMENT, TYPE=CPE{4 * order}" in model
+    assert abq2ccx.convert_text(model).report.n_warnings == 0
+    for name in ("SOFT", "STIFF", *SIDES):  # it would say so
+        without = model.replace(f"SET={name}\n", "SET=OTHER\n")
+        assert without != model
+        assert abq2ccx.convert_text(without).report.n_warnings > 0, name
+
+
+def test_pictures_and_arrays_are_the_designs(tmp_path):
+    grey = np.linspace(0, 1, 48).reshape(6, 8)
+    for kind in (np.asarray, torch.as_tensor):
+        export_designs(kind(np.stack([DESIGN, grey])), tmp_path, formats=["png", "npy"])
+        pictures = [Image.open(tmp_path / f"design-00{index}.png") for index in range(2)]
+        assert [picture.mode for picture in pictures] == ["1", "L"]
+        np.testing.assert_array_equal(np.asarray(pictures[0]), DESIGN == 1)
+        np.testing.assert_array_equal(np.asarray(pictures[1]), np.rint(255 * grey))
+        np.testing.assert_array_equal(np.load(tmp_path / "design-001.npy"), grey)
+
+
+def test_a_design_of_one_phase_has_an_empty_set_of_the_other(tmp_path, planar):
+    export_designs(np.ones((1, 2, 2)), tmp_path, names=["d"], formats=["vtu", "msh", "inp"])
+    assert read(tmp_path / "d.vtu")[2].all()
+    assert read(tmp_path / "d.msh")[2].all()
+    assert "ELSET=SOFT" not in (tmp_path / "d.inp").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"designs": np.full((1, 2, 2), 0.5)}, r"designs must be 0 or 1 everywhere for meshes \(inp\), got 0.5"),
+        ({"designs": np.full((1, 2, 2), 2.0)}, r"designs must lie in \[0, 1\] everywhere"),
+        ({"designs": np.full((1, 2, 2), np.nan)}, r"designs must lie in \[0, 1\] everywhere"),
+        ({"designs": np.ones((2, 2))}, r"designs must be numbers of shape \(B, H, W\), none of them 0, got \(2, 2\)"),
+        ({"names": ["a", "a"]}, "names must be 2 different names of files"),
+        ({"names": ["a"]}, "names must be 2 different names of files"),
+        ({"names": ["a", "../b"]}, "names must be 2 different names of files"),
+        ({"formats": ["stl"]}, "formats must be among .*'png', 'npy', 'inp', 'vtu', 'msh'.*, got .'stl'"),
+        ({"formats": "png"}, "formats must be among"),
+        ({"element_order": 3}, "element_order must be 1 or 2, got 3"),
+        ({"pixel_size": 0}, "pixel_size must be a positive number, got 0"),
+    ],
+)
+def test_unfit_arguments_are_refused_before_anything_is_written(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        export_designs(**{"designs": np.ones((2, 2, 2)), "folder": tmp_path / "out", **changes})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="^folder must be one that can be written, got .*file"):
+        export_designs(np.ones((1, 2, 2)), tmp_path / "file")
