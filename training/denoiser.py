@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 _GRID = 16
 #: Held-out designs that the denoiser sees at once.
 _VALIDATION_BATCH = 256
+#: Draws of noise that the held-out loss and bound are at least the mean of.
+_VALIDATION_DRAWS = 512
 #: Held-out latents that the error along the curve is measured on, at 50 times.
 _MEASURED = 128
 #: Diversity of the samples, over the diversity of the held-out designs, below which validation warns.
@@ -131,7 +133,11 @@ def train_denoiser(
     def validate(module: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(module, LatentDenoiser)
         device = module.unet.device
-        moments, response = heldout_moments.to(device), heldout_response.to(device)
+        # several draws of few designs: the bound of one draw each scatters by its own size
+        draws = -(-_VALIDATION_DRAWS // len(heldout_moments))
+        moments, response = (
+            each.to(device).repeat(draws, *[1] * (each.ndim - 1)) for each in (heldout_moments, heldout_response)
+        )
         randomness = StepRandomness((config.seed, "denoiser validation"))
         latents = draw_latents(moments, shift, scale, randomness)
         noise = randomness.normal(*latents.shape).to(latents)
@@ -148,7 +154,7 @@ def train_denoiser(
             metrics["loss_without_response"] = alone.double().mean().item()
         pipe = pipeline(module).to(device)
         if not of_autoencoder:
-            images = designs.heldout.to(device).float() / 255
+            images = designs.heldout.to(device).float().repeat(draws, 1, 1, 1) / 255
             logvar = moments[:, 0].chunk(2, dim=1)[1]
             of_autoencoder.append(autoencoder_nats(vae, logvar, latents, images))
         metrics["elbo_nats"] = of_autoencoder[0] + latent_nats(module.process, latents, nats)
