@@ -1,6 +1,6 @@
 """Refinement by simulating one design after the other, with the simulator itself as an exact or a biased predictor."""
 
-from importlib import import_module
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ import torch
 from mechdiffusers.evaluation.inverse_design import refine, response_error
 from mechdiffusers.evaluation.inverse_design.interface_flips import interface_length, lengthening, sets_of_flips
 from mechdiffusers.evaluation.inverse_design.refine import _kriged
-from mechdiffusers.mechanics import ResponseSpec
+from mechdiffusers.mechanics import ResponseSpec, response_spec
 from mechdiffusers.microstructures import random_composites
 
 SPEC = ResponseSpec(
@@ -20,13 +20,15 @@ SPEC = ResponseSpec(
     signed=False,
     solver={"element_order": 1},
 )
-
-
 FINER = replace(SPEC, solver={**SPEC.solver, "element_order": 2})
 
 
+#: Made here, so that it stays what it is where a test stands in for our simulator.
+FIRST_ORDER = SPEC.simulator()
+
+
 def exact(designs):
-    return SPEC.simulator()(designs)
+    return FIRST_ORDER(designs)
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +55,13 @@ def test_what_is_known_of_the_designs_is_not_simulated_again(question, monkeypat
     designs, targets = question
     known, simulated = exact(designs), []
 
-    def counted(chosen, *arguments, **options):
+    def counted(chosen):
         simulated.append(len(chosen))
-        return simulated_response(chosen, *arguments, **options)
+        return exact(chosen)
 
-    monkeypatch.setattr(import_module("mechdiffusers.evaluation.inverse_design.refine"), "simulated_response", counted)
-    expected = refine(designs, targets, SPEC, exact, num_rounds=2)
+    expected = refine(designs, targets, SPEC, exact, simulator=counted, num_rounds=2)
     of_all = [simulated.pop() for _ in list(simulated)][::-1]
-    refined = refine(designs, targets, SPEC, exact, response=known, num_rounds=2)
+    refined = refine(designs, targets, SPEC, exact, simulator=counted, response=known, num_rounds=2)
     np.testing.assert_array_equal(refined.designs, expected.designs)
     assert of_all == [2, *simulated]
 
@@ -78,20 +79,20 @@ def predictor():
     return predict
 
 
-def test_coarse_simulations_bring_designs_nearer_by_as_few_of_the_spec(question, monkeypatch) -> None:
+def test_coarse_simulations_bring_designs_nearer_by_as_few_of_the_specification(question, monkeypatch) -> None:
     designs = question[0]
-    targets = simulated_response(np.asarray(random_composites(4, size=6, seed=3)[0][2:], dtype=np.float64), FINER)
-    simulated = {1: 0, 2: 0}
+    targets = FINER.simulator()(np.asarray(random_composites(4, size=6, seed=3)[0][2:], dtype=np.float64))
+    simulated, simulate = {1: 0, 2: 0}, response_spec._simulated
 
-    def counted(chosen, asked, *arguments):
-        simulated[asked["element_order"]] += len(chosen)
-        return simulated_response(chosen, asked, *arguments)
+    def counted(spec, chosen, **options):
+        simulated[spec.solver["element_order"]] += len(chosen)
+        return simulate(spec, chosen, **options)
 
-    monkeypatch.setattr(import_module("mechdiffusers.evaluation.inverse_design.refine"), "simulated_response", counted)
+    monkeypatch.setattr(response_spec, "_simulated", counted)
     refined = refine(designs, targets, FINER, exact, num_rounds=1, num_coarse_steps=4)
     assert simulated[2] <= 2 * (1 + 1)
     assert 2 < simulated[1] <= 2 * (1 + 4)
-    of_them = simulated_response(refined.designs.astype(np.float64), FINER)
+    of_them = FINER.simulator()(refined.designs.astype(np.float64))
     np.testing.assert_allclose(refined.error[:, -1], response_error(of_them, targets), rtol=1e-9)
     assert (np.diff(refined.error) <= 0).all()
     without = refine(designs, targets, FINER, exact, num_rounds=1, num_coarse_steps=0)
@@ -104,13 +105,13 @@ class Simulator:
     def __init__(self, monkeypatch, coarse=1.0, fine=1.0, lost=lambda order, design: False) -> None:
         self.factor, self.lost = {1: np.broadcast_to(coarse, (2, 1)), 2: np.broadcast_to(fine, (2, 1))}, lost
         self.simulated = {1: [], 2: []}
-        monkeypatch.setattr(import_module("mechdiffusers.evaluation.inverse_design.refine"), "simulated_response", self)
+        monkeypatch.setattr(response_spec, "_simulated", self)
 
-    def __call__(self, designs, asked, *_):
-        order = asked["element_order"]
+    def __call__(self, spec, designs, **_):
+        order = spec.solver["element_order"]
         self.simulated[order] += [design.tobytes() for design in designs]
         lost = np.array([self.lost(order, design) for design in designs])
-        return np.where(lost[:, None, None], np.nan, exact(designs) * self.factor[order])
+        return np.where(lost[:, None, None], np.nan, FIRST_ORDER(designs) * self.factor[order])
 
 
 def test_what_first_order_elements_are_always_wrong_by_does_not_matter(question, predictor, monkeypatch) -> None:
@@ -141,7 +142,7 @@ def test_a_design_that_is_not_solved_at_either_order_stays(question, predictor, 
         assert refined.error[0, 0] == refined.error[0, 1]
 
 
-def test_a_chain_leaves_a_design_that_is_not_solved_at_the_order_of_the_spec(question, predictor, monkeypatch) -> None:
+def test_a_chain_leaves_a_design_that_is_not_solved_at_the_full_order(question, predictor, monkeypatch) -> None:
     designs, targets = question
     start = designs[0].astype(np.float64)
     simulator = Simulator(monkeypatch, lost=lambda order, design: order == 2 and (design != start).any())
@@ -163,7 +164,7 @@ def test_a_design_does_not_depend_on_those_after_it_and_tensors_come_back_as_ten
     question, predictor, order
 ) -> None:
     designs, targets = question
-    spec, options = {**SPEC, "element_order": order}, {"num_rounds": 1, "num_coarse_steps": 2}
+    spec, options = replace(SPEC, solver={"element_order": order}), {"num_rounds": 1, "num_coarse_steps": 2}
     both = refine(torch.from_numpy(designs), torch.from_numpy(targets), spec, predictor, **options, seed=5)
     alone = refine(designs[:1], targets[0], spec, predictor, **options, seed=5)
     assert isinstance(both.designs, torch.Tensor)
@@ -265,8 +266,8 @@ def test_kriging_of_designs_that_depend_on_each_other_gives_what_is_linear_in_th
         ({"target": np.full((2, 2, 3), 1.0)}, "target"),
         ({"designs": [["soft"]]}, "designs must be a tensor, an array or lists of real numbers, .* got list"),
         ({"response": np.ones((2, 1, 3))}, r"response must have shape \(2, "),
-        ({"response": np.full((2, *np.shape(SPEC.strains)), np.inf)}, "response must be finite"),
-        ({"target": -np.ones(np.shape(SPEC.strains))}, "target must be non-negative"),
+        ({"response": np.full((2, *SPEC.shape), np.inf)}, "response must be finite"),
+        ({"target": -np.ones(SPEC.shape)}, "target must be non-negative"),
         ({"predict": None}, "predict must be a function of designs, such as pipe.predict_response, got None"),
         ({"predict": lambda designs: np.ones((len(designs), 1))}, r"predict must give a response of shape \(1, 2, "),
         ({"num_rounds": 0}, "num_rounds"),

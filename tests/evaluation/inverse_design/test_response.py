@@ -7,6 +7,7 @@ import torch
 from mechdiffusers.evaluation.inverse_design import (
     response_error,
 )
+from mechdiffusers.models import ResponsePredictor
 
 
 def responses(num: int, seed: int = 0) -> np.ndarray:
@@ -57,13 +58,36 @@ def test_the_error_of_a_tensor_is_a_tensor_with_the_gradient_of_its_differences(
     assert torch.autograd.gradcheck(lambda values: response_error(values, target), response)
 
 
+def test_a_load_case_that_is_to_be_zero_is_measured_against_the_others():
+    target = np.array([[3.0, 4.0], [0.0, 0.0], [math.nan, 1.0]])
+    response = np.array([[[3.0, 4.0], [0.0, 2.0], [9.0, 1.0]]])
+    typical = np.sqrt((5**2 + 0 + 1**2) / 3)
+    np.testing.assert_allclose(response_error(response, target), [2 / typical / 3])
+    noise = np.where(target == 0, 1e-9, target)  # which is zero but for the digits
+    np.testing.assert_allclose(response_error(response, noise), [2 / typical / 3])
+
+
+def test_a_target_of_zeros_has_an_error_in_units_of_the_response():
+    np.testing.assert_allclose(response_error(np.array([[[0.3], [0.1]]]), np.zeros((2, 1))), [0.2])
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_the_error_that_travels_in_checkpoints_is_the_same(zero):
+    found, wanted = (np.random.default_rng(seed).normal(size=(6, 3, 4)) for seed in (0, 1))
+    wanted[0, 0], wanted[1, :2], wanted[2, 0, 0] = math.nan, math.nan, math.nan
+    if zero:
+        wanted[3, 0], wanted[4] = 0, 0
+    ours = response_error(found, wanted)
+    theirs = ResponsePredictor.response_error(torch.from_numpy(found), torch.from_numpy(wanted))
+    np.testing.assert_allclose(theirs, ours)
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [
         (np.ones((2, 4)), r"target must have the shape \(B, L, S\) or \(L, S\) .* got \(2, 4\) for \(5, 3, 4\)"),
-        (np.full((3, 4), math.nan), "target must be finite, given somewhere"),
+        (np.full((3, 4), math.nan), "target must be finite and given somewhere"),
         (np.full((3, 4), math.inf), "target must be finite"),
-        (np.zeros((3, 4)), "target must be finite, given somewhere, and not zero"),
     ],
 )
 def test_unfit_targets_are_refused(target, message):

@@ -1,7 +1,7 @@
 """The shape of curves, whatever their height, and the choice of designs by it."""
 
 import math
-from importlib import import_module
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -85,7 +85,7 @@ def test_the_nearest_in_curve_shape_comes_first_however_high_its_curves(designs,
 
 
 def test_of_equal_shapes_the_nearest_in_height_comes_first(designs):
-    spec = {**SPEC, "strains": [[0.1]] * 2}
+    spec = replace(SPEC, strains=[[0.1]] * 2)
     response = spec.simulator(element_order=1)(designs)
     target = 1.01 * response[4]
     chosen = nearest_in_curve_shape(designs, target, spec, len(designs))
@@ -94,13 +94,10 @@ def test_of_equal_shapes_the_nearest_in_height_comes_first(designs):
     np.testing.assert_array_equal(chosen, designs[order])
 
 
-def test_a_design_that_is_not_solved_comes_last(designs, monkeypatch):
+def test_a_design_that_is_not_solved_comes_last(designs):
     known = SPEC.simulator(element_order=1)(designs)
     known[0, 0, 2] = math.nan
-    monkeypatch.setattr(
-        import_module("mechdiffusers.evaluation.inverse_design.select"), "simulated_response", lambda *_: known
-    )
-    chosen = nearest_in_curve_shape(designs, known[1], SPEC, len(designs))
+    chosen = nearest_in_curve_shape(designs, known[1], SPEC, len(designs), simulator=lambda _: known)
     np.testing.assert_array_equal(chosen[[0, -1]], designs[[1, 0]])
 
 

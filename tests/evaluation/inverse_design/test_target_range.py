@@ -120,13 +120,39 @@ def test_unsolved_designs_reach_nothing():
     )
 
 
+def signed(num: int, seed: int) -> np.ndarray:
+    """Three entries without a curve, two of which follow from each other, about zero."""
+    rng = np.random.default_rng(seed)
+    first, third = rng.normal(size=(2, num))
+    return np.stack([first, -0.3 * first + 0.02 * rng.normal(size=num), third], 1)[..., None]
+
+
+def test_the_range_of_signed_responses_is_calibrated_and_knows_what_follows_from_what():
+    reach = TargetRange(signed(1500, seed=0), signed(300, seed=1))
+    p_value = reach.check(signed(800, seed=2), level=0).p_value
+    for level in (0.05, 0.2, 0.5):
+        assert np.mean(p_value <= level) <= level + 3 * math.sqrt(level * (1 - level) * (1 / 800 + 1 / 300))
+    contradictory = signed(50, seed=3) * np.array([1.0, -1.0, 1.0])[:, None]
+    contradictory = contradictory[np.abs(contradictory[:, 0, 0]) > 0.5]
+    assert (reach.check(contradictory, level=0).p_value < 0.02).all()
+    assert reach.check(np.array([[[0.0], [0.0], [math.nan]]]), level=0).p_value > 0.1
+
+
+def test_a_target_of_zero_is_out_of_the_range_of_positive_responses(reach):
+    zero = curves(1, 5)
+    zero[:, 0] = 0
+    assert reach.check(zero, level=0).p_value < 0.01
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((np.ones((5, 6)), np.ones((5, 2, 6))), r"training_responses must have shape \(N, L, S\), got \(5, 6\)"),
         ((np.ones((5, 2, 6)), np.ones((5, 2, 5))), "heldout_responses must be of the load cases and strains"),
-        ((np.ones((5, 2, 6)), np.full((5, 2, 6), np.nan)), "heldout_responses must be positive and hold at least two"),
-        ((-np.ones((5, 2, 6)), np.ones((5, 2, 6))), "training_responses must be positive"),
+        (
+            (np.ones((5, 2, 6)), np.full((5, 2, 6), np.nan)),
+            "heldout_responses must hold at least two solved",
+        ),
         ((np.ones((5, 2, 6)), np.ones((5, 2, 6)), 0.0), "tolerance must be a positive number, got 0.0"),
         ((np.ones((5, 2, 6)), np.ones((5, 2, 6)), "1"), "tolerance must be a number, got '1'"),
     ],
@@ -140,8 +166,8 @@ def test_unfit_responses_are_refused(arguments, message):
     ("targets", "options", "message"),
     [
         (np.ones((2, 6)), {}, r"targets must have shape \(T, 2, 6\), got \(2, 6\)"),
-        (np.full((1, 2, 6), np.nan), {}, "targets must be positive and finite where given, and given somewhere"),
-        (np.zeros((1, 2, 6)), {}, "targets must be positive"),
+        (np.full((1, 2, 6), np.nan), {}, "targets must be finite where given, and given somewhere"),
+        (np.full((1, 2, 6), np.inf), {}, "targets must be finite where given"),
         (np.ones((1, 2, 6)), {"level": 2.0}, r"level must lie in \[0, 1\], got 2.0"),
         (np.ones((1, 2, 6)), {"level": "low"}, "level must be a number, got 'low'"),
         (np.ones((2, 2, 6)), {"names": ["soft"]}, r"names must be 2, one for each target, got \['soft'\]"),

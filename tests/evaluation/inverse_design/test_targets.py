@@ -48,24 +48,27 @@ def test_rows_may_come_in_any_order_with_spaces_and_blank_lines(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "targets must have the columns target,load_case,strain,stress and at least one point, got "),
-        (HEADER, "targets must have the columns"),
+        (
+            "",
+            "targets must have the columns target,load_case,strain and .* in row 1 of targets.csv",
+        ),
+        (HEADER, "targets must have at least one row"),
         (
             "target,load_case,strain,energy\na,shear,0.1,1\n",
-            "targets must have the columns target,load_case,strain,stress",
+            "targets must have the columns .* got 'energy' as the",
         ),
         (HEADER + "a,bending,0.1,1\n", r"targets must have load cases out of \['shear', 'shear_x'\], got .* in row 2"),
-        (HEADER + "a,shear,0.1\n", r"targets must have 4 cells in a row, got \['a', 'shear', '0.1'\] in row 2"),
-        (HEADER + "a,shear,nan,1\n", "targets must have strains .* got 'nan'"),
-        (HEADER + "a,shear,-0.1,1\n", "targets must have strains .* not negative, got '-0.1' in row 2 of targets.csv"),
-        (HEADER + "a,shear,0.1,-1\n", "targets must have strains .* not negative, got '-1'"),
-        (HEADER + "a,shear,0.1,1 MPa\n", "targets must have strains .* got '1 MPa'"),
-        (HEADER + "a,shear,,1\n", "targets must have strains .* got ''"),
+        (HEADER + "a,shear,0.1\n", r"targets must have 4 cells in a row, .* got \['a', 'shear', '0.1'\] in row 2"),
+        (HEADER + "a,shear,nan,1\n", "targets must have finite numbers, got strain 'nan' in row 2"),
+        (HEADER + "a,shear,-0.1,1\n", "targets must be given at one at least of the strains"),
         (
-            HEADER + "a,shear,0.1,1\na,shear,0.1,2\n",
-            "targets must have each strain of a curve once, got '0.1' again in row 3",
+            HEADER + "a,shear,0.1,-1\n",
+            "targets must not be negative unless .* got '-1' in row 2 of targets.csv",
         ),
-        (HEADER + "\na,shear,0.1,1\n\na,shear,-1,2\n", "targets must have strains .* got '-1' in row 5"),
+        (HEADER + "a,shear,0.1,1 MPa\n", "targets must have finite numbers, got '1 MPa' in row 2"),
+        (HEADER + "a,shear,,1\n", "targets must be given at one at least of the strains"),
+        (HEADER + "a,shear,0.1,1\na,shear,0.1,2\n", "targets must have each strain .* once, got '0.1' again in row 3"),
+        (HEADER + "\na,shear,0.1,1\n\na,shear,0.2,x\n", "targets must have finite numbers, got 'x' in row 5"),
         ("\n", "targets must have the columns"),
         (
             HEADER + "a,shear,0.1,1\na,shear_x,0.5,1\n",
@@ -88,3 +91,16 @@ def test_targets_of_another_shape_are_not_written(tmp_path):
     with pytest.raises(ValueError, match=r"^targets must have the shape .* of the strains, got \(2,\) for 'a'"):
         write_targets(tmp_path / "t.csv", {"a": np.ones(2)}, SPEC)
     assert not (tmp_path / "t.csv").exists()
+
+
+def test_targets_without_a_curve_leave_the_strain_empty_or_have_a_row_each(tmp_path):
+    spec = ResponseSpec("stiffness", ["C11", "C12"], [[0.0], [0.0]], units="GPa", signed=True)
+    targets = {"a": np.array([[1.5], [-0.25]]), "b": np.array([[math.nan], [0.0]])}
+    write_targets(tmp_path / "t.csv", targets, spec)
+    text = (tmp_path / "t.csv").read_text()
+    assert text.splitlines() == ["target,load_case,strain,stiffness", "a,C11,,1.5", "a,C12,,-0.25", "b,C12,,0"]
+    (tmp_path / "wide.csv").write_text("file_name,C12,C11\na,-0.25,1.5\nb,0,\n")
+    for path in (tmp_path / "t.csv", tmp_path / "wide.csv"):
+        names, found = read_targets(path, spec)
+        assert names == ["a", "b"]
+        np.testing.assert_array_equal(found, list(targets.values()))
