@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from mechdiffusers.mechanics import ResponseSpec
-from mechdiffusers.microstructures.build_dataset.columns import dataset_of, designs_of, grey_levels
+from mechdiffusers.microstructures.build_dataset.columns import dataset_of, grey_levels
 from mechdiffusers.microstructures.dataset_folder import write_dataset_folder
 from mechdiffusers.microstructures.read_designs import read_designs
 from mechdiffusers.microstructures.response_table import ResponseTable, read_response_table
@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
     strains = _common_strains(table, arguments.strains)
     spec = ResponseSpec(quantity, table.load_cases, strains, units=arguments.units, signed=arguments.signed)
     response = np.stack([table.at(name, spec.load_cases, spec.strains) for name in rows])
-    dataset = dataset_from_responses(designs_of(files.levels), response, spec)
+    dataset = dataset_from_responses(files.designs, response, spec)
     num_heldout = max(1, len(dataset) // 10) if arguments.num_heldout is None else arguments.num_heldout
     if not 0 < num_heldout < len(dataset):
         raise ValueError(f"num_heldout must lie between 0 and the {len(dataset)} designs, got {num_heldout}")

@@ -5,15 +5,19 @@ from __future__ import annotations
 import io
 import logging
 import os
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageSequence
 from tqdm.auto import tqdm
 
+from mechdiffusers.microstructures.build_dataset.columns import designs_of
 from mechdiffusers.microstructures.levels import Pixels, convention_of
 
 __all__ = ["DESIGN_SUFFIXES", "DesignFiles", "decode_image", "read_designs", "read_images", "stacked"]
@@ -24,8 +28,14 @@ _IMAGES = {".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff", ".gif", ".webp"}
 _ARRAYS = {".npy", ".npz"}
 #: What designs may be read from.
 DESIGN_SUFFIXES = _IMAGES | _ARRAYS
-_LOSSY = {"JPEG", "WEBP"}
-_GREY_MODES = ("1", "L", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+_LOSSY = {"JPEG", "MPO", "WEBP"}
+#: What Pillow and numpy raise for files that are damaged.
+_DAMAGED = (
+    *(OSError, ValueError, TypeError, EOFError, SyntaxError, IndexError, KeyError, OverflowError, MemoryError),
+    *(struct.error, zlib.error, tokenize.TokenError, zipfile.BadZipFile, Image.DecompressionBombError),
+)
+#: Those that RGBA has too few bits for.
+_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,11 @@ class DesignFiles:
 
     levels: np.ndarray  #: shape (N, H, W): bool for two phases, uint8 for grey levels
     names: list[str]  #: paths in the folder; pages of a stack and items of an array as ``stack.tif#3``
+
+    @property
+    def designs(self) -> np.ndarray:
+        """The designs in [0, 1], float64, shape ``(N, H, W)``."""
+        return designs_of(self.levels)
 
 
 def read_designs(path: str | os.PathLike[str]) -> DesignFiles:
@@ -55,7 +70,7 @@ def read_designs(path: str | os.PathLike[str]) -> DesignFiles:
 
     Example:
         >>> files = read_designs("my/images")  # doctest: +SKIP
-        >>> files.levels.shape, files.names[0]  # doctest: +SKIP
+        >>> files.designs.shape, files.names[0]  # doctest: +SKIP
         ((500, 64, 64), 'soft/000.png')
     """
     images, names = read_images(path)
@@ -98,7 +113,8 @@ def _images(path: Path) -> Iterator[Pixels]:
         others = [str(file.relative_to(path)) for file in everything if file.suffix.lower() not in DESIGN_SUFFIXES]
         if not files:
             got = f"{others[0]} and {len(others) - 1} others" if others else "nothing"
-            raise ValueError(f"designs must be in a folder of {_accepted()} files, got {got} in {path}")
+            remedy = _remedy(Path(others[0])) if others else ""
+            raise ValueError(f"designs must be in a folder of {_accepted()} files, got {got} in {path}{remedy}")
         if others:
             logger.warning("passed over in %s: %s", path, ", ".join(others[:5]) + (" ..." if len(others) > 5 else ""))
         root = path
@@ -124,37 +140,48 @@ def decode_image(source: Path | bytes, name: str) -> list[Pixels]:
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            is_lossy = image.format in _LOSSY
-            pages = [_grey(page, name) for page in ImageSequence.Iterator(image)]
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+            is_lossy = image.format in _LOSSY or image.info.get("compression") == "jpeg"
+            pages = [page.copy() for page in ImageSequence.Iterator(image)]
+    except _DAMAGED as error:
         raise ValueError(f"images must be files that can be read, got {name}: {error}") from error
-    return [Pixels(page, _numbered(name, index, len(pages)), is_lossy) for index, page in enumerate(pages)]
+    names = [_numbered(name, index, len(pages)) for index in range(len(pages))]
+    return [Pixels(_grey(page, where), where, is_lossy) for page, where in zip(pages, names, strict=True)]
 
 
 def _grey(image: Image.Image, name: str) -> np.ndarray:
     """The levels of one page, if they are grey and opaque."""
-    if image.mode in _GREY_MODES and "transparency" not in image.info:
+    transparent = image.info.get("transparency")
+    if image.mode in _DEEP_MODES or (image.mode in ("1", "L") and transparent is None):
         values = np.asarray(image)
-        return values.astype(np.int64) if image.mode == "I" else values
-    channels = np.asarray(image.convert("RGBA"))
-    if (channels[..., 3] != 255).any():
-        raise ValueError(f"images must be opaque, got {name} with transparent pixels")
-    if (channels[..., :3] != channels[..., :1]).any():
-        raise ValueError(f"images must be grey or black and white, got {name} in colour")
-    return channels[..., 0]
+        if image.mode == "I":
+            values = values.astype(np.int64)
+        is_opaque, is_grey = transparent is None or not (values == transparent).any(), True
+    else:
+        channels = np.asarray(image.convert("RGBA"))
+        is_opaque = bool((channels[..., 3] == 255).all())
+        is_grey, values = bool((channels[..., :3] == channels[..., :1]).all()), channels[..., 0]
+    if not is_opaque:
+        raise ValueError(f"images must be opaque, got {name} with transparent pixels: save it without transparency")
+    if not is_grey:
+        raise ValueError(f"images must be grey or black and white, got {name} in colour: convert it to grey")
+    return values
 
 
 def _array(path: Path, name: str) -> Iterator[Pixels]:
     """The designs of an array file."""
     try:
         content = np.load(path, allow_pickle=False)
-        arrays = (
-            {name: content} if isinstance(content, np.ndarray) else {f"{name}/{key}": content[key] for key in content}
-        )
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        if isinstance(content, np.ndarray):
+            arrays = {name: content}
+        else:
+            with content:
+                arrays = {f"{name}/{key}": content[key] for key in content}
+    except _DAMAGED as error:
         raise ValueError(
             f"designs must be arrays of numbers in a file that can be read, got {name}: {error}"
         ) from error
+    if not arrays:
+        raise ValueError(f"designs must be at least one array, got {name} without any")
     for where, array in arrays.items():
         if array.ndim not in (2, 3) or not array.size or array.dtype.kind not in "buif":
             raise ValueError(
@@ -176,8 +203,13 @@ def _accepted() -> str:
 
 
 def _unreadable(path: Path) -> str:
+    """What is wrong with a file of another kind."""
+    return f"designs must be a {_accepted()} file or a folder of them, got {path.name}{_remedy(path)}"
+
+
+def _remedy(path: Path) -> str:
     """What to do with a file of another kind."""
-    remedy = ""
-    if path.suffix.lower() in (".txt", ".csv", ".dat"):
-        remedy = f": np.save('{path.stem}.npy', np.loadtxt('{path.name}')) makes an array of a table of numbers"
-    return f"designs must be a {_accepted()} file or a folder of them, got {path.name}{remedy}"
+    if path.suffix.lower() not in (".txt", ".csv", ".dat"):
+        return ""
+    comma = ", delimiter=','" if path.suffix.lower() == ".csv" else ""
+    return f": np.save('{path.stem}.npy', np.loadtxt('{path.name}'{comma})) makes an array of a table of numbers"

@@ -12,7 +12,6 @@ import numpy as np
 from mechdiffusers.atomic_file import atomic_write
 from mechdiffusers.mechanics import ResponseSpec, export_designs
 from mechdiffusers.microstructures import read_designs
-from mechdiffusers.microstructures.build_dataset.columns import designs_of
 
 __all__ = ["ExportedDesigns", "design_names", "read_exported", "write_export"]
 
@@ -69,9 +68,7 @@ def read_exported(folder: Path) -> ExportedDesigns:
     """
     if not (folder / _INDEX).exists():
         files = read_designs(folder)
-        return ExportedDesigns(
-            designs_of(files.levels), [str(Path(name).with_suffix("")) for name in files.names], None, None
-        )
+        return ExportedDesigns(files.designs, [str(Path(name).with_suffix("")) for name in files.names], None, None)
     try:
         index = json.loads((folder / _INDEX).read_text())
         designs = np.load(folder / "designs.npy")

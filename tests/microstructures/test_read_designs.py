@@ -1,4 +1,3 @@
-import io
 import logging
 import os
 from pathlib import Path
@@ -59,10 +58,54 @@ def test_two_levels_are_two_phases_whatever_their_values(tmp_path, low, high):
     np.testing.assert_array_equal(read_designs(tmp_path).levels, TWO)
 
 
+@pytest.mark.parametrize(("low", "high"), [(-1, 1), (0, 70_000), (0.0, 255.0), (0.2, 0.7)])
+def test_two_levels_of_an_array_are_two_phases_too(tmp_path, low, high):
+    np.save(tmp_path / "x.npy", np.where(TWO, high, low))
+    files = read_designs(tmp_path)
+    np.testing.assert_array_equal(files.designs, TWO.astype(float))
+
+
+def test_label_maps_of_several_types_may_stand_together(tmp_path):
+    for index, (design, dtype) in enumerate(zip(TWO, (bool, "u1", "u2", "i4", "f8"), strict=True)):
+        np.save(tmp_path / f"{index}.npy", design.astype(dtype))
+    np.testing.assert_array_equal(read_designs(tmp_path).levels, TWO)
+
+
+def test_a_plain_image_beside_booleans_is_all_one_phase(tmp_path):
+    save(tmp_path / "a.png", TWO[0])
+    save(tmp_path / "b.png", np.zeros_like(TWO[0], dtype=np.uint8))
+    save(tmp_path / "c.png", np.ones_like(TWO[0]))
+    np.testing.assert_array_equal(read_designs(tmp_path).levels, [TWO[0], np.zeros_like(TWO[0]), np.ones_like(TWO[0])])
+
+
 def test_grey_levels_of_8_bits_are_kept(tmp_path):
     for index, design in enumerate(GREY):
         save(tmp_path / f"{index}.png", design)
     np.testing.assert_array_equal(read_designs(tmp_path).levels, GREY)
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "tif", "webp"])
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA"])
+def test_grey_levels_survive_every_lossless_format_and_mode(tmp_path, suffix, mode):
+    save(tmp_path / f"x.{suffix}", GREY[0], mode, **({"lossless": True} if suffix == "webp" else {}))
+    files = read_designs(tmp_path)
+    np.testing.assert_array_equal(files.levels[0], GREY[0])
+    np.testing.assert_array_equal(files.designs, GREY[:1] / 255)
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [("u2", 257), ("<i2", 128.5), ("i1", 0.5)])
+def test_white_is_the_greatest_level_of_the_type(tmp_path, dtype, factor):
+    np.save(tmp_path / "x.npy", (GREY * float(factor)).astype(dtype))
+    assert np.abs(read_designs(tmp_path).levels - GREY.astype(float)).max() <= 1 / min(factor, 1)
+
+
+def test_a_transparent_colour_of_16_bits_is_refused_where_a_pixel_has_it(tmp_path):
+    wide = GREY[0].astype(np.uint16) * 257
+    save(tmp_path / "x.png", wide, transparency=5)
+    np.testing.assert_array_equal(read_designs(tmp_path).levels[0], GREY[0])
+    save(tmp_path / "x.png", wide, transparency=int(wide[0, 0]))
+    with pytest.raises(ValueError, match="^images must be opaque, got x.png with transparent pixels"):
+        read_designs(tmp_path)
 
 
 def test_grey_levels_of_16_bits_and_floats_are_rounded_to_8(tmp_path, caplog):
@@ -73,7 +116,7 @@ def test_grey_levels_of_16_bits_and_floats_are_rounded_to_8(tmp_path, caplog):
     (tmp_path / "unit.npy").rename(tmp_path.parent / "unit.npy")
     with caplog.at_level(logging.INFO):
         np.testing.assert_array_equal(read_designs(tmp_path).levels, GREY)
-    assert "levels of 16 bits are rounded to 8" in caplog.text
+    assert "levels of 16 bits, 0 to 65535, are rounded to 8" in caplog.text
     np.testing.assert_array_equal(read_designs(tmp_path.parent / "unit.npy").levels, GREY)
 
 
@@ -114,6 +157,11 @@ def test_what_jpeg_does_to_black_and_white_is_undone(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         np.testing.assert_array_equal(read_designs(tmp_path).levels, blocks)
     assert "black and white, apart from what the lossy format changed" in caplog.text
+    save(tmp_path / "3.png", blocks[3].astype(np.uint8) * 255)  # lossless files beside them
+    (tmp_path / "3.jpg").unlink()
+    save(tmp_path / "4.tif", blocks[4].astype(np.uint8) * 255, compression="jpeg")
+    (tmp_path / "4.jpg").unlink()
+    np.testing.assert_array_equal(read_designs(tmp_path).levels, blocks)
 
 
 THREE = RNG.integers(0, 3, (2, 8, 10)).astype(np.uint8)
@@ -126,18 +174,23 @@ THREE = RNG.integers(0, 3, (2, 8, 10)).astype(np.uint8)
             [THREE[0]],
             r"got the 3 levels 0, 1, 2 in 0.png, .*: merge .* np.isin\(image, \[1, 2\]\)",
         ),
-        ([np.minimum(THREE[0], 1), THREE[0]], "got the 3 levels 0, 1, 2 in 0.png and the others"),
+        ([np.minimum(THREE[0], 1), THREE[0]], "got the 3 levels 0, 1, 2 in 1.png, which are"),
         ([THREE[0] * np.uint8(100)], "got the 3 levels 0, 100, 200"),
-        ([TWO[0].astype(np.uint8) * 255, TWO[1].astype(np.uint8)], "got the 3 levels 0, 1, 255"),
+        (
+            [TWO[0].astype(np.uint8) * 255, TWO[1].astype(np.uint8)],
+            "all have the same two levels, got the 3 levels 0 and 255 first in 0.png, 1 first in 1.png: write all",
+        ),
         (
             [(GREY[0] / 12).astype(np.uint8)],
             "use the range .* got levels from 0 to 21 alone in 0.png: stretch",
         ),
         ([GREY[0].astype(np.uint16)], "use the range from 0 to 65535"),
         ([np.zeros((8, 10), np.uint8)] * 2, "show two phases or grey levels, got the one level 0 throughout"),
+        ([np.ones((8, 10), bool)] * 2, "show two phases .* the one level 1 throughout in 0.png and the others: look"),
+        ([np.ones((8, 10), bool), np.full((8, 10), 255, np.uint8)], "show two phases .* the one level 255 throughout"),
         ([GREY[0], GREY[1].astype(np.uint16) * 257], "one kind of levels, got 0.png with levels up to 255 and 1.png"),
-        ([np.dstack([GREY[0]] * 2 + [GREY[1]])], "grey or black and white, got 0.png in colour"),
-        ([np.dstack([GREY[0]] * 4)], "opaque, got 0.png with transparent pixels"),
+        ([np.dstack([GREY[0]] * 2 + [GREY[1]])], "grey or black and white, got 0.png in colour: convert"),
+        ([np.dstack([GREY[0]] * 4)], "opaque, got 0.png with transparent pixels: save"),
     ],
 )
 def test_unfit_images_are_refused_with_the_file_and_the_remedy(tmp_path, images, message):
@@ -152,9 +205,13 @@ def test_unfit_images_are_refused_with_the_file_and_the_remedy(tmp_path, images,
     [
         (
             np.array([[0.0, np.nan], [0.5, 1.0]]),
-            "images must be booleans, .* x.npy with values outside: divide",
+            "images must be booleans, .* x.npy with values from nan to nan: fill the gaps",
         ),
-        (np.linspace(0, 255, 64).reshape(8, 8), "images must be booleans, floats in"),
+        (
+            np.linspace(0, 255, 64).reshape(8, 8),
+            "images must be booleans, floats in .* from 0 to 255: divide by the level",
+        ),
+        (RNG.integers(0, 3, (8, 8)).astype(float), "images must have two phases .* 3 levels 0, 1, 2 in x.npy,"),
         (
             np.arange(-5, 59).reshape(8, 8),
             "images must be booleans, .* from 0 to 255, .*convert them to 8",
@@ -187,11 +244,33 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
         read_designs(tmp_path)
 
 
-def test_a_truncated_image_is_named(tmp_path):
-    file = io.BytesIO()
-    Image.fromarray(GREY[0]).save(file, "PNG")
-    (tmp_path / "x.png").write_bytes(file.getvalue()[:60])
-    with pytest.raises(ValueError, match="^images must be files that can be read, got x.png: "):
+@pytest.mark.parametrize("suffix", ["png", "bmp", "jpg", "tif", "gif", "webp", "npy", "npz"])
+@pytest.mark.filterwarnings("ignore")
+def test_whatever_happened_to_a_file_it_is_read_or_refused_by_name(tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
+    if suffix == "npy":
+        np.save(path, GREY)
+    elif suffix == "npz":
+        np.savez_compressed(path, GREY)
+    else:
+        save(path, GREY[0])
+    content, rng, num_refused = path.read_bytes(), np.random.default_rng(0), 0
+    for attempt in range(60):
+        damaged = bytearray(content)
+        for place in rng.integers(min(len(content), 200), size=4):
+            damaged[place] = rng.integers(256)
+        path.write_bytes(damaged[: rng.integers(len(content))] if attempt % 2 else damaged)
+        try:
+            read_designs(path)
+        except ValueError as error:
+            assert f"x.{suffix}" in str(error)  # noqa: PT017
+            num_refused += 1
+    assert num_refused >= 20
+
+
+def test_an_npz_file_without_arrays_is_named(tmp_path):
+    np.savez(tmp_path / "x.npz")
+    with pytest.raises(ValueError, match="^designs must be at least one array, got x.npz without any"):
         read_designs(tmp_path)
 
 
@@ -199,7 +278,7 @@ def test_files_of_other_kinds_are_refused_with_what_to_do(tmp_path):
     np.savetxt(tmp_path / "cahn.txt", TWO[0])
     with pytest.raises(ValueError, match=r"got cahn.txt: np.save\('cahn.npy', np.loadtxt\('cahn.txt'\)\) makes"):
         read_designs(tmp_path / "cahn.txt")
-    with pytest.raises(ValueError, match="^designs must be in a folder of .* got cahn.txt and 0 others"):
+    with pytest.raises(ValueError, match="^designs must be in a folder of .* got cahn.txt and 0 others .*: np.save"):
         read_designs(tmp_path)
     with pytest.raises(ValueError, match="^designs must be a file or a folder that exists, got .*nowhere"):
         read_designs(tmp_path / "nowhere")
