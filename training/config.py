@@ -84,12 +84,12 @@ class TrainingConfig:
     resolution: int = field(default=32, metadata={"help": "Pixels along a side of generated designs."})
     crop_size: int | None = field(
         default=None,
-        metadata={"help": "Train on square crops of images, of so many pixels a side; held-out ones lie apart."},
+        metadata={"help": "Train on square crops of images, this many pixels a side; held-out ones lie apart."},
     )
     num_crops: int | None = field(default=None, metadata={"help": "Crops to train on."})
     resize: int | None = field(
         default=None,
-        metadata={"help": "Reduce images by area to so many pixels along the shorter side, before cropping."},
+        metadata={"help": "Reduce images by area to this many pixels along the shorter side, before cropping."},
     )
     random_half_turn: bool = field(
         default=False,

@@ -86,7 +86,8 @@ def load_designs(config: TrainingConfig) -> Designs:
         return _split(_without_responses(generated.astype(bool)), config, np.arange(total), None)
 
     path = Path(config.dataset)
-    if path.suffix.lower() in DESIGN_SUFFIXES or (path.is_dir() and not any(path.glob("*.parquet"))):
+    is_parquet = path.suffix == ".parquet" or any(path.glob("*.parquet"))
+    if path.suffix.lower() in DESIGN_SUFFIXES or (path.exists() and not is_parquet):
         return _from_images(path, config)
     for name in ("crop_size", "resize"):
         if getattr(config, name) is not None:
@@ -196,6 +197,11 @@ def _from_images(path: Path, config: TrainingConfig) -> Designs:
         raise ValueError(f"{BINARY_ALONE}, got {path} with grey levels; 'discretized_logistic' is for those")
     if config.resize is not None:
         images = [resize_by_area(image, config.resize) for image in images]
+        if min(image.min() for image in images) == max(image.max() for image in images):
+            raise ValueError(
+                f"resize must leave something of the designs, got {config.resize} for {path}, which makes all pixels "
+                "equal: take more pixels"
+            )
     if config.crop_size is None:
         samples = _without_responses(stacked(images, names))
         return _split(samples, config, np.random.default_rng(config.seed).permutation(len(images)), None)

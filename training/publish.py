@@ -20,6 +20,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from mechdiffusers.atomic_file import atomic_write
+from mechdiffusers.microstructures.read_designs import DESIGN_SUFFIXES
 from mechdiffusers.pipelines.portable_checkpoint import claim_repository, upload_checkpoint
 
 __all__ = ["model_card", "publish", "write_card"]
@@ -204,7 +205,8 @@ def _dataset(source: str) -> tuple[str, bool]:
     """
     if source == "random_composites":
         return source, False
-    is_public = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not source.endswith(".parquet")
+    is_file = Path(source).suffix.lower() in {".parquet", *DESIGN_SUFFIXES}
+    is_public = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not is_file
     return (source, True) if is_public and not Path(source).exists() else (Path(source).name, False)
 
 
@@ -216,13 +218,14 @@ def _designs(settings: dict[str, Any], dataset: str) -> str:
             f"{num:,} random composites of `mechdiffusers.random_composites`, seed {settings['seed']}: thresholded, "
             "periodic, anisotropic Gaussian random fields"
         )
-    size = settings.get("crop_size")
-    what = f"{'All' if num is None else format(num, ',')} designs"
-    if size is not None:
-        what = f"{settings['num_crops']:,} crops of {size} x {size} pixels"
-    side = settings.get("resize")
-    resized = "" if side is None else f", reduced by area to {side} pixels on the shorter side"
-    return f"{what} of `{dataset}`{resized}"
+    size, side = settings.get("crop_size"), settings.get("resize")
+    resized = "" if side is None else f", reduced by area to {side} pixels along the shorter side"
+    if size is None:
+        return f"{'All' if num is None else format(num, ',')} designs of `{dataset}`{resized}"
+    return (
+        f"{settings['num_crops']:,} crops of {size} x {size} pixels, drawn by the seed from `{dataset}`{resized}. No "
+        "crop to train on overlaps a held-out one: those come from a strip at the end of each image"
+    )
 
 
 def _parts(pipeline: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:

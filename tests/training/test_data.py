@@ -136,10 +136,9 @@ def test_label_maps_of_a_dataset_are_two_phases_and_more_are_refused(tmp_path, k
     designs = load_designs(config(stored(BINARY // 255), **settings))
     seen = {image.numpy().tobytes() for image, _ in islice(designs.train, 8)}
     assert seen | {image.numpy().tobytes() for image in designs.heldout} == {image.tobytes() for image in BINARY}
-    if kind != "float":  # where 2 is out of range
-        three = np.random.default_rng(2).integers(0, 3, (12, 6, 10))
-        with pytest.raises(ValueError, match="^images must have two phases .* 3 levels 0, 1, 2 in image 0 of "):
-            load_designs(config(stored(three), **settings))
+    three = np.random.default_rng(2).integers(0, 3, (12, 6, 10))
+    with pytest.raises(ValueError, match="^images must have two phases .* 3 levels 0, 1, 2 in image 0 of "):
+        load_designs(config(stored(three), **settings))
 
 
 def test_an_image_of_a_stream_with_other_levels_than_the_held_out_ones_is_refused(tmp_path):
@@ -168,6 +167,41 @@ def test_crops_of_a_micrograph_are_trained_on_and_held_out_apart(tmp_path):
     assert halved.size == (20, 20)
     with pytest.raises(ValueError, match="^crop_size must leave room .* at most 40 for an image of 40 x 100 .* 41"):
         load_designs(config(tmp_path / "micrograph.npy", **{**settings, "crop_size": 41}))
+
+
+def test_designs_that_resizing_makes_all_equal_are_refused(tmp_path):
+    design = np.zeros((32, 32), dtype=np.uint8)
+    design[::8] = 255
+    write_folder(tmp_path, [design] * 8)
+    assert load_designs(config(tmp_path, resize=32)).size == (32, 32)
+    with pytest.raises(ValueError, match="^resize must leave something of the designs, got 4 for .*: take more pixels"):
+        load_designs(config(tmp_path, resize=4))
+
+
+def test_a_table_of_numbers_is_refused_with_how_to_make_it_an_array(tmp_path):
+    np.savetxt(tmp_path / "labels.txt", BINARY[0] // 255)
+    with pytest.raises(ValueError, match=r"^designs must be a .* got labels.txt: np.save\('labels.npy', np.loadtxt\("):
+        load_designs(config(tmp_path / "labels.txt"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_grey_jpeg_among_black_and_white_ones_is_never_read_as_two_phases(tmp_path, streaming):
+    blocks = np.kron(BINARY, np.ones((1, 5, 5), dtype=np.uint8))
+    files = [tmp_path / f"{i:02d}.jpg" for i in range(len(blocks))]
+    for file, image in zip(files, blocks, strict=True):
+        Image.fromarray(image).save(file, quality=90)
+    columns, features = {"image": [str(file) for file in files]}, datasets.Features({"image": datasets.Image()})
+
+    def loaded():
+        path = tmp_path / "designs.parquet"
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
+        return load_designs(config(path, streaming=streaming, num_train_designs=8))
+
+    assert {image.numpy().tobytes() for image, _ in islice(loaded().train, 8)} <= {image.tobytes() for image in blocks}
+    Image.fromarray(np.kron(GREY[-1], np.ones((5, 5), dtype=np.uint8))).save(files[-1])
+    refusal = "as the others are, got image 7 of" if streaming else r"binary .* got image 0 of .* with grey levels"
+    with pytest.raises(ValueError, match=f"^images must be .*{refusal}"):
+        list(islice(loaded().train, 8))
 
 
 @pytest.mark.parametrize("name", ["crop_size", "resize"])

@@ -116,6 +116,19 @@ def test_the_card_keeps_the_paths_of_the_machine_to_itself(run, tmp_path):
         assert card.data.datasets is None
 
 
+def test_the_card_says_what_was_cropped_and_resized(run):
+    change(run, dataset="micrograph.tif", num_train_designs=None, resize=256)
+    card = model_card(run, REPO)
+    assert "All designs of `micrograph.tif`, reduced by area to 256 pixels along the shorter side. 16 des" in card.text
+    assert card.data.datasets is None
+    change(run, dataset="micrograph.tif", num_train_designs=None, resize=256, crop_size=64, num_crops=5000)
+    assert (
+        "5,000 crops of 64 x 64 pixels, drawn by the seed from `micrograph.tif`, reduced by"
+        in model_card(run, REPO).text
+    )
+    assert "No crop to train on overlaps a held-out one" in model_card(run, REPO).text
+
+
 def test_a_dataset_of_the_hub_is_in_the_metadata(run):
     change(run, dataset="someone/mechanical-mnist", num_train_designs=60_000)
     card = model_card(run, REPO)
