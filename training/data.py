@@ -71,12 +71,13 @@ def load_designs(config: TrainingConfig) -> Designs:
 
     Returns:
         The designs. The held-out ones are the first of the source's split ``heldout``; where it has none they are drawn
-        by the seed (the generator's and a stream's are its first).
+        by the seed (the generator's and a stream's are its first; crops are from a part that no training crop overlaps).
 
     Raises:
         ValueError: If the source is missing, empty or mixed, a column is unknown, an image cannot be read, has another
-            size than the first, holds NaN or values that its decoder likelihood does not cover, a response has no
-            specification, another shape than it says or is infinite, or there are too few designs.
+            size than the first, holds NaN or values that its decoder likelihood does not cover, the levels of all
+            images are no two phases and not grey, an image is too small for crops, a response has no specification,
+            another shape than it says or is infinite, or there are too few designs.
     """
     if config.dataset == "random_composites":
         assert config.num_train_designs is not None  # TrainingConfig has checked it

