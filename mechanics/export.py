@@ -114,7 +114,8 @@ def _write_inp(path: Path, design: np.ndarray, order: int, pixel_size: float) ->
     stiff = design.ravel() == 1
     phases = {name: [np.flatnonzero(chosen)] for name, chosen in zip(_PHASES, (~stiff, stiff), strict=True)}
     mesh = meshio.Mesh(points, [(_CELLS[order][0], cells)], cell_sets=phases, point_sets=_nodes_of(sides))
-    meshio.write(path, mesh, "abaqus", translate_cell_names=False)
+    # solvers read at most 20 characters of a number, and meshio writes 22 unless told otherwise
+    meshio.write(path, mesh, "abaqus", float_fmt=".12e", translate_cell_names=False)
     # meshio knows no elements of plane strain
     path.write_text(path.read_text().replace(f"TYPE={_CELLS[order][0]}", "TYPE=CPE4" if order == 1 else "TYPE=CPE8"))
 

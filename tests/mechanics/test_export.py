@@ -105,6 +105,13 @@ def test_a_calculix_reader_takes_the_deck_and_finds_every_set(tmp_path, order):
         assert abq2ccx.convert_text(without).report.n_warnings > 0, name
 
 
+def test_every_field_of_a_deck_is_short_enough_for_the_solvers(tmp_path):
+    export_designs(DESIGN[None], tmp_path, names=["d"], formats=["inp"], pixel_size=1 / 3)
+    data = [line for line in (tmp_path / "d.inp").read_text().splitlines()[3:] if not line.startswith("*")]
+    assert max(len(field.strip()) for line in data for field in line.split(",")) <= 20
+    assert max(len(line.split(",")) for line in data) <= 16
+
+
 def test_pictures_and_arrays_are_the_designs(tmp_path):
     grey = np.linspace(0, 1, 48).reshape(6, 8)
     for kind in (np.asarray, torch.as_tensor):
