@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -32,7 +33,7 @@ def test_a_response_open_everywhere_becomes_the_null_tokens():
     assert not torch.equal(tokens[0], model.null_tokens)
 
 
-def test_an_encoder_without_a_meaning_gives_every_sample_the_null_token():
+def test_an_encoder_without_a_specification_gives_every_sample_the_null_token():
     model = ResponseEncoder(token_dim=8)
     assert torch.equal(model(torch.empty(4, 0, 0)), model.null_tokens.expand(4, 1, 8))
 
@@ -131,7 +132,7 @@ def test_it_comes_back_from_disk_with_its_spec(tmp_path):
         ({"std": [[0.0] * 3] * 2}, "std"),
     ],
 )
-def test_a_meaning_without_fitting_statistics_is_refused(options, name):
+def test_a_specification_without_fitting_statistics_is_refused(options, name):
     with pytest.raises(ValueError, match=f"^{name}.* must"):
         encoder(**options)
 
@@ -139,3 +140,41 @@ def test_a_meaning_without_fitting_statistics_is_refused(options, name):
 def test_a_response_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"^response must have shape \(B, \*\(2, 3\)\), got \(1, 3, 2\)"):
         encoder()(torch.zeros(1, 3, 2))
+
+
+def test_the_scale_of_signed_responses_is_linear_around_zero():
+    response = torch.randn(4000, 2, 1, generator=torch.Generator().manual_seed(0)) * torch.tensor([[0.3], [20.0]])
+    normalisation = response_normalisation(response, signed=True)
+    torch.testing.assert_close(
+        torch.tensor(normalisation["scale"]), response.square().mean(0).sqrt(), rtol=1e-5, atol=0
+    )
+    spec = {**SPEC, "strains": [[0.0]] * 2, "signed": True}
+    model = encoder(spec=spec, **normalisation)
+    seen = model.normalise(response)
+    torch.testing.assert_close(seen.mean(0), torch.zeros(2, 1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(seen.std(0), torch.ones(2, 1), rtol=1e-3, atol=0)
+    # a step has the same size at zero and within half a standard deviation of it, to 12 %
+    at = torch.tensor([0.0, 0.01, 0.5, 0.51])[:, None, None] * torch.tensor(normalisation["scale"])
+    steps = model.normalise(at).diff(dim=0)[[0, 2]]
+    assert (steps[1] / steps[0] > 0.88).all()
+    assert (model.prepare(-torch.ones(1, 2, 1)) == -1).all()
+
+
+def test_a_quantity_that_is_zero_for_all_is_normalised_to_zero():
+    response = torch.cat([torch.zeros(9, 1, 1), torch.rand(9, 1, 1)], dim=1)
+    for signed in (False, True):
+        normalisation = response_normalisation(response, signed)
+        model = encoder(spec={**SPEC, "strains": [[0.0]] * 2, "signed": signed}, **normalisation)
+        assert (model.normalise(response)[:, 0] == 0).all()
+
+
+def test_a_configuration_of_the_first_edition_is_read(tmp_path):
+    model = encoder()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["meaning"] = config.pop("spec")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = ResponseEncoder.from_pretrained(tmp_path)
+    assert loaded.config.spec == SPEC
+    response = torch.rand(2, 2, 3)
+    assert torch.equal(loaded(response), model(response))

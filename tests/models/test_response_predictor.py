@@ -98,7 +98,7 @@ def test_a_prediction_does_not_depend_on_the_batch():
     torch.testing.assert_close(model(images)[2:3], model(images[2:3]))
 
 
-def test_it_comes_back_from_disk_with_its_meaning_and_weights_rounded_to_half_precision(tmp_path):
+def test_it_comes_back_from_disk_with_its_specification_and_weights_rounded_to_half_precision(tmp_path):
     model, images = predictor(), torch.rand(2, 1, 8, 8)
     before = model.predict(images)
     model.save_pretrained(tmp_path)
@@ -159,6 +159,6 @@ def test_it_learns_an_analytic_response():
         ({"symmetries": {"mirror": [0, 2]}}, "symmetries"),
     ],
 )
-def test_a_meaning_without_fitting_statistics_is_refused(options, name):
+def test_a_specification_without_fitting_statistics_is_refused(options, name):
     with pytest.raises(ValueError, match=f"^{name}.* must"):
         predictor(**options)

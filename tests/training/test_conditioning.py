@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 from scipy.stats import binomtest
 
-from mechdiffusers.mechanics import simulate
+from mechdiffusers.mechanics import ResponseSpec, simulate
 from mechdiffusers.mechanics.load_cases import LOAD_CASES
-from mechdiffusers.microstructures import random_composites
+from mechdiffusers.microstructures import dataset_from_responses, random_composites
 from mechdiffusers.microstructures.build_dataset.columns import dataset_of, grey_levels
+from mechdiffusers.microstructures.dataset_folder import write_dataset_folder
 from mechdiffusers.models import ResponseEncoder
 from mechdiffusers.models.response_predictor import SYMMETRIES
 from mechdiffusers.pipelines import LatentDDPMPipeline
@@ -220,7 +221,7 @@ def test_a_latent_is_drawn_from_either_view_as_often_and_never_from_a_mixture():
 def test_a_conditional_run_leaves_a_pipeline_that_knows_what_its_responses_mean(trained):
     pipe = LatentDDPMPipeline.from_pretrained(trained / "pipeline")
     pipe.set_progress_bar_config(disable=True)
-    assert pipe.response_encoder.config.spec == SPEC
+    assert pipe.response_encoder.config.spec == SPEC.to_dict()
     target = torch.from_numpy(responses_of(DESIGNS[1:3]))
     target[0, 1] = math.nan
     images = pipe(response=target, num_images_per_response=2, num_inference_steps=2, guidance_scale=2.0).images
@@ -278,3 +279,25 @@ def test_the_card_says_what_the_responses_mean(trained):
     assert "stress, in: modulus of the soft phase" in text
     assert "| `shear` | 0.1, 0.2, 0.3 |" in text
     assert "shape\n(B, 2, 3)" in text
+
+
+def test_signed_responses_without_a_curve_go_through_all_stages(tmp_path):
+    """Entries about zero, one of them zero for all designs, as symmetric stiffness tensors have."""
+    designs = random_composites(64, size=8)[0].astype(float)
+    coupling = designs[:, :4].mean((1, 2)) - designs[:, 4:].mean((1, 2))
+    response = np.stack([designs.mean((1, 2)), coupling, 0 * coupling], 1)[..., None]
+    assert (coupling < 0).any()
+    spec = ResponseSpec("stiffness", ["C11", "C16", "C26"], [[0.0]] * 3, units="GPa", signed=True)
+    dataset = dataset_from_responses(designs, response, spec)
+    splits = {"train": dataset.select(range(48)), "heldout": dataset.select(range(48, 64))}
+    write_dataset_folder(tmp_path / "data", splits)
+    settings = {**conditional(tmp_path / "data"), "random_half_turn": False, "random_reflections": False}
+    pipe = train(small(tmp_path / "run", **settings))
+    assert ResponseSpec.of(pipe) == spec
+    loaded = type(pipe).from_pretrained(tmp_path / "run" / "pipeline")
+    wanted = torch.tensor([[[0.5], [-0.2], [0.0]], [[0.3], [0.0], [math.nan]]])
+    images = loaded(wanted, num_inference_steps=2, num_candidates=2, num_refinements=1, output_type="np").images
+    assert np.isfinite(images).all()
+    assert loaded.predict_response(images).shape == (2, 3, 1)
+    card = (tmp_path / "run" / "metrics.json").read_text()
+    assert np.isfinite(json.loads(card)["predictor/response_error"])

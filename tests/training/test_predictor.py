@@ -90,7 +90,7 @@ def trained(dataset, tmp_path_factory):
 def test_a_run_with_responses_leaves_a_predictor_that_has_learned_them(trained):
     pipe = LatentDDPMPipeline.from_pretrained(trained / "pipeline")
     assert type(pipe.response_predictor) is ResponsePredictor
-    assert pipe.response_predictor.config.spec == SPEC
+    assert pipe.response_predictor.config.spec == SPEC.to_dict()
     for name in ("scale", "mean", "std"):  # a denoiser and a predictor of one run normalise alike
         assert pipe.response_predictor.config[name] == pipe.response_encoder.config[name]
     assert pipe.response_predictor.config.symmetries.keys() == {"half_turn", "mirror"}
