@@ -133,8 +133,8 @@ def convention_of(images: Iterable[Pixels]) -> Convention:
     if len(where) <= 1 and len(shown) == 1:
         level = next(iter(where)) if where else int(shown.pop())
         raise ValueError(
-            f"images must show two phases or grey levels, got the one level {level:g} throughout in {known}: look for "
-            "what else they were to show"
+            f"images must show two phases or grey levels, got the one level {level:g} throughout in {known}: check "
+            "how they were exported"
         )
     if not where:
         return Convention(0.5, frozenset({0, 1}), 1)
@@ -151,9 +151,9 @@ def convention_of(images: Iterable[Pixels]) -> Convention:
     if len(where) <= _MOST_PHASES and (outside is None or all(float(level).is_integer() for level in where)):
         raise ValueError(_too_many_phases(where, most, richest))
     if len(kinds) > 1:
-        (first, name), (other, other_name) = list(kinds.items())[:2]
+        (white, name), (other, other_name) = list(kinds.items())[:2]
         raise ValueError(
-            f"images must have one kind of levels, got {name} with levels up to {first} and {other_name} with levels "
+            f"images must have one kind of levels, got {name} with levels up to {white} and {other_name} with levels "
             f"up to {other}: convert one of them"
         )
     if outside is not None:
@@ -183,7 +183,7 @@ def _too_many_phases(where: dict[float, str], most: int, richest: str) -> str:
     known = richest if most == len(levels) else f"{richest} and others"
     return (
         f"images must have two phases or grey levels, got the {len(levels)} levels {', '.join(levels)} in {known}, "
-        f"which are as many phases: merge phases first, as np.isin(image, [{', '.join(levels[1:])}]) does"
+        f"that is {len(levels)} phases: merge phases first, for example by np.isin(image, [{', '.join(levels[1:])}])"
     )
 
 

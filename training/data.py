@@ -71,7 +71,7 @@ def load_designs(config: TrainingConfig) -> Designs:
 
     Returns:
         The designs. The held-out ones are the first of the source's split ``heldout``; where it has none they are drawn
-        by the seed (the generator's and a stream's are its first; crops are from a part that no training crop overlaps).
+        by the seed (the generator's and a stream's are its first; crops come from a part that no training crop sees).
 
     Raises:
         ValueError: If the source is missing, empty or mixed, a column is unknown, an image cannot be read, has another

@@ -175,7 +175,7 @@ THREE = RNG.integers(0, 3, (2, 8, 10)).astype(np.uint8)
             [THREE[0]],
             r"got the 3 levels 0, 1, 2 in 0.png, .*: merge .* np.isin\(image, \[1, 2\]\)",
         ),
-        ([np.minimum(THREE[0], 1), THREE[0]], "got the 3 levels 0, 1, 2 in 1.png, which are"),
+        ([np.minimum(THREE[0], 1), THREE[0]], "got the 3 levels 0, 1, 2 in 1.png, that is 3 phases"),
         ([THREE[0] * np.uint8(100)], "got the 3 levels 0, 100, 200"),
         (
             [TWO[0].astype(np.uint8) * 255, TWO[1].astype(np.uint8)],
@@ -187,7 +187,7 @@ THREE = RNG.integers(0, 3, (2, 8, 10)).astype(np.uint8)
         ),
         ([GREY[0].astype(np.uint16)], "use the range from 0 to 65535"),
         ([np.zeros((8, 10), np.uint8)] * 2, "show two phases or grey levels, got the one level 0 throughout"),
-        ([np.ones((8, 10), bool)] * 2, "show two phases .* the one level 1 throughout in 0.png and the others: look"),
+        ([np.ones((8, 10), bool)] * 2, "show two phases .* the one level 1 throughout in 0.png and the others: check"),
         ([np.ones((8, 10), bool), np.full((8, 10), 255, np.uint8)], "show two phases .* the one level 255 throughout"),
         ([GREY[0], GREY[1].astype(np.uint16) * 257], "one kind of levels, got 0.png with levels up to 255 and 1.png"),
         ([np.dstack([GREY[0]] * 2 + [GREY[1]])], "grey or black and white, got 0.png in colour: convert"),
