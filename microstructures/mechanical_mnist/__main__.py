@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from datasets import Dataset
 
 from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.microstructures.build_dataset.columns import dataset_of
+from mechdiffusers.microstructures.dataset_folder import write_dataset_folder
 from mechdiffusers.microstructures.mechanical_mnist.reader import DISPLACEMENTS, load_mechanical_mnist
 
 __all__ = ["with_usable_energies", "write_splits"]
@@ -63,7 +63,7 @@ def write_splits(folder: Path, output_dir: Path, num_heldout: int = 500, load_ca
 
     Args:
         folder: See :func:`load_mechanical_mnist`.
-        output_dir: Made, with both files at once.
+        output_dir: Made, with everything at once.
         num_heldout: Rows in ``heldout.parquet``.
         load_case: See :func:`load_mechanical_mnist`.
 
@@ -75,13 +75,9 @@ def write_splits(folder: Path, output_dir: Path, num_heldout: int = 500, load_ca
     dataset = with_usable_energies(load_mechanical_mnist(folder, load_case))
     if not 0 < num_heldout < len(dataset):
         raise ValueError(f"num_heldout must lie between 0 and the {len(dataset)} rows, got {num_heldout}")
-    unfinished = output_dir.with_name(f".unfinished-{output_dir.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     num_train = len(dataset) - num_heldout
-    for name, rows in (("train", range(num_train)), ("heldout", range(num_train, len(dataset)))):
-        dataset.select(rows).to_parquet(unfinished / f"{name}.parquet")
-    os.replace(unfinished, output_dir)
+    splits = {"train": range(num_train), "heldout": range(num_train, len(dataset))}
+    write_dataset_folder(output_dir, {name: dataset.select(rows) for name, rows in splits.items()})
 
 
 def with_usable_energies(dataset: Dataset) -> Dataset:

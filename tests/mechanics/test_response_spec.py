@@ -103,10 +103,7 @@ def test_what_our_solver_cannot_have_made_is_refused(change, message):
         ({"solver": None}, f"solver {SOLVER}, not None"),
         ({"strains": [[0.1, 0.2 * (1 + 1e-12)]] * 2}, None),
         ({"solver": {**SOLVER, "young_stiff": 50.0 * (1 + 1e-12)}}, None),
-        ({"solver": {**SOLVER, "pixel_size": 2.0}}, f"solver {SOLVER}, not {({**SOLVER, 'pixel_size': 2.0})}"),
-            {"solver": {**SOLVER, "young_stiff": 50.0001}},
-            f"solver {SOLVER}, not { ({**SOLVER, 'young_stiff': 50.0001}) }",
-        ),
+        ({"solver": {**SOLVER, "pixel_size": 2.0}}, f"solver {SOLVER}, not { ({**SOLVER, 'pixel_size': 2.0}) }"),
     ],
 )
 def test_the_first_difference_is_a_sentence_and_the_last_digits_are_none(change, sentence):

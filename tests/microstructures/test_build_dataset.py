@@ -204,12 +204,12 @@ def test_a_build_of_more_designs_takes_the_parts_of_one_of_fewer(monkeypatch, tm
 
 @pytest.mark.slow
 def test_builds_killed_at_any_moment_end_with_the_bytes_of_an_undisturbed_one(tmp_path):
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    subprocess.run(command(tmp_path / "whole" / "d"), check=True, capture_output=True)
     rng = random.Random(time.time_ns())
     kills = 0
     while kills < 3:
-        process = subprocess.Popen(command(tmp_path / "killed"), stderr=subprocess.DEVNULL)
-        while process.poll() is None and not list(tmp_path.glob("killed/.unfinished-*/*.npy")):
+        process = subprocess.Popen(command(tmp_path / "killed" / "d"), stderr=subprocess.DEVNULL)
+        while process.poll() is None and not list(tmp_path.glob("killed/d/.unfinished-*/*.npy")):
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 1.5) if kills else 0)  # the first time there is something left to do for sure
         process.send_signal(signal.SIGKILL)
@@ -217,9 +217,9 @@ def test_builds_killed_at_any_moment_end_with_the_bytes_of_an_undisturbed_one(tm
             break
         kills += 1
     assert kills
-    subprocess.run(command(tmp_path / "killed"), check=True, capture_output=True)
+    subprocess.run(command(tmp_path / "killed" / "d"), check=True, capture_output=True)
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
-    assert sorted(files_of(tmp_path / "whole")) == ["heldout.parquet", "train.parquet"]
+    assert sorted(files_of(tmp_path / "whole")) == ["d/README.md", "d/heldout.parquet", "d/train.parquet"]
 
 
 def test_training_reads_the_images(tmp_path):
@@ -276,6 +276,21 @@ def test_a_dataset_without_responses_has_no_specification(dataset):
 def test_responses_that_have_lost_their_specification_are_refused():
     with pytest.raises(ValueError, match="^dataset must say what its responses are"):
         ResponseSpec.of(datasets.Dataset.from_dict({"response": [[[1.0]]]}))
+
+
+def test_a_built_folder_is_a_dataset_with_its_splits(tmp_path):
+    sizes = {"num_train": 12, "num_heldout": 5, "size": 4, "element_order": 1, "strains": 0.1}
+    for name, seed in (("one", 0), ("other", 1)):
+        settings = {"output_dir": tmp_path / name / "designs", "seed": seed, **sizes}
+        main([part for key, value in settings.items() for part in (f"--{key}", str(value))])
+    # the two folders have one name: what is cached of one is not taken for the other
+    for name in ("one", "other", "one"):
+        folder = tmp_path / name / "designs"
+        splits = datasets.load_dataset(str(folder))
+        assert {split: len(rows) for split, rows in splits.items()} == {"train": 12, "heldout": 5}
+        stored = datasets.Dataset.from_parquet(str(folder / "train.parquet"))
+        np.testing.assert_array_equal(splits["train"]["response"], stored["response"])
+        assert ResponseSpec.of(splits["train"]) == ResponseSpec.of(stored)
 
 
 @pytest.mark.parametrize(("option", "value"), [("load_cases", "twist"), ("num_train", "0"), ("poisson", "0.7")])
