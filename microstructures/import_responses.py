@@ -17,7 +17,7 @@ from torch import Tensor
 from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.microstructures.build_dataset.columns import dataset_of, grey_levels
 from mechdiffusers.microstructures.dataset_folder import write_dataset_folder
-from mechdiffusers.microstructures.read_designs import read_designs
+from mechdiffusers.microstructures.read_designs import read_designs, without_suffix
 from mechdiffusers.microstructures.response_table import ResponseTable, read_response_table
 
 __all__ = ["add_arguments", "dataset_from_responses", "match_names", "run"]
@@ -163,7 +163,7 @@ def _aliases(file: str, alone: bool) -> set[str]:
     path, _, item = file.partition("#")
     item = f"#{item}" if item else ""
     names = {path, Path(path).name}
-    names |= {str(Path(name).with_suffix("")) for name in names}
+    names |= {without_suffix(name) for name in names}
     return {name + item for name in names} | ({item[1:]} if alone and item else set())
 
 

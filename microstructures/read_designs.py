@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from mechdiffusers.microstructures.build_dataset.columns import designs_of
 from mechdiffusers.microstructures.levels import Pixels, convention_of
 
-__all__ = ["DESIGN_SUFFIXES", "DesignFiles", "decode_image", "read_designs", "read_images", "stacked"]
+__all__ = ["DESIGN_SUFFIXES", "DesignFiles", "decode_image", "read_designs", "read_images", "stacked", "without_suffix"]
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +191,11 @@ def _array(path: Path, name: str) -> Iterator[Pixels]:
         items = array[None] if array.ndim == 2 else array
         for index, item in enumerate(items):
             yield Pixels(item, _numbered(where, index, len(items)))
+
+
+def without_suffix(name: str) -> str:
+    """The name of a file without the suffix of an image or array; a name with another dot in it keeps that."""
+    return str(Path(name).with_suffix("")) if Path(name).suffix.lower() in DESIGN_SUFFIXES else name
 
 
 def _numbered(name: str, index: int, num: int) -> str:

@@ -68,7 +68,7 @@ def read_exported(folder: Path) -> ExportedDesigns:
     """
     if not (folder / _INDEX).exists():
         files = read_designs(folder)
-        return ExportedDesigns(files.designs, [str(Path(name).with_suffix("")) for name in files.names], None, None)
+        return ExportedDesigns(files.designs, files.names, None, None)
     try:
         index = json.loads((folder / _INDEX).read_text())
         designs = np.load(folder / "designs.npy")

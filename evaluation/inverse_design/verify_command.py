@@ -18,6 +18,7 @@ from mechdiffusers.evaluation.inverse_design.targets import read_targets
 from mechdiffusers.evaluation.inverse_design.verify import verify
 from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.microstructures.import_responses import match_names
+from mechdiffusers.microstructures.read_designs import without_suffix
 from mechdiffusers.microstructures.response_table import read_response_table
 
 __all__ = ["add_arguments", "run"]
@@ -78,16 +79,15 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _by_target(designs: Sequence[str], targets: Sequence[str]) -> list[int]:
     """The designs by target, each target's in the order of their names."""
-    of: dict[str, list[int]] = {target: [] for target in targets}
-    for index in sorted(range(len(designs)), key=lambda index: designs[index]):
-        target, _, number = Path(designs[index]).name.rpartition("-")
-        if target not in of or not number.isdigit():
+    of: dict[str, list[tuple[int, int]]] = {target: [] for target in targets}
+    for index, design in enumerate(designs):
+        target, _, number = without_suffix(Path(design).name).rpartition("-")
+        if target not in of or not number.isdecimal():
             raise ValueError(
-                f"designs must be named after targets, as {targets[0]}-00, got {designs[index]!r} for the targets "
-                f"{list(targets)}"
+                f"designs must be named after targets, as {targets[0]}-00, got {design!r} for {list(targets)}"
             )
-        of[target].append(index)
-    counts = {target: len(indices) for target, indices in of.items()}
+        of[target].append((int(number), index))
+    counts = {target: len(numbered) for target, numbered in of.items()}
     if len(set(counts.values())) > 1:
         raise ValueError(f"designs must be equally many for each target, got {counts}")
-    return [index for indices in of.values() for index in indices]
+    return [index for numbered in of.values() for _, index in sorted(numbered)]

@@ -39,7 +39,7 @@ def question(tmp_path, conditional):
     pipe.save_pretrained(tmp_path / "checkpoint")
     curves = stored_responses(dataset)[[35, 36]]
     curves[1, 0] = 0  # as no relative error knows
-    write_targets(tmp_path / "targets.csv", dict(zip(["soft one", "b"], curves, strict=True)), SPEC)
+    write_targets(tmp_path / "targets.csv", dict(zip(["soft 1.5", "b"], curves, strict=True)), SPEC)
     return tmp_path
 
 
@@ -60,7 +60,7 @@ def write_results(path, names, response, quantity="damping") -> None:
 def test_designs_that_another_solver_simulates_get_the_report_that_its_function_gives(question):
     design(question, "--export")
     files = sorted((question / "out" / "png").glob("*.png"))
-    assert [file.name for file in files] == [f"{t}-0{i}.png" for t in ("b", "soft one") for i in range(3)]
+    assert [file.name for file in files] == [f"{t}-0{i}.png" for t in ("b", "soft 1.5") for i in range(3)]
     pictures = np.stack([np.asarray(Image.open(file), dtype=float) for file in files])
     arrays = np.stack([np.load(file) for file in sorted((question / "out" / "npy").glob("*.npy"))])
     np.testing.assert_array_equal(pictures, arrays)
@@ -78,7 +78,7 @@ def test_designs_that_another_solver_simulates_get_the_report_that_its_function_
     designs = np.load(question / "out" / "designs.npy")
     expected = verify(designs, targets, SPEC, simulator=elsewhere, names=names, **stored)
     expected.save(question / "expected", names)
-    for file in ("verification.csv", "verification.json", "designs.npy", "b.png", "soft one.png"):
+    for file in ("verification.csv", "verification.json", "designs.npy", "b.png", "soft 1.5.png"):
         assert (question / "report" / file).read_bytes() == (question / "expected" / file).read_bytes(), file
     assert "retrieval" in json.loads((question / "report" / "verification.json").read_text())
 
