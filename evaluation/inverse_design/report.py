@@ -126,6 +126,7 @@ def save_verification_figure(report: VerificationReport, path: Path, *, index: i
     )
     best = np.argsort(rank)[:_SHOWN]
     cases, strains = report.spec.load_cases, np.asarray(report.spec.strains)
+    marker = "." if strains.shape[1] == 1 else ""  # one value makes no line
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(10, 4.2), layout="constrained")
         halves: Any = figure.subfigures(2, 1, height_ratios=[1, 2])
@@ -144,14 +145,21 @@ def save_verification_figure(report: VerificationReport, path: Path, *, index: i
             axes.spines[:].set(visible=True, color=color)
         for case, axes in enumerate(np.atleast_1d(bottom.subplots(1, len(cases)))):
             if len(best) > 1:
-                axes.plot(strains[case], response[best[1:], case].T, color="0.7", linewidth=0.8)
+                axes.plot(strains[case], response[best[1:], case].T, color="0.7", linewidth=0.8, marker=marker)
                 axes.lines[0].set_label("other designs")
-            axes.plot(strains[case], response[best[0], case], "C0", linewidth=1.8, label="best design")
+            axes.plot(strains[case], response[best[0], case], "C0", linewidth=1.8, marker=marker, label="best design")
             if report.retrieval is not None:
                 nearest = report.retrieval.response[index, 0, case]
-                axes.plot(strains[case], nearest, "C1--", linewidth=1, label="known: the nearest training design")
+                label = "known: the nearest training design"
+                axes.plot(strains[case], nearest, "C1--", linewidth=1, marker=marker, label=label)
             axes.plot(strains[case], np.asarray(report.target[index][case]), "ko", markersize=4, label="target")
-            axes.set(xlabel="nominal strain", title=cases[case].replace("_", " "), ylim=(0, None))
+            axes.set(title=cases[case].replace("_", " "))
+            if report.spec.is_scalar:
+                axes.set(xticks=[])
+            else:
+                axes.set(xlabel="nominal strain")
+            if not report.spec.signed:
+                axes.set(ylim=(0, None))
         axes = figure.axes[-len(cases)]
         axes.set_ylabel(textwrap.fill(f"{report.spec.quantity} ({report.spec.units})", 32))
         axes.legend(frameon=False, fontsize=7)

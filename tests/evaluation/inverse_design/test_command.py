@@ -1,4 +1,5 @@
 import csv
+import json
 from importlib import import_module
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from PIL import Image
 from mechdiffusers.cli import main
 from mechdiffusers.evaluation.inverse_design import (
     OutOfRangeWarning,
+    load_split,
     nearest_in_curve_shape,
     read_targets,
+    response_error,
     stored_designs,
     stored_responses,
     write_targets,
@@ -41,11 +44,11 @@ def test_the_command_line_leaves_a_table_and_a_picture_of_each_target(conditiona
         assert f"{min(float(row['error']) for row in rows if row['target'] == name):.2%}" in caplog.text
 
 
-def save_with_predictor(pipe, dataset, folder: Path) -> dict:
-    """Saves a checkpoint whose predictor has random weights; returns what its responses mean."""
+def save_with_predictor(pipe, dataset, folder: Path) -> ResponseSpec:
+    """Saves a checkpoint whose predictor has random weights; returns the specification of its responses."""
     spec = ResponseSpec.of(dataset)
     normalisation = response_normalisation(torch.from_numpy(stored_responses(dataset)))
-    pipe.register_modules(response_predictor=ResponsePredictor((4, 8), 1, spec, **normalisation).eval())
+    pipe.register_modules(response_predictor=ResponsePredictor((4, 8), 1, spec.to_dict(), **normalisation).eval())
     pipe.save_pretrained(folder)
     return spec
 
@@ -196,11 +199,13 @@ def test_a_folder_without_data_is_refused_in_one_sentence(conditional, composite
     ("changes", "message"),
     [
         ({"name": "a/b"}, "names must be 1 different names of files, one for each target, got .'a/b'."),
-        ({"target": np.ones((2, 3)) * [[0], [1]]}, "target must be finite, given somewhere, and not zero all along"),
-        ({"target": np.ones((2, 3)) * [0, 1, 2]}, "target must be positive where given, for heldout"),
+        (
+            {"target": -np.ones((2, 3))},
+            "targets must not be negative where the specification is unsigned, got '-1' in ",
+        ),
         ({"rows": 2}, "dataset must have as many solved designs as there are for a target, 3, got 2"),
         ({"size": 6}, r"dataset must have designs of the size \(8, 8\) of the designs, got \(6, 6\)"),
-        ({"young_stiff": 10.0}, "dataset must have responses of the spec of the target"),
+        ({"young_stiff": 10.0}, "dataset must have responses of the specification of the target, got solver "),
         ({"num_designs": "0"}, "num_designs must be an integer of at least 1, got 0"),
     ],
 )
@@ -229,6 +234,24 @@ def test_what_cannot_be_verified_is_not_generated(conditional, composites, tmp_p
         main(["design", str(tmp_path / "t.csv"), *folders, "--num_designs", changes.get("num_designs", "3")])
 
 
+@pytest.mark.filterwarnings("ignore::mechdiffusers.evaluation.inverse_design.OutOfRangeWarning")
+@pytest.mark.parametrize("target", [[[0.0], [1.0]], [[0.0, 1.0, 2.0]] * 2, [[0.0]] * 2])
+def test_a_target_may_be_zero_somewhere_along_a_load_case_or_everywhere(conditional, composites, tmp_path, target):
+    conditional.save_pretrained(tmp_path / "checkpoint")
+    composites.select(range(16)).to_parquet(tmp_path / "train.parquet")
+    composites.select(range(16, 24)).to_parquet(tmp_path / "heldout.parquet")
+    target = np.broadcast_to(target, (2, 3))
+    write_targets(tmp_path / "t.csv", {"a": target}, ResponseSpec.of(composites))
+    folders = ["--checkpoint", str(tmp_path / "checkpoint"), "--dataset", str(tmp_path)]
+    options = ["--num_designs", "2", "--num_inference_steps", "2", "--output_dir", str(tmp_path / "out")]
+    main(["design", str(tmp_path / "t.csv"), *folders, *options])
+    content = json.loads((tmp_path / "out" / "verification.json").read_text())
+    assert content["targets"] == [target.tolist()]
+    found = np.array([row["error"] for row in content["designs"]])
+    np.testing.assert_allclose(found, response_error(np.array(content["responses"]), target), rtol=1e-12)
+    np.testing.assert_allclose(content["reach"]["nearest_error"], content["retrieval"]["error"][0][0], rtol=1e-12)
+
+
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_generated(
     conditional, composites, tmp_path, monkeypatch
 ):
@@ -242,11 +265,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_generate
 
 
 def test_the_shipped_targets_are_three_and_given_at_all_strains_of_the_released_dataset():
-    spec = {
-        "quantity": "stress",
-        "load_cases": ["uniaxial_extension", "uniaxial_extension_x", "shear"],
-        "strains": [[0.05, 0.1, 0.15, 0.2, 0.25, 0.3]] * 3,
-    }
+    spec = ResponseSpec.of(load_split(ROOT / "data" / "composites-32", "train"))
     names, targets = read_targets(ROOT / "examples" / "targets.csv", spec)
     assert names == ["balanced", "stiff_along_y", "from_no_design"]
     assert np.isfinite(targets).all()

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mechdiffusers.evaluation.inverse_design import (
-    response_error,
-)
+from mechdiffusers.evaluation.inverse_design import response_error
+from mechdiffusers.models import ResponsePredictor
 
 
 def responses(num: int, seed: int = 0) -> np.ndarray:
@@ -44,6 +43,51 @@ def test_what_the_target_leaves_open_does_not_count():
     assert np.isfinite(response_error(response, target)).all()
 
 
+def test_a_load_case_that_is_to_be_zero_is_measured_against_the_others():
+    target = np.array([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
+    typical = math.sqrt((3**2 + 4**2 + 0) / 3)
+    response = target + np.array([[0.0, 0.0], [0.0, 0.0], [0.6, -0.8]])
+    np.testing.assert_allclose(response_error(response[None], target), 1.0 / typical / 3, rtol=1e-12)
+    target[0] = math.nan  # unspecified load cases are not among the others
+    np.testing.assert_allclose(response_error(response[None], target), 1.0 / (4 / math.sqrt(2)) / 2, rtol=1e-12)
+
+
+def test_rounding_does_not_decide_whether_a_load_case_is_to_be_zero():
+    response, target = responses(1), responses(1, seed=1)
+    target[0, 1] = 0
+    almost = target + np.array([0.0, 1e-9, 0.0])[:, None]
+    np.testing.assert_allclose(response_error(response, almost), response_error(response, target), rtol=1e-6)
+
+
+def test_the_error_of_a_target_that_is_zero_everywhere_is_in_units_of_the_response():
+    response = np.array([[[3.0, 4.0], [0.0, -1.0]]])
+    np.testing.assert_allclose(response_error(response, np.zeros((2, 2))), (5 + 1) / 2, rtol=1e-12)
+    given = np.array([[0.0, math.nan], [math.nan, math.nan]])
+    np.testing.assert_allclose(response_error(response, given), 3, rtol=1e-12)
+
+
+def test_the_error_does_not_know_signs_and_units():
+    response, target = responses(4, seed=1), responses(4)
+    target[1, 2] = 0
+    signs = np.array([1.0, -1.0, -1.0])[:, None]
+    np.testing.assert_allclose(
+        response_error(1e3 * signs * response, 1e3 * signs * target), response_error(response, target), rtol=1e-12
+    )
+
+
+def test_the_error_inside_checkpoints_is_this_one():
+    """They carry their own copy, since they are loaded without this package."""
+    rng = np.random.default_rng(0)
+    target = rng.standard_normal((200, 3, 4))
+    target[rng.random((200, 3)) < 0.3] = 0
+    target[rng.random((200, 3, 4)) < 0.3] = math.nan
+    target = target[~np.isnan(target).all((1, 2))]
+    assert (np.nan_to_num(target) == 0).all((1, 2)).any()  # some are zero everywhere
+    response = rng.standard_normal(target.shape)
+    found = ResponsePredictor.response_error(torch.from_numpy(response), torch.from_numpy(target))
+    np.testing.assert_allclose(found, response_error(response, target), rtol=1e-12)
+
+
 def test_an_unsolved_entry_that_the_target_gives_makes_the_error_nan():
     response = responses(3)
     response[1, 2, 3] = math.nan
@@ -61,9 +105,8 @@ def test_the_error_of_a_tensor_is_a_tensor_with_the_gradient_of_its_differences(
     ("target", "message"),
     [
         (np.ones((2, 4)), r"target must have the shape \(B, L, S\) or \(L, S\) .* got \(2, 4\) for \(5, 3, 4\)"),
-        (np.full((3, 4), math.nan), "target must be finite, given somewhere"),
+        (np.full((3, 4), math.nan), "target must be finite, and given somewhere"),
         (np.full((3, 4), math.inf), "target must be finite"),
-        (np.zeros((3, 4)), "target must be finite, given somewhere, and not zero"),
     ],
 )
 def test_unfit_targets_are_refused(target, message):
