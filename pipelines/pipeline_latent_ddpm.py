@@ -19,6 +19,7 @@ This file travels inside checkpoints: it imports torch, numpy, diffusers and its
 
 import importlib
 import inspect
+import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, get_args
@@ -681,7 +682,8 @@ def _check_parts(vae: Any, unet: Any, encoder: Any, predictor: Any) -> None:
         wanted = f"tokens of the unet's cross_attention_dim={unet.config.cross_attention_dim}"
         raise ValueError(f"response_encoder must make {wanted}, got token_dim={encoder.config.token_dim}")
     if predictor is not None:
-        ours, its = encoder.config.spec or {}, predictor.config.spec
+        # as files have them, where tuples are lists
+        ours, its = (json.loads(json.dumps(part.config.spec or {})) for part in (encoder, predictor))
         # signed is missing from checkpoints of the first edition, whose responses never were
         if other := [name for name in {**ours, **its} if ours.get(name, False) != its.get(name, False)]:
             got = f"another {other[0]}: {its.get(other[0])!r}, not {ours.get(other[0])!r}"
