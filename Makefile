@@ -30,7 +30,7 @@ wheel-test: .venv/installed build/wheel
 	@echo "installing into .venv: some minutes, 2 GB"
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps torch-fem pyamg meshio
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps torch-fem pyamg
 	touch $@
 
 build/wheel: .venv/installed $(shell git ls-files '*.py' 'training/configs/*.yaml' model_cards/template.md)

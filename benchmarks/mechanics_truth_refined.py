@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/mechanics_truth_refined.json"))
     arguments = parser.parse_args()
 
-    dataset = load_mechanical_mnist(arguments.data)
+    dataset = load_mechanical_mnist(arguments.data, "uniaxial_extension")
     strains = ResponseSpec.of(dataset).strains[0][FIRST:]
     rows = dataset.with_format("numpy")[arguments.rows]
     published = rows["response"][:, 0, FIRST:].astype(np.float64)

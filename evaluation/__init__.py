@@ -3,7 +3,7 @@
 Designs for wanted responses, and how near they come, are in :mod:`mechdiffusers.evaluation.inverse_design`.
 """
 
-from mechdiffusers.evaluation.novelty import diversity, novelty, stiff_connectivity
+from mechdiffusers.evaluation.novelty import diversity, diversity_ratio, novelty, stiff_connectivity
 from mechdiffusers.evaluation.out_of_distribution import StatisticsDistance, receiver_operating_characteristic
 from mechdiffusers.evaluation.statistics import (
     bootstrap_interval,
@@ -19,6 +19,7 @@ __all__ = [
     "bootstrap_interval",
     "distance_of_means",
     "diversity",
+    "diversity_ratio",
     "novelty",
     "receiver_operating_characteristic",
     "sliced_wasserstein_distance",

@@ -1,7 +1,7 @@
 """How new and how varied designs are, and whether their stiff phase hangs together.
 
 Designs are compared phase by phase: a pixel above one half belongs to the stiff phase, and two designs differ in the
-fraction of pixels whose phases differ.
+fraction of pixels whose phases differ. The ratio of two diversities compares grey levels.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from scipy.ndimage import label
 from torch import Tensor
 
-__all__ = ["diversity", "novelty", "stiff_connectivity"]
+__all__ = ["diversity", "diversity_ratio", "novelty", "stiff_connectivity"]
 
 #: Training designs compared at once: bounds the memory of the products to some tens of megabytes.
 _CHUNK = 4096
@@ -82,6 +82,38 @@ def diversity(designs: np.ndarray | Tensor) -> float:
     return float((stiff * (num - stiff)).mean() / (num * (num - 1) / 2))
 
 
+def diversity_ratio(samples: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> float:
+    """Diversity of samples over that of the data: 0 if all samples are equal, about 1 if they vary as the data do.
+
+    Diversity is the mean over pixels of the variance in a set, here. For black-and-white designs the ratio is that of
+    :func:`diversity`; for grey ones it does not depend on the range of their levels.
+
+    Args:
+        samples: Shape ``(B, H, W)``, in [0, 1], at least two.
+        reference: Shape ``(B', H, W)``, in [0, 1], at least two, not all equal.
+
+    Returns:
+        The ratio.
+
+    Raises:
+        ValueError: If a set is not as described.
+
+    Example:
+        >>> diversity_ratio(np.zeros((3, 4, 4)), np.stack([np.zeros((4, 4)), np.eye(4)]))
+        0.0
+    """
+    variances = []
+    for name, designs in (("samples", samples), ("reference", reference)):
+        values = _designs(name, designs).double()
+        if len(values) < 2:
+            raise ValueError(f"{name} must be at least two designs to differ, got {len(values)}")
+        # from the first design, so that equal designs have a variance of exactly 0
+        variances.append((values - values[0]).var(0).mean().item())
+    if not variances[1]:
+        raise ValueError("reference must hold designs that differ, got equal ones")
+    return variances[0] / variances[1]
+
+
 def stiff_connectivity(designs: np.ndarray | Tensor) -> np.ndarray:
     """Share of the stiff phase that lies in its largest piece, pixels being joined by their edges.
 
@@ -107,6 +139,11 @@ def stiff_connectivity(designs: np.ndarray | Tensor) -> np.ndarray:
 
 def _phases(name: str, designs: np.ndarray | Tensor) -> Tensor:
     """1.0 where the stiff phase is, float32, on the CPU, shape ``(B, H, W)``."""
+    return (_designs(name, designs) > 0.5).float()
+
+
+def _designs(name: str, designs: np.ndarray | Tensor) -> Tensor:
+    """The designs, checked, on the CPU, shape ``(B, H, W)``."""
     # a view that runs backwards is none for torch
     values = designs.detach().cpu() if isinstance(designs, Tensor) else torch.from_numpy(np.array(designs))
     if values.ndim != 3 or not values.numel():
@@ -115,7 +152,7 @@ def _phases(name: str, designs: np.ndarray | Tensor) -> Tensor:
         )
     if not ((values >= 0) & (values <= 1)).all():  # also false for NaN
         raise ValueError(f"{name} must lie in [0, 1] and hold no NaN")
-    return (values > 0.5).float()
+    return values
 
 
 def _overlap(designs: Tensor, down: int, right: int) -> Tensor:

@@ -1,8 +1,9 @@
 r"""Statistics of sets of designs: do samples look like the data, on average over the set?
 
 The two-point correlation :math:`S_2(r)` of a design is the probability that two points a lag :math:`r` apart are both
-stiff. On a periodic pixel grid it is the autocorrelation, which the fast Fourier transform gives at all lags at once;
-:math:`S_2(0)` is the volume fraction.
+stiff: the number of such pairs of pixels over the number of all pairs at that lag. The fast Fourier transform counts
+them at all lags at once. A periodic design has pairs across its edges; a crop of a larger image has only the pairs
+inside it, and is padded with zeros. :math:`S_2(0)` is the volume fraction.
 
 References:
     | Random Heterogeneous Materials (Torquato, 2002), section 2.2
@@ -28,17 +29,19 @@ __all__ = [
 
 
 @overload
-def two_point_correlation(designs: np.ndarray) -> np.ndarray: ...
+def two_point_correlation(designs: np.ndarray, *, periodic: bool = True) -> np.ndarray: ...
 @overload
-def two_point_correlation(designs: Tensor) -> Tensor: ...
-def two_point_correlation(designs: np.ndarray | Tensor) -> np.ndarray | Tensor:
-    r"""Two-point correlation of the stiff phase of each design, periodic.
+def two_point_correlation(designs: Tensor, *, periodic: bool = True) -> Tensor: ...
+def two_point_correlation(designs: np.ndarray | Tensor, *, periodic: bool = True) -> np.ndarray | Tensor:
+    r"""Two-point correlation of the stiff phase of each design.
 
     Args:
         designs: Shape ``(B, H, W)``, in [0, 1], an array or a tensor.
+        periodic: Whether the designs continue across their edges. ``False`` is for crops of a larger image.
 
     Returns:
-        :math:`S_2` at every lag, of the same kind, float64, shape ``(B, H, W)``; lag zero at ``[0, 0]``.
+        :math:`S_2` at every lag, of the same kind, float64, lag zero at ``[0, 0]`` and lag ``(-y, -x)`` at
+        ``[-y, -x]``: shape ``(B, H, W)`` if periodic, ``(B, 2 H - 1, 2 W - 1)`` if not. Of a tensor, differentiable.
 
     Raises:
         ValueError: If ``designs`` is not a stack of designs in [0, 1].
@@ -46,36 +49,57 @@ def two_point_correlation(designs: np.ndarray | Tensor) -> np.ndarray | Tensor:
     Example:
         >>> float(two_point_correlation(np.ones((1, 4, 4)))[0, 1, 2])
         1.0
+        >>> two_point_correlation(np.ones((1, 4, 4)), periodic=False).shape
+        (1, 7, 7)
     """
-    array = _checked("designs", designs.cpu().numpy() if isinstance(designs, Tensor) else designs)
-    correlation = np.fft.irfft2(np.abs(np.fft.rfft2(array)) ** 2, s=array.shape[1:]) / array[0].size
-    return torch.from_numpy(correlation).to(designs.device) if isinstance(designs, Tensor) else correlation
+    stack = _checked("designs", designs)
+    correlation = _num_stiff_pairs(stack, periodic) / _num_pairs(stack, periodic)
+    return correlation if isinstance(designs, Tensor) else correlation.numpy()
 
 
-def two_point_error(samples: np.ndarray, reference: np.ndarray) -> float:
+@overload
+def two_point_error(samples: np.ndarray, reference: np.ndarray, *, periodic: bool = True) -> float: ...
+@overload
+def two_point_error(samples: Tensor, reference: Tensor, *, periodic: bool = True) -> Tensor: ...
+def two_point_error(
+    samples: np.ndarray | Tensor, reference: np.ndarray | Tensor, *, periodic: bool = True
+) -> float | Tensor:
     r"""L2 norm over all lags of the difference of two sets' mean two-point correlations.
 
-    :math:`\left(\frac{1}{HW} \sum_r (\bar S_2(r) - \bar S_2^*(r))^2\right)^{1/2}`, a root mean square over lags, so
-    that it does not depend on the number of pixels.
+    :math:`\left(\sum_r n_r (\bar S_2(r) - \bar S_2^*(r))^2 / \sum_r n_r\right)^{1/2}` with the number :math:`n_r` of
+    pairs of pixels at a lag: a root mean square, so that it does not depend on the number of pixels. Periodic designs
+    have as many pairs at all lags. In a crop the longest lag has one pair.
 
     Args:
         samples: Shape ``(B, H, W)``, in [0, 1].
-        reference: Shape ``(B', H, W)``, in [0, 1].
+        reference: Shape ``(B', H, W)``, in [0, 1], of the same kind.
+        periodic: Whether the designs continue across their edges. ``False`` is for crops of a larger image.
 
     Returns:
-        The error, in [0, 1].
+        The error, in [0, 1]; of tensors a differentiable tensor, shape ``()``.
 
     Raises:
         ValueError: If a set is no stack of designs in [0, 1], or the designs have different sizes.
+
+    Example:
+        >>> two_point_error(np.ones((1, 4, 4)), np.zeros((2, 4, 4)), periodic=False)
+        1.0
     """
-    ours, theirs = two_point_correlation(samples), two_point_correlation(reference)
+    ours, theirs = _checked("samples", samples), _checked("reference", reference)
     if ours.shape[1:] != theirs.shape[1:]:
-        raise ValueError(f"samples must have the reference's size {theirs.shape[1:]}, got {ours.shape[1:]}")
-    return distance_of_means(ours, theirs)
+        raise ValueError(
+            f"samples must have the reference's size {tuple(theirs.shape[1:])}, got {tuple(ours.shape[1:])}"
+        )
+    num_pairs = _num_pairs(ours, periodic)
+    means = [(_num_stiff_pairs(designs, periodic) / num_pairs).mean(0) for designs in (ours, theirs)]
+    error = ((means[0] - means[1]).square() * num_pairs / num_pairs.sum()).sum().sqrt()
+    return error if isinstance(samples, Tensor) else error.item()
 
 
 def distance_of_means(samples: np.ndarray, reference: np.ndarray) -> float:
-    """Root mean square of the difference of two sets' means; of two-point correlations it is :func:`two_point_error`.
+    """Root mean square of the difference of two sets' means.
+
+    Of periodic two-point correlations it is :func:`two_point_error`.
 
     Apart from it so that a bootstrap need not correlate the same designs again in every resample.
 
@@ -103,7 +127,7 @@ def volume_fraction_distance(samples: np.ndarray, reference: np.ndarray) -> floa
         ValueError: If a set is no stack of designs in [0, 1].
     """
     ours, theirs = _checked("samples", samples), _checked("reference", reference)
-    return float(wasserstein_distance(ours.mean((1, 2)), theirs.mean((1, 2))))
+    return float(wasserstein_distance(ours.mean((1, 2)).numpy(), theirs.mean((1, 2)).numpy()))
 
 
 def sliced_wasserstein_distance(
@@ -183,10 +207,24 @@ def bootstrap_interval(
     return float(2 * estimate - high), float(2 * estimate - low)
 
 
-def _checked(name: str, designs: np.ndarray) -> np.ndarray:
-    designs = np.asarray(designs, dtype=np.float64)
-    if designs.ndim != 3 or 0 in designs.shape:
-        raise ValueError(f"{name} must be a stack of designs, shape (B, H, W), got shape {designs.shape}")
-    if not ((designs >= 0) & (designs <= 1)).all():  # also false for NaN
+def _num_stiff_pairs(designs: Tensor, periodic: bool) -> Tensor:
+    """How many pairs of pixels at each lag are both stiff, shape ``(B, *lags)``."""
+    height, width = designs.shape[1:]
+    lags = (height, width) if periodic else (2 * height - 1, 2 * width - 1)
+    spectrum = torch.fft.rfft2(designs, s=lags)
+    return torch.fft.irfft2(spectrum.real.square() + spectrum.imag.square(), s=lags)
+
+
+def _num_pairs(designs: Tensor, periodic: bool) -> Tensor:
+    """How many pairs of pixels there are at each lag, shape ``(*lags)``."""
+    return _num_stiff_pairs(torch.ones_like(designs[:1]), periodic)[0].round()
+
+
+def _checked(name: str, designs: np.ndarray | Tensor) -> Tensor:
+    # copied: torch takes no array whose strides are negative
+    stack = designs.double() if isinstance(designs, Tensor) else torch.from_numpy(np.array(designs, dtype=np.float64))
+    if stack.ndim != 3 or 0 in stack.shape:
+        raise ValueError(f"{name} must be a stack of designs, shape (B, H, W), got shape {tuple(stack.shape)}")
+    if not ((stack >= 0) & (stack <= 1)).all():  # also false for NaN
         raise ValueError(f"{name} must lie in [0, 1] and hold no NaN")
-    return designs
+    return stack

@@ -10,9 +10,9 @@ import functools
 import inspect
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,15 +24,19 @@ from mechdiffusers.mechanics.simulate import simulate
 
 __all__ = ["ResponseSpec", "Simulator"]
 
-#: Takes designs, an array (B, H, W) in [0, 1], and returns their response, shape (B, L, S), NaN where not solved.
-Simulator = Callable[[np.ndarray], np.ndarray | Tensor]
-
 #: The settings of ``simulate`` that change a response, with their defaults.
 _SETTINGS = {
     name: inspect.signature(simulate).parameters[name].default
     for name in ("element_order", "young_soft", "young_stiff", "poisson", "pixel_size")
 }
 _LAW = CompressibleNeoHookean.__name__
+
+
+class Simulator(Protocol):
+    """Any function of designs that returns their response, by a solver or a measurement."""
+
+    def __call__(self, designs: np.ndarray, /) -> np.ndarray | Tensor:
+        """The response of designs ``(B, H, W)`` in [0, 1], shape ``(B, L, S)``, NaN where not solved."""
 
 
 @dataclass(frozen=True)

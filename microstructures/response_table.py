@@ -114,7 +114,7 @@ def read_response_table(
             value = math.nan if cell.lower() in ("", "nan") else _number(cell, f"{cell!r} in {where}", argument)
             if value < 0 and not signed:
                 raise ValueError(
-                    f"{argument} must not be negative where the specification is unsigned, got {cell!r} in {where}"
+                    f"{argument} must not be negative unless the specification is signed, got {cell!r} in {where}"
                 )
             points = cases.setdefault(case, {})
             if strain in points:

@@ -682,16 +682,20 @@ def _check_parts(vae: Any, unet: Any, encoder: Any, predictor: Any) -> None:
         wanted = f"tokens of the unet's cross_attention_dim={unet.config.cross_attention_dim}"
         raise ValueError(f"response_encoder must make {wanted}, got token_dim={encoder.config.token_dim}")
     if predictor is not None:
-        # as files have them, where tuples are lists
-        ours, its = (json.loads(json.dumps(part.config.spec or {})) for part in (encoder, predictor))
-        # signed is missing from checkpoints of the first edition, whose responses never were
-        if other := [name for name in {**ours, **its} if ours.get(name, False) != its.get(name, False)]:
+        ours, its = encoder.config.spec or {}, predictor.config.spec
+        # checkpoints of the first edition say nothing of signed
+        if other := [name for name in {**ours, **its} if _plain(ours.get(name)) != _plain(its.get(name))]:
             got = f"another {other[0]}: {its.get(other[0])!r}, not {ours.get(other[0])!r}"
             raise ValueError(f"response_predictor must predict the responses of response_encoder, got {got}")
         for name in ("scale", "mean", "std"):
             if not np.allclose(predictor.config[name], encoder.config[name], rtol=1e-6, atol=0):
                 got = f"another {name}: {predictor.config[name]!r}, not {encoder.config[name]!r}"
                 raise ValueError(f"response_predictor must normalise responses as response_encoder does, got {got}")
+
+
+def _plain(entry: Any) -> str:
+    """An entry of a specification as JSON has it, to compare it; one that is missing is one that is false."""
+    return json.dumps(entry or False)
 
 
 def check_choice(name: str, choice: Any, accepted: Sequence[str]) -> None:

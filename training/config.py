@@ -64,8 +64,8 @@ class TrainingConfig:
     dataset: str = field(
         default="random_composites",
         metadata={
-            "help": "'random_composites', a folder of images, a folder of parquet files named by their splits, a "
-            "parquet file or the name of a dataset on the Hub."
+            "help": "'random_composites', images or arrays in a folder or a file, a folder of parquet files named by "
+            "their splits, a parquet file or the name of a dataset on the Hub."
         },
     )
     dataset_split: str = field(
@@ -82,9 +82,18 @@ class TrainingConfig:
     )
     num_heldout_designs: int = field(default=512, metadata={"help": "Designs kept from training, for validation."})
     resolution: int = field(default=32, metadata={"help": "Pixels along a side of generated designs."})
+    crop_size: int | None = field(
+        default=None,
+        metadata={"help": "Train on square crops of images, of so many pixels a side; held-out ones lie apart."},
+    )
+    num_crops: int | None = field(default=None, metadata={"help": "Crops to train on."})
+    resize: int | None = field(
+        default=None,
+        metadata={"help": "Reduce images by area to so many pixels along the shorter side, before cropping."},
+    )
     random_half_turn: bool = field(
         default=False,
-        metadata={"help": "Turn half of the designs by 180 degrees at random, which no response notices."},
+        metadata={"help": "Turn half of the designs by 180 degrees at random: they respond alike in our load cases."},
     )
     random_reflections: bool = field(
         default=False,
@@ -242,7 +251,16 @@ class TrainingConfig:
             raise ValueError(f"ema_decay must lie inside (0, 1), got {self.ema_decay!r}")
         if self.streaming and self.num_train_designs is None:
             raise ValueError("num_train_designs must be set with streaming=True: a stream has no known end")
+        if (self.crop_size is None) != (self.num_crops is None):
+            raise ValueError(
+                f"crop_size and num_crops must be given together, got {self.crop_size} and {self.num_crops}"
+            )
+        if self.num_crops is not None and self.num_train_designs is not None:
+            raise ValueError(f"num_train_designs must be left out with num_crops, got {self.num_train_designs}")
         if self.dataset == "random_composites":
+            for name in ("crop_size", "resize"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} must be left out for random_composites, which have a resolution")
             if self.decoder_likelihood != "bernoulli":
                 raise ValueError("decoder_likelihood must be 'bernoulli' for random_composites, which are binary")
             if self.num_train_designs is None or self.streaming:

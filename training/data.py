@@ -1,4 +1,4 @@
-"""Designs to train on: generated, from a folder, a parquet file or the Hub, with their responses, checked before use.
+"""Designs to train on: generated, from images, from parquet files or the Hub, with their responses, checked before use.
 
 Every source becomes uint8 images (N, 1, H, W), grey levels 0 to 255, of one size, and responses (N, L, S), NaN where
 unknown; a stream becomes the same one by one. Without a column of responses, these are of shape (N, 0, 0).
@@ -24,12 +24,14 @@ from tqdm.auto import tqdm
 
 from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.microstructures import random_composites
+from mechdiffusers.microstructures.crops import draw_crops, resize_by_area
+from mechdiffusers.microstructures.levels import Convention
+from mechdiffusers.microstructures.read_designs import DESIGN_SUFFIXES, read_images, stacked
 from mechdiffusers.training.config import TrainingConfig
-from mechdiffusers.training.samples import checked_samples
+from mechdiffusers.training.samples import BINARY_ALONE, checked_samples, image_convention
 
 __all__ = ["Designs", "load_designs"]
 
-_IMAGE_SUFFIXES = {".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff", ".gif", ".webp"}
 #: Images that a stream is shuffled over.
 _SHUFFLE_BUFFER = 2048
 #: Split that the held-out designs are taken from, where there is one.
@@ -81,36 +83,48 @@ def load_designs(config: TrainingConfig) -> Designs:
         total = config.num_train_designs + config.num_heldout_designs
         # the held-out designs come first: they stay the same when the number of training designs is changed
         generated, _ = random_composites(total, size=config.resolution, seed=config.seed)
-        images = torch.from_numpy(generated).to(torch.uint8)[:, None] * 255
-        return _split((images, torch.empty(total, 0, 0)), config, np.arange(total), None)
+        return _split(_without_responses(generated.astype(bool)), config, np.arange(total), None)
 
-    rows, heldout_rows = _rows(config)
+    path = Path(config.dataset)
+    if path.suffix.lower() in DESIGN_SUFFIXES or (path.is_dir() and not any(path.glob("*.parquet"))):
+        return _from_images(path, config)
+    for name in ("crop_size", "resize"):
+        if getattr(config, name) is not None:
+            raise ValueError(f"{name} must be left out for {config.dataset!r}: it is for images in files")
+    rows, heldout_rows = _rows(path, config)
     spec = None if config.response_column is None else _spec(rows, config)
     if heldout_rows is not None and spec is not None and (other := _spec(heldout_rows, config).difference(spec)):
         raise ValueError(f"all responses must have one specification, got heldout of {config.dataset!r} with {other}")
     if isinstance(rows, IterableDataset):
         assert config.num_train_designs is not None  # TrainingConfig has checked it
-        heldout = _first(rows if heldout_rows is None else heldout_rows, config, spec)
+        first = rows if heldout_rows is None else heldout_rows
+        convention = image_convention(first.take(config.num_heldout_designs), config)
+        heldout = _first(first, config, spec, convention)
         others = rows.skip(config.num_heldout_designs) if heldout_rows is None else rows
         shuffled = others.take(config.num_train_designs).shuffle(seed=config.seed, buffer_size=_SHUFFLE_BUFFER)
-        stream = _Stream(shuffled, config, spec, heldout[0].shape[1:])
+        stream = _Stream(shuffled, config, spec, convention, heldout[0].shape[1:])
         return Designs(stream, *heldout, config.num_train_designs, spec)
-    samples = checked_samples(rows, config, spec)
+    convention = image_convention(rows, config)
+    samples = checked_samples(rows, config, spec, convention)
     everything = _stacked(tqdm(samples, total=len(rows), desc="reading designs", unit="design"))
     if heldout_rows is None:
         return _split(everything, config, np.random.default_rng(config.seed).permutation(len(rows)), spec)
     _check_enough(len(rows), 0, config)
-    heldout = _first(heldout_rows, config, spec, everything[0].shape[1:])
+    heldout = _first(heldout_rows, config, spec, convention, everything[0].shape[1:])
     images, responses = (part[: config.num_train_designs] for part in everything)
     return Designs(TensorDataset(images, responses), *heldout, len(images), spec)
 
 
 def _first(
-    rows: Any, config: TrainingConfig, spec: ResponseSpec | None, shape: torch.Size | None = None
+    rows: Any,
+    config: TrainingConfig,
+    spec: ResponseSpec | None,
+    convention: Convention,
+    shape: torch.Size | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The designs to hold out, the first of rows, and their responses."""
     num = config.num_heldout_designs
-    images, responses = _stacked(islice(checked_samples(rows, config, spec, shape), num))
+    images, responses = _stacked(islice(checked_samples(rows, config, spec, convention, shape), num))
     if len(images) < num:
         raise ValueError(
             f"dataset must have num_heldout_designs={num} designs to hold out, got {len(images)} from "
@@ -151,14 +165,14 @@ def _stacked(samples: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 class _Stream(TorchIterableDataset):
     """A dataset of the Hub, read as it is needed and without end."""
 
-    def __init__(self, rows: IterableDataset, config: TrainingConfig, spec: ResponseSpec | None, shape: torch.Size):
-        self._rows, self._config, self._spec, self._shape = rows, config, spec, shape
+    def __init__(self, rows: IterableDataset, config: TrainingConfig, *checks: Any):
+        self._rows, self._config, self._checks = rows, config, checks
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for epoch in count():
             self._rows.set_epoch(epoch)  # each has its own order
             num = 0
-            for sample in checked_samples(self._rows, self._config, self._spec, self._shape):
+            for sample in checked_samples(self._rows, self._config, *self._checks):
                 yield sample
                 num += 1
             if num != self._config.num_train_designs:  # only now it is known
@@ -168,24 +182,54 @@ class _Stream(TorchIterableDataset):
                 )
 
 
-def _rows(config: TrainingConfig) -> tuple[Any, Any]:
+def _from_images(path: Path, config: TrainingConfig) -> Designs:
+    """Designs from image files, without responses: each image one, or crops of them."""
+    if config.response_column is not None:
+        raise ValueError(
+            f"response_column must be left out for images alone, got {config.response_column!r} for {path}: "
+            "mechdiffusers import makes a dataset of images and responses"
+        )
+    if config.streaming:
+        raise ValueError(f"streaming must be false for images in files, which are read at once, got {path}")
+    images, names = read_images(path)
+    if images[0].dtype != bool and config.decoder_likelihood == "bernoulli":
+        raise ValueError(f"{BINARY_ALONE}, got {path} with grey levels; 'discretized_logistic' is for those")
+    if config.resize is not None:
+        images = [resize_by_area(image, config.resize) for image in images]
+    if config.crop_size is None:
+        samples = _without_responses(stacked(images, names))
+        return _split(samples, config, np.random.default_rng(config.seed).permutation(len(images)), None)
+    assert config.num_crops is not None  # TrainingConfig has checked it
+    train, heldout = draw_crops(images, config.crop_size, config.num_crops, config.num_heldout_designs, config.seed)
+    return Designs(TensorDataset(*_without_responses(train)), *_without_responses(heldout), len(train), None)
+
+
+def _without_responses(designs: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Designs, bool or uint8, as uint8 images ``(N, 1, H, W)``, and no responses."""
+    levels = designs.astype(np.uint8) * np.uint8(255 if designs.dtype == bool else 1)
+    return torch.from_numpy(levels)[:, None], torch.empty(len(designs), 0, 0)
+
+
+def _rows(path: Path, config: TrainingConfig) -> tuple[Any, Any]:
     """The rows to train on, and those of the split ``heldout`` or ``None``, with the columns that are asked for."""
-    path = Path(config.dataset)
     files = {file.stem: str(file) for file in sorted(path.glob("*.parquet"))}
-    if path.is_dir() and not files:
-        return _selected(_folder(path, config), config), None
     split = config.dataset_split
     if path.suffix == ".parquet":
         if not path.is_file():
             raise ValueError(f"dataset must exist, got the parquet file {path}, which does not")
         files, split = {"train": str(path)}, "train"
-    source: dict[str, Any] = {"path": "parquet", "data_files": files} if files else {"path": config.dataset}
     try:
-        splits = load_dataset(**source, streaming=config.streaming)
+        # load_dataset would give all files the features of one, and send a request to count its users
+        local = {
+            name: HFDataset.from_parquet(file, streaming=config.streaming)
+            for name, file in files.items()
+            if name in (split, _HELDOUT_SPLIT)
+        }
+        splits = local if files else load_dataset(config.dataset, streaming=config.streaming)
         rows, heldout = splits[split], None if split == _HELDOUT_SPLIT else splits.get(_HELDOUT_SPLIT)
     except Exception as error:  # datasets raises many kinds, all of them meaning that there is no such data
         raise ValueError(
-            f"dataset must be 'random_composites', a folder of images or of parquet files, a parquet file or a dataset "
+            f"dataset must be 'random_composites', images or parquet files, a folder of either, or a dataset "
             f"on the Hub with the split {split!r}, got {config.dataset!r}: {error}"
         ) from error
     return _selected(rows, config), None if heldout is None else _selected(heldout, config)
@@ -217,18 +261,3 @@ def _spec(rows: Any, config: TrainingConfig) -> ResponseSpec:
             f"response_column must hold responses with their specification, as build_dataset stores them, got "
             f"{config.response_column!r} of {config.dataset!r}: {error}"
         ) from error
-
-
-def _folder(path: Path, config: TrainingConfig) -> Any:
-    """The images of a folder, as rows."""
-    files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
-    if not files:
-        raise ValueError(f"dataset must be a folder of images, got {path}, which is empty")
-    if others := [file.name for file in files if file.suffix.lower() not in _IMAGE_SUFFIXES]:
-        raise ValueError(
-            f"dataset must be a folder of images alone ({', '.join(sorted(_IMAGE_SUFFIXES))}), "
-            f"got {path} with {others[0]!r} and {len(others) - 1} others"
-        )
-    rows = HFDataset.from_dict({config.image_column: [str(file) for file in files]})
-    rows = rows.cast_column(config.image_column, ImageFeature())
-    return rows.to_iterable_dataset() if config.streaming else rows

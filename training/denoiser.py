@@ -9,6 +9,7 @@ low-discrepancy sampler). Latents are drawn anew from their posteriors each time
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from mechdiffusers.evaluation import two_point_error
+from mechdiffusers.evaluation import diversity_ratio, two_point_error
 from mechdiffusers.evaluation.plots import save_image_grid
 from mechdiffusers.models import response_normalisation
 from mechdiffusers.pipelines import LatentDDPMPipeline
@@ -34,11 +35,17 @@ from mechdiffusers.training.randomness import StepRandomness
 
 __all__ = ["denoising_loss", "draw_latents", "train_denoiser"]
 
+logger = logging.getLogger(__name__)
+
 _GRID = 16
 #: Held-out designs that the denoiser sees at once.
 _VALIDATION_BATCH = 256
+#: Draws of noise that the held-out loss and bound are at least the mean of.
+_VALIDATION_DRAWS = 512
 #: Held-out latents that the error along the curve is measured on, at 50 times.
 _MEASURED = 128
+#: Diversity of the samples, over the diversity of the held-out designs, below which validation warns.
+_LEAST_DIVERSITY = 0.1
 
 
 def denoising_loss(config: TrainingConfig, shift: float, scale: float) -> LossFunction:
@@ -126,7 +133,11 @@ def train_denoiser(
     def validate(module: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(module, LatentDenoiser)
         device = module.unet.device
-        moments, response = heldout_moments.to(device), heldout_response.to(device)
+        # several draws of few designs: the bound of one draw each scatters by its own size
+        draws = -(-_VALIDATION_DRAWS // len(heldout_moments))
+        moments, response = (
+            each.to(device).repeat(draws, *[1] * (each.ndim - 1)) for each in (heldout_moments, heldout_response)
+        )
         randomness = StepRandomness((config.seed, "denoiser validation"))
         latents = draw_latents(moments, shift, scale, randomness)
         noise = randomness.normal(*latents.shape).to(latents)
@@ -143,7 +154,7 @@ def train_denoiser(
             metrics["loss_without_response"] = alone.double().mean().item()
         pipe = pipeline(module).to(device)
         if not of_autoencoder:
-            images = designs.heldout.to(device).float() / 255
+            images = designs.heldout.to(device).float().repeat(draws, 1, 1, 1) / 255
             logvar = moments[:, 0].chunk(2, dim=1)[1]
             of_autoencoder.append(autoencoder_nats(vae, logvar, latents, images))
         metrics["elbo_nats"] = of_autoencoder[0] + latent_nats(module.process, latents, nats)
@@ -161,7 +172,18 @@ def train_denoiser(
         ).images[..., 0]
         folder = Path(config.output_dir) / "validation"
         save_image_grid(samples[:_GRID], folder / f"denoiser-{step:08d}.png", columns=8)
-        metrics["two_point_error"] = two_point_error(samples, designs.heldout[:, 0].numpy() / 255)
+        heldout = designs.heldout[:, 0].numpy() / 255
+        metrics["two_point_error"] = two_point_error(samples, heldout, periodic=config.crop_size is None)
+        if len(samples) > 1 and (heldout != heldout[0]).any():
+            metrics["diversity_ratio"] = diversity_ratio(samples, heldout)
+            if metrics["diversity_ratio"] < _LEAST_DIVERSITY:
+                logger.warning(
+                    "the samples of step %d have %.2g of the diversity of the held-out designs: look at %s, and do not "
+                    "trust two_point_error",
+                    step,
+                    metrics["diversity_ratio"],
+                    folder,
+                )
         return metrics
 
     responses = train.tensors[1]

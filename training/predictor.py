@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mechdiffusers.evaluation.inverse_design import response_error
-from mechdiffusers.mechanics.load_cases import mirrored_cases, transposed_cases
+from mechdiffusers.mechanics.load_cases import load_case, mirrored_cases, transposed_cases
 from mechdiffusers.models import ResponsePredictor, normalise_response, response_normalisation
 from mechdiffusers.models.response_predictor import SYMMETRIES
 from mechdiffusers.training.config import TrainingConfig
@@ -91,18 +91,21 @@ def symmetries(config: TrainingConfig, load_cases: Sequence[str], size: tuple[in
         As :class:`~mechdiffusers.models.ResponsePredictor` takes them.
 
     Raises:
-        ValueError: If reflections are wanted of load cases that ``simulate`` does not know.
+        ValueError: If half-turns or reflections are wanted of load cases that ``simulate`` does not know.
     """
+    for setting in ("random_half_turn", "random_reflections"):
+        try:
+            for name in load_cases if getattr(config, setting) else ():
+                load_case(name)
+        except ValueError as error:
+            raise ValueError(f"{setting} must be left out where nothing is known of it: {error}") from error
     found: dict[str, list[int | None]] = {}
     if config.random_half_turn:
         found["half_turn"] = list(range(len(load_cases)))
     if config.random_reflections:
-        try:
-            found["mirror"] = mirrored_cases(load_cases)
-            if size[0] == size[1]:
-                found["transpose"] = transposed_cases(load_cases)
-        except ValueError as error:
-            raise ValueError(f"random_reflections must be left out where nothing is known of them: {error}") from error
+        found["mirror"] = mirrored_cases(load_cases)
+        if size[0] == size[1]:
+            found["transpose"] = transposed_cases(load_cases)
     # designs turned so that nothing is known of them would teach nothing
     return {name: cases for name, cases in found.items() if any(case is not None for case in cases)}
 

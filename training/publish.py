@@ -44,6 +44,7 @@ _DESCRIPTIONS = {
     "autoencoder/seconds_per_step": "time of a step of the autoencoder, seconds",
     "autoencoder/peak_memory_gib": "memory up to the end of the autoencoder's stage, GiB",
     "denoiser/two_point_error": "error of the samples' two-point correlation",
+    "denoiser/diversity_ratio": "diversity of the samples over the diversity of the held-out designs",
     "denoiser/step": "steps of the denoiser",
     "denoiser/seconds_per_step": "time of a step of the denoiser, seconds",
     "denoiser/peak_memory_gib": "memory up to the end of the denoiser's stage, GiB",
@@ -215,7 +216,13 @@ def _designs(settings: dict[str, Any], dataset: str) -> str:
             f"{num:,} random composites of `mechdiffusers.random_composites`, seed {settings['seed']}: thresholded, "
             "periodic, anisotropic Gaussian random fields"
         )
-    return f"{'All' if num is None else format(num, ',')} designs of `{dataset}`"
+    size = settings.get("crop_size")
+    what = f"{'All' if num is None else format(num, ',')} designs"
+    if size is not None:
+        what = f"{settings['num_crops']:,} crops of {size} x {size} pixels"
+    side = settings.get("resize")
+    resized = "" if side is None else f", reduced by area to {side} pixels on the shorter side"
+    return f"{what} of `{dataset}`{resized}"
 
 
 def _parts(pipeline: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:

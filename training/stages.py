@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from mechdiffusers.atomic_file import atomic_write
+from mechdiffusers.mechanics.response_spec import ResponseSpec
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.training.accelerators import check_accelerators, process_state, stage_accelerator
 from mechdiffusers.training.autoencoder import encode_all, measure_latents, train_autoencoder
@@ -68,9 +71,9 @@ def check_stages(config: TrainingConfig, designs: Designs) -> None:
         designs: What to train on.
 
     Raises:
-        ValueError: If there are fewer designs than a batch of a stage, the processes cannot share one evenly, or
-            nothing is known of the reflections that are wanted, or the launcher was told what does not go with the
-            settings.
+        ValueError: If there are fewer designs than a batch of a stage, the processes cannot share one evenly, an entry
+            of the responses is known of no training design, half-turns or reflections are wanted of load cases of which
+            nothing is known, or the launcher was told what does not go with the settings.
     """
     check_accelerators(config)
     num_processes = process_state().num_processes
@@ -83,8 +86,24 @@ def check_stages(config: TrainingConfig, designs: Designs) -> None:
             raise ValueError(
                 f"{stage} must be at most the number of training designs, got {size} for {designs.num_train} designs"
             )
-    if _has_predictor(config, designs) and designs.spec is not None:
+    if designs.spec is not None:
         symmetries(config, designs.spec.load_cases, designs.size)
+        _check_known(designs, designs.spec)
+
+
+def _check_known(designs: Designs, spec: ResponseSpec) -> None:
+    """Checks that some training design has a response at each strain of each load case."""
+    unknown = torch.ones(spec.shape, dtype=torch.bool)
+    samples = DataLoader(designs.train, batch_size=None, generator=torch.Generator())  # not the global one
+    for _, response in islice(samples, designs.num_train):
+        unknown &= response.isnan()
+        if not unknown.any():  # after a design or two, as a rule
+            return
+    case, strain = unknown.nonzero()[0].tolist()
+    raise ValueError(
+        f"responses must be known of some training design in every entry, got only NaN for load case "
+        f"{spec.load_cases[case]!r} at strain {spec.strains[case][strain]}: leave it out of the dataset"
+    )
 
 
 def _has_predictor(config: TrainingConfig, designs: Designs) -> bool:

@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from mechdiffusers.evaluation.inverse_design.checks import (
     checked_count,
     checked_names,
     checked_targets,
 )
+from mechdiffusers.evaluation.inverse_design.exchange import design_names, write_export
 from mechdiffusers.evaluation.inverse_design.refine import refine
-from mechdiffusers.evaluation.inverse_design.report import VerificationReport
 from mechdiffusers.evaluation.inverse_design.retrieval import load_split, stored_responses
 from mechdiffusers.evaluation.inverse_design.sample import designs_for
 from mechdiffusers.evaluation.inverse_design.select import nearest_in_curve_shape
@@ -75,20 +72,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num_refined", type=int, help="with --num_rounds: samples of each target to refine and keep; by default 2"
     )
+    parser.add_argument(
+        "--export",
+        action="store_true",
+        help="write the designs as pictures, arrays and meshes for another solver, in the place of verifying them; "
+        "mechdiffusers verify takes its results",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="such as cuda")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Generates, verifies and writes designs; a ``ValueError`` says what does not fit."""
-    report, names = _design(arguments)
-    report.save(arguments.output_dir, names)
-    logger.info("%s", _table(report, names))
-    logger.info("pictures and verification.csv are in %s", arguments.output_dir)
-
-
-def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str]]:
-    """Everything from the file of targets to the report."""
     checked_device(arguments.device)
     try:
         pipe = LatentDDPMPipeline.from_pretrained(arguments.checkpoint).to(arguments.device)
@@ -107,6 +102,11 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
     if pipe.response_encoder.config.spec is None:
         raise ValueError(f"checkpoint must be trained with responses, got {arguments.checkpoint}, trained without")
     spec = ResponseSpec.of(pipe)
+    if spec.solver is None and (arguments.num_rounds or not arguments.export):
+        raise ValueError(
+            f"export must be given, and num_rounds left out, for a checkpoint of responses from elsewhere, which our "
+            f"solver cannot compute, got {arguments.checkpoint}: --export writes the designs for yours"
+        )
     binary = pipe.decoder_likelihood == "bernoulli"
     if arguments.num_rounds < 0 or (arguments.num_rounds and not (binary and pipe.response_predictor is not None)):
         raise ValueError(
@@ -154,18 +154,15 @@ def _design(arguments: argparse.Namespace) -> tuple[VerificationReport, list[str
         few = nearest_in_curve_shape(designs, targets, spec, num_refined, **shown)
         rounds = {"num_rounds": arguments.num_rounds, "seed": arguments.seed}
         designs = refine(few, targets, spec, pipe.predict_response, **rounds, **shown).designs
-    report = verify(designs, targets, spec, dataset=stored.get("dataset"), binary=binary, **shown)
-    return replace(report, reach=reach), names
-
-
-def _table(report: VerificationReport, names: Sequence[str]) -> str:
-    """A line a target: the best and the mean error, beside what retrieval has."""
-    errors, solved = (np.asarray(values).reshape(len(names), -1) for values in (report.error, report.solved))
-    lines = [f"{'target':24} {'best':>8} {'mean':>8} {'solved':>8} {'retrieval':>10} {'p in range':>11}"]
-    for i, name in enumerate(names):
-        known = errors[i][np.isfinite(errors[i])]
-        best, mean = (f"{f(known):8.2%}" if known.size else f"{'-':>8}" for f in (np.min, np.mean))
-        nearest = f"{report.retrieval.error[i, 0]:10.2%}" if report.retrieval is not None else f"{'-':>10}"
-        within = f"{report.reach.p_value[i]:11.2g}" if report.reach is not None else f"{'-':>11}"
-        lines.append(f"{name[:24]:24} {best} {mean} {solved[i].sum():4d} of {solved[i].size:d} {nearest} {within}")
-    return "\n".join(lines)
+    if arguments.export:
+        write_export(arguments.output_dir, designs, design_names(names, kept), spec, arguments.dataset)
+        logger.info(
+            "%d designs are in %s: simulate them, write a table of design,load_case,strain,%s, and run\nmechdiffusers "
+            "verify --designs %s --responses results.csv --targets %s",
+            *(len(designs), arguments.output_dir, spec.quantity, arguments.output_dir, arguments.targets),
+        )
+        return
+    report = replace(verify(designs, targets, spec, dataset=stored.get("dataset"), binary=binary, **shown), reach=reach)
+    report.save(arguments.output_dir, names)
+    logger.info("%s", report.table(names))
+    logger.info("pictures and verification.csv are in %s", arguments.output_dir)

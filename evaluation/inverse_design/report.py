@@ -64,6 +64,18 @@ class VerificationReport:
             rows.append(row if self.novelty is None else {**row, "novelty": float(self.novelty[i])})
         return rows
 
+    def table(self, names: Sequence[str]) -> str:
+        """A line a target: the best and the mean error, beside what retrieval has."""
+        errors, solved = (np.asarray(values).reshape(len(names), -1) for values in (self.error, self.solved))
+        lines = [f"{'target':24} {'best':>8} {'mean':>8} {'solved':>8} {'retrieval':>10} {'p in range':>11}"]
+        for i, name in enumerate(names):
+            known = errors[i][np.isfinite(errors[i])]
+            best, mean = (f"{f(known):8.2%}" if known.size else f"{'-':>8}" for f in (np.min, np.mean))
+            nearest = f"{self.retrieval.error[i, 0]:10.2%}" if self.retrieval is not None else f"{'-':>10}"
+            within = f"{self.reach.p_value[i]:11.2g}" if self.reach is not None else f"{'-':>11}"
+            lines.append(f"{name[:24]:24} {best} {mean} {solved[i].sum():4d} of {solved[i].size:d} {nearest} {within}")
+        return "\n".join(lines)
+
     def to_dict(self, names: Sequence[str] | None = None) -> dict[str, Any]:
         """Everything but the designs, as JSON holds it: ``None`` for NaN."""
         content = {
@@ -126,7 +138,7 @@ def save_verification_figure(report: VerificationReport, path: Path, *, index: i
     )
     best = np.argsort(rank)[:_SHOWN]
     cases, strains = report.spec.load_cases, np.asarray(report.spec.strains)
-    marker = "." if strains.shape[1] == 1 else ""  # one value makes no line
+    mark = "s" if strains.shape[1] == 1 else ""  # a single point has no line
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(10, 4.2), layout="constrained")
         halves: Any = figure.subfigures(2, 1, height_ratios=[1, 2])
@@ -145,21 +157,19 @@ def save_verification_figure(report: VerificationReport, path: Path, *, index: i
             axes.spines[:].set(visible=True, color=color)
         for case, axes in enumerate(np.atleast_1d(bottom.subplots(1, len(cases)))):
             if len(best) > 1:
-                axes.plot(strains[case], response[best[1:], case].T, color="0.7", linewidth=0.8, marker=marker)
+                axes.plot(strains[case], response[best[1:], case].T, mark, color="0.7", linewidth=0.8)
                 axes.lines[0].set_label("other designs")
-            axes.plot(strains[case], response[best[0], case], "C0", linewidth=1.8, marker=marker, label="best design")
+            axes.plot(strains[case], response[best[0], case], f"C0{mark}", linewidth=1.8, label="best design")
             if report.retrieval is not None:
                 nearest = report.retrieval.response[index, 0, case]
-                label = "known: the nearest training design"
-                axes.plot(strains[case], nearest, "C1--", linewidth=1, marker=marker, label=label)
+                axes.plot(
+                    strains[case], nearest, f"C1--{mark}", linewidth=1, label="known: the nearest training design"
+                )
             axes.plot(strains[case], np.asarray(report.target[index][case]), "ko", markersize=4, label="target")
             axes.set(title=cases[case].replace("_", " "))
-            if report.spec.is_scalar:
-                axes.set(xticks=[])
-            else:
-                axes.set(xlabel="nominal strain")
+            axes.set(xticks=[]) if report.spec.is_scalar else axes.set_xlabel("nominal strain")
             if not report.spec.signed:
-                axes.set(ylim=(0, None))
+                axes.set_ylim(0, None)
         axes = figure.axes[-len(cases)]
         axes.set_ylabel(textwrap.fill(f"{report.spec.quantity} ({report.spec.units})", 32))
         axes.legend(frameon=False, fontsize=7)

@@ -59,7 +59,7 @@ def response_error(response: np.ndarray | Tensor, target: np.ndarray | Tensor) -
     size = torch.linalg.vector_norm(torch.where(given, wanted, 0.0), dim=-1)
     cases = given.any(-1)
     if not cases.any(-1).all() or wanted.isinf().any():
-        raise ValueError("target must be finite, and given somewhere")
+        raise ValueError("target must be finite and given somewhere")
     typical = (size.square().sum(-1, keepdim=True) / cases.sum(-1, keepdim=True)).sqrt()
     size = torch.where(size > _ZERO * typical, size, torch.where(typical > 0, typical, 1.0))
     distance = torch.linalg.vector_norm(torch.where(given, found - wanted, 0.0), dim=-1)

@@ -15,7 +15,9 @@ from typing import Literal
 import datasets
 from transformers import HfArgumentParser
 
+from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.microstructures.build_dataset import build_dataset
+from mechdiffusers.microstructures.dataset_folder import write_dataset_card
 from mechdiffusers.microstructures.random_composites import random_composites
 
 _DESCRIPTION = (
@@ -67,7 +69,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def build(config: BuildConfig) -> None:
-    """Writes both files.
+    """Writes both files, and the README with which ``datasets.load_dataset`` opens the folder.
 
     Raises:
         ValueError: If a setting is unfit, or a file holds another dataset.
@@ -78,7 +80,7 @@ def build(config: BuildConfig) -> None:
     # the held-out designs come first: they stay the same when the number of training designs is changed
     designs, parameters = random_composites(config.num_heldout + config.num_train, size=config.size, seed=config.seed)
     for name, rows in (("heldout", slice(config.num_heldout)), ("train", slice(config.num_heldout, None))):
-        build_dataset(
+        built = build_dataset(
             designs[rows],
             config.load_cases,
             config.strains,
@@ -92,6 +94,8 @@ def build(config: BuildConfig) -> None:
             output=Path(config.output_dir) / f"{name}.parquet",
             device=config.device,
         )
+    folder = Path(config.output_dir)
+    write_dataset_card(folder, ResponseSpec.of(built), ["train", "heldout"], folder.absolute().name)
 
 
 if __name__ == "__main__":

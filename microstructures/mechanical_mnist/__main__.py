@@ -1,13 +1,13 @@
 """Published Mechanical MNIST files as a dataset to train on: train.parquet and, of the last rows, heldout.parquet.
 
-python -m mechdiffusers.microstructures.mechanical_mnist --folder path/to/mechanical_mnist --output_dir path/to/dataset
+python -m mechdiffusers.microstructures.mechanical_mnist --folder path/to/mechanical_mnist \
+    --load_case uniaxial_extension --output_dir path/to/dataset
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +19,8 @@ from datasets import Dataset
 
 from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.microstructures.build_dataset.columns import dataset_of
-from mechdiffusers.microstructures.mechanical_mnist.reader import load_mechanical_mnist
+from mechdiffusers.microstructures.dataset_folder import write_dataset_folder
+from mechdiffusers.microstructures.mechanical_mnist.reader import DISPLACEMENTS, load_mechanical_mnist
 
 __all__ = ["with_usable_energies", "write_splits"]
 
@@ -41,44 +42,53 @@ def main(args: Sequence[str] | None = None) -> None:
         default=os.environ.get("MECHANICAL_MNIST_DIR"),
         help="of the published files; by default the one that MECHANICAL_MNIST_DIR names",
     )
+    parser.add_argument(
+        "--load_case",
+        choices=tuple(DISPLACEMENTS),
+        help="of the energies; no published file says it, the name of the folder may",
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to make")
     parser.add_argument("--num_heldout", type=int, default=500, help="rows in heldout.parquet, the last ones")
     arguments = parser.parse_args(args)
     if arguments.folder is None:
         parser.error("--folder or MECHANICAL_MNIST_DIR must name the folder of the published files, got neither")
     try:
-        write_splits(arguments.folder, arguments.output_dir, arguments.num_heldout)
+        write_splits(arguments.folder, arguments.output_dir, arguments.num_heldout, arguments.load_case)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
 
-def write_splits(folder: Path, output_dir: Path, num_heldout: int = 500) -> None:
+def write_splits(folder: Path, output_dir: Path, num_heldout: int = 500, load_case: str | None = None) -> None:
     """Writes the last rows as ``heldout.parquet`` and the others as ``train.parquet``.
 
     Args:
         folder: See :func:`load_mechanical_mnist`.
-        output_dir: Made, with both files at once.
+        output_dir: Made, with everything at once.
         num_heldout: Rows in ``heldout.parquet``.
+        load_case: See :func:`load_mechanical_mnist`.
 
     Raises:
         ValueError: If ``folder`` is not as described, ``output_dir`` exists, or one of the files would have no rows.
     """
     if output_dir.exists():
         raise ValueError(f"output_dir must not exist yet, got {output_dir}")
-    dataset = with_usable_energies(load_mechanical_mnist(folder))
+    dataset = with_usable_energies(load_mechanical_mnist(folder, load_case))
     if not 0 < num_heldout < len(dataset):
         raise ValueError(f"num_heldout must lie between 0 and the {len(dataset)} rows, got {num_heldout}")
-    unfinished = output_dir.with_name(f".unfinished-{output_dir.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     num_train = len(dataset) - num_heldout
-    for name, rows in (("train", range(num_train)), ("heldout", range(num_train, len(dataset)))):
-        dataset.select(rows).to_parquet(unfinished / f"{name}.parquet")
-    os.replace(unfinished, output_dir)
+    splits = {"train": range(num_train), "heldout": range(num_train, len(dataset))}
+    write_dataset_folder(output_dir, {name: dataset.select(rows) for name, rows in splits.items()})
 
 
 def with_usable_energies(dataset: Dataset) -> Dataset:
-    """The same designs with energies of as many digits as a model needs, at displacements from 0.1: shape (1, 10)."""
+    """The same designs with energies of as many digits as a model needs, at displacements from 0.1.
+
+    Args:
+        dataset: Of :func:`load_mechanical_mnist`.
+
+    Returns:
+        Responses of shape (1, 10), of shear and compression (1, 8).
+    """
     spec = ResponseSpec.of(dataset)
     rows = dataset.with_format("numpy")[:]
     usable = replace(spec, strains=[case[_NUM_UNUSABLE:] for case in spec.strains])

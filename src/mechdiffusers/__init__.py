@@ -16,10 +16,13 @@ if TYPE_CHECKING:  # for type checkers and editors; an alias that repeats the na
     from mechdiffusers.evaluation.inverse_design import verify as verify
     from mechdiffusers.mechanics import ResponseSpec as ResponseSpec
     from mechdiffusers.mechanics import SimulationResult as SimulationResult
+    from mechdiffusers.mechanics import export_designs as export_designs
     from mechdiffusers.mechanics import simulate as simulate
     from mechdiffusers.microstructures import build_dataset as build_dataset
+    from mechdiffusers.microstructures import dataset_from_responses as dataset_from_responses
     from mechdiffusers.microstructures import load_mechanical_mnist as load_mechanical_mnist
     from mechdiffusers.microstructures import random_composites as random_composites
+    from mechdiffusers.microstructures import read_designs as read_designs
     from mechdiffusers.models import ResponseEncoder as ResponseEncoder
     from mechdiffusers.models import ResponsePredictor as ResponsePredictor
     from mechdiffusers.pipelines import ClassifierGuidance as ClassifierGuidance
@@ -40,8 +43,14 @@ _NAMES = {
         "response_error",
         "verify",
     ),
-    "mechanics": ("ResponseSpec", "SimulationResult", "simulate"),
-    "microstructures": ("build_dataset", "load_mechanical_mnist", "random_composites"),
+    "mechanics": ("ResponseSpec", "SimulationResult", "export_designs", "simulate"),
+    "microstructures": (
+        "build_dataset",
+        "dataset_from_responses",
+        "load_mechanical_mnist",
+        "random_composites",
+        "read_designs",
+    ),
     "models": ("ResponseEncoder", "ResponsePredictor"),
     "pipelines": ("ClassifierGuidance", "LatentDDPMPipeline"),
     "schedulers": ("PredictorCorrectorScheduler", "ProbabilityFlowScheduler", "VDMScheduler"),

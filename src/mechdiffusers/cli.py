@@ -15,7 +15,12 @@ __all__ = ["main"]
 
 #: The module of each subcommand, which has ``add_arguments(parser)`` and ``run(arguments)``, and what it is for.
 _COMMANDS = {
+    "import": ("mechdiffusers.microstructures.import_responses", "make a dataset of your designs and responses"),
     "design": ("mechdiffusers.evaluation.inverse_design.command", "generate designs for targets and verify them"),
+    "verify": (
+        "mechdiffusers.evaluation.inverse_design.verify_command",
+        "report on designs by another solver's results",
+    ),
 }
 
 

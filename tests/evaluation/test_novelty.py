@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechdiffusers.evaluation import diversity, novelty, stiff_connectivity
+from mechdiffusers.evaluation import diversity, diversity_ratio, novelty, stiff_connectivity
 from mechdiffusers.microstructures import random_composites
 
 TRAINING = random_composites(20, size=12, seed=0)[0]
@@ -50,6 +50,33 @@ def test_diversity_is_the_mean_over_pairs():
     assert diversity(designs) == pytest.approx(np.mean(pairs))
     assert diversity(torch.from_numpy(designs)) == diversity(designs)
     assert diversity(np.repeat(designs[:1], 5, axis=0)) == 0
+
+
+def test_black_samples_have_none_of_the_data_s_diversity_and_a_resampling_has_about_all_of_it():
+    data = random_composites(500, size=12, seed=1)[0]
+    assert diversity_ratio(np.zeros((64, 12, 12)), data) == 0
+    assert diversity_ratio(np.repeat(TRAINING[:1] * 0.1, 64, axis=0), data) == 0
+    resampled = data[np.random.default_rng(0).integers(len(data), size=200)]
+    assert diversity_ratio(resampled, data) == pytest.approx(1, abs=0.05)
+
+
+def test_the_ratio_of_diversities_is_that_of_differing_pixels_and_does_not_depend_on_the_range_of_grey_levels():
+    ratio = diversity_ratio(TRAINING[:6], TRAINING[6:])
+    assert ratio == pytest.approx(diversity(TRAINING[:6]) / diversity(TRAINING[6:]))
+    assert diversity_ratio(TRAINING[:6] / 255, torch.from_numpy(TRAINING[6:] / 255)) == pytest.approx(ratio)
+
+
+@pytest.mark.parametrize(
+    ("samples", "reference", "message"),
+    [
+        (TRAINING[:1], TRAINING, "samples must be at least two designs to differ, got 1"),
+        (TRAINING, np.zeros((3, 12, 12)), "reference must hold designs that differ, got equal ones"),
+        (TRAINING * 2, TRAINING, r"samples must lie in \[0, 1\]"),
+    ],
+)
+def test_sets_of_which_no_ratio_is_known_are_refused(samples, reference, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        diversity_ratio(samples, reference)
 
 
 def test_the_stiff_phase_of_one_piece_is_connected_and_a_chequerboard_is_not():

@@ -1,8 +1,11 @@
 import math
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from scipy.ndimage import gaussian_filter
 
 from mechdiffusers.evaluation import (
     bootstrap_interval,
@@ -25,6 +28,53 @@ def test_a_tensor_comes_back_as_a_tensor():
     designs = torch.rand(3, 4, 6).round()
     correlation = two_point_correlation(designs)
     torch.testing.assert_close(correlation, torch.from_numpy(two_point_correlation(designs.numpy())))
+
+
+def test_of_a_crop_only_the_pairs_inside_it_are_counted():
+    designs = np.random.default_rng(0).random((2, 4, 5))
+    correlation = two_point_correlation(designs, periodic=False)
+    assert correlation.shape == (2, 7, 9)
+    for dy, dx in product(range(-3, 4), range(-4, 5)):
+        pairs = [
+            designs[:, y, x] * designs[:, y + dy, x + dx]
+            for y, x in product(range(4), range(5))
+            if 0 <= y + dy < 4 and 0 <= x + dx < 5
+        ]
+        np.testing.assert_allclose(correlation[:, dy, dx], np.mean(pairs, axis=0), atol=1e-12)
+
+
+def test_all_crops_of_an_image_have_its_statistics_on_average_unless_they_are_taken_as_periodic():
+    smooth = gaussian_filter(np.random.default_rng(0).standard_normal((48, 48)), 3, mode="wrap")
+    image = (smooth > np.quantile(smooth, 0.6)).astype(float)
+    crops = sliding_window_view(np.pad(image, (0, 11), mode="wrap"), (12, 12)).reshape(-1, 12, 12)
+    lags = np.fft.ifftshift(np.arange(-11, 12))  # lag zero first
+    truth = two_point_correlation(image[None])[0][np.ix_(lags, lags)]
+    np.testing.assert_allclose(two_point_correlation(crops, periodic=False).mean(0), truth, atol=1e-12)
+    bias = two_point_correlation(crops).mean(0)[:6, :6] - truth[:6, :6]
+    assert np.abs(bias).max() > 0.03
+
+
+def test_the_error_of_crops_counts_each_pair_of_pixels_once():
+    samples, reference = np.array([[[1.0, 0.0]]]), np.array([[[1.0, 1.0]]])
+    # 2 pairs at lag 0, which differ by 1/2, and 1 pair at each of the lags 1 and -1, which differ by 1
+    assert two_point_error(samples, reference, periodic=False) == pytest.approx(math.sqrt((2 * 0.25 + 2) / 4))
+    assert two_point_error(samples, reference, periodic=True) == pytest.approx(math.sqrt((0.25 + 1) / 2))
+
+
+@pytest.mark.parametrize("periodic", [True, False])
+def test_two_point_statistics_of_a_tensor_have_the_gradient_of_finite_differences(periodic):
+    generator = torch.Generator().manual_seed(0)
+    samples, reference = torch.rand(2, 2, 3, 4, dtype=torch.float64, generator=generator) * 0.8 + 0.1
+    samples.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: two_point_correlation(x, periodic=periodic), samples)
+    assert torch.autograd.gradcheck(lambda x: two_point_error(x, reference, periodic=periodic), samples)
+
+
+@pytest.mark.parametrize("periodic", [True, False])
+def test_tensors_and_arrays_have_the_same_error(periodic):
+    samples, reference = np.random.default_rng(0).random((2, 3, 4, 6))
+    expected = two_point_error(samples, reference, periodic=periodic)
+    assert two_point_error(*map(torch.from_numpy, (samples, reference)), periodic=periodic).item() == expected
 
 
 def test_the_interval_of_a_distance_between_like_sets_does_not_lie_above_the_distance():

@@ -3,14 +3,13 @@ import signal
 import subprocess
 import sys
 import time
-from importlib import import_module
 
 import datasets
 import numpy as np
 import pytest
 import torch
 
-from mechdiffusers.mechanics import ResponseSpec, simulate
+from mechdiffusers.mechanics import ResponseSpec, response_spec, simulate
 from mechdiffusers.microstructures import build_dataset, random_composites
 from mechdiffusers.microstructures.build_dataset import builder
 from mechdiffusers.microstructures.build_dataset.__main__ import main
@@ -19,7 +18,6 @@ from mechdiffusers.training import TrainingConfig
 from mechdiffusers.training.data import load_designs
 
 CASES, STRAINS = ("uniaxial_extension", "shear_x"), [0.1, 0.25]
-RESPONSE_SPEC = import_module("mechdiffusers.mechanics.response_spec")  # whose simulator a build calls
 DESIGNS, PARAMETERS = random_composites(40, size=4, seed=1)  # three parts
 
 
@@ -82,14 +80,8 @@ def test_parameters_become_columns(tmp_path):
 def test_the_specification_of_the_responses_goes_where_the_dataset_goes(tmp_path):
     path = tmp_path / "d.parquet"
     material = {"young_soft": 0.5, "young_stiff": 7.0, "poisson": 0.2}
-    spec = ResponseSpec(
-        "energy",
-        CASES,
-        [STRAINS, STRAINS],
-        units='kJ/m, "per" µm',
-        signed=False,
-        solver={"element_order": 1, "pixel_size": 2.0, **material},
-    )
+    solver = {**material, "element_order": 1, "pixel_size": 2.0}
+    spec = ResponseSpec("energy", CASES, [STRAINS] * 2, units='kJ/m, "per" µm', signed=False, solver=solver)
     built = build(quantity="energy", units=spec.units, pixel_size=2.0, output=path, **material)
     loaded = load(path)
     loaded.save_to_disk(tmp_path / "disk")
@@ -106,8 +98,7 @@ def test_the_specification_of_the_responses_goes_where_the_dataset_goes(tmp_path
     for name, dataset in copies.items():
         assert ResponseSpec.of(dataset) == spec, name
     # and it is enough to compute the responses again
-    designs = np.stack([np.asarray(image, dtype=float) for image in loaded["image"][:3]])
-    again = ResponseSpec.of(loaded).simulator()(designs)
+    again = spec.simulator()(np.stack([np.asarray(image, dtype=float) for image in loaded["image"][:3]]))
     np.testing.assert_allclose(loaded["response"][:3], again, rtol=1e-6)
 
 
@@ -123,7 +114,7 @@ def test_a_design_that_is_not_solved_is_kept_as_nan_and_flagged(monkeypatch, tmp
             result.stress[3, 1, 1:] = np.nan
         return result
 
-    monkeypatch.setattr(RESPONSE_SPEC, "simulate", fails_once)
+    monkeypatch.setattr(response_spec, "simulate", fails_once)
     build(DESIGNS[:20], output=tmp_path / "d.parquet")
     dataset = load(tmp_path / "d.parquet")
     assert len(dataset) == 20
@@ -142,13 +133,13 @@ def test_a_build_that_fails_keeps_its_parts_and_ends_as_an_undisturbed_one(monke
             raise MemoryError
         return simulate(designs, *args, **options)
 
-    monkeypatch.setattr(RESPONSE_SPEC, "simulate", fails_at_the_last_part)
+    monkeypatch.setattr(response_spec, "simulate", fails_at_the_last_part)
     with pytest.raises(MemoryError):
         build(output=tmp_path / "broken" / "d.parquet")
     assert [path.name for path in (tmp_path / "broken").iterdir()] == [".unfinished-d.parquet"]
     done = parts_in(tmp_path)
     assert 0 < len(done) < 3
-    monkeypatch.setattr(RESPONSE_SPEC, "simulate", simulate)
+    monkeypatch.setattr(response_spec, "simulate", simulate)
     monkeypatch.setattr(builder, "dataset_of", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build(output=tmp_path / "broken" / "d.parquet")
@@ -214,12 +205,12 @@ def test_a_build_of_more_designs_takes_the_parts_of_one_of_fewer(monkeypatch, tm
 
 @pytest.mark.slow
 def test_builds_killed_at_any_moment_end_with_the_bytes_of_an_undisturbed_one(tmp_path):
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    subprocess.run(command(tmp_path / "whole" / "d"), check=True, capture_output=True)
     rng = random.Random(time.time_ns())
     kills = 0
     while kills < 3:
-        process = subprocess.Popen(command(tmp_path / "killed"), stderr=subprocess.DEVNULL)
-        while process.poll() is None and not list(tmp_path.glob("killed/.unfinished-*/*.npy")):
+        process = subprocess.Popen(command(tmp_path / "killed" / "d"), stderr=subprocess.DEVNULL)
+        while process.poll() is None and not list(tmp_path.glob("killed/d/.unfinished-*/*.npy")):
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 1.5) if kills else 0)  # the first time there is something left to do for sure
         process.send_signal(signal.SIGKILL)
@@ -227,9 +218,9 @@ def test_builds_killed_at_any_moment_end_with_the_bytes_of_an_undisturbed_one(tm
             break
         kills += 1
     assert kills
-    subprocess.run(command(tmp_path / "killed"), check=True, capture_output=True)
+    subprocess.run(command(tmp_path / "killed" / "d"), check=True, capture_output=True)
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
-    assert sorted(files_of(tmp_path / "whole")) == ["heldout.parquet", "train.parquet"]
+    assert sorted(files_of(tmp_path / "whole")) == ["d/README.md", "d/heldout.parquet", "d/train.parquet"]
 
 
 def test_training_reads_the_images(tmp_path):
@@ -275,6 +266,21 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path):
         build(output=tmp_path / "file" / "d.parquet")
     with pytest.raises(ValueError, match="^output must be new or a dataset of responses, got .*file"):
         build(output=tmp_path / "file")
+
+
+def test_a_built_folder_is_a_dataset_with_its_splits(tmp_path):
+    sizes = {"num_train": 12, "num_heldout": 5, "size": 4, "element_order": 1, "strains": 0.1}
+    for name, seed in (("one", 0), ("other", 1)):
+        settings = {"output_dir": tmp_path / name / "designs", "seed": seed, **sizes}
+        main([part for key, value in settings.items() for part in (f"--{key}", str(value))])
+    # the two folders have one name: what is cached of one is not taken for the other
+    for name in ("one", "other", "one"):
+        folder = tmp_path / name / "designs"
+        splits = datasets.load_dataset(str(folder))
+        assert {split: len(rows) for split, rows in splits.items()} == {"train": 12, "heldout": 5}
+        stored = datasets.Dataset.from_parquet(str(folder / "train.parquet"))
+        np.testing.assert_array_equal(splits["train"]["response"], stored["response"])
+        assert ResponseSpec.of(splits["train"]) == ResponseSpec.of(stored)
 
 
 @pytest.mark.parametrize(("option", "value"), [("load_cases", "twist"), ("num_train", "0"), ("poisson", "0.7")])

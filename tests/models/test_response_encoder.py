@@ -218,3 +218,11 @@ def test_a_specification_without_fitting_statistics_is_refused(options, name):
 def test_a_response_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"^response must have shape \(B, \*\(2, 3\)\), got \(1, 3, 2\)"):
         encoder()(torch.zeros(1, 3, 2))
+
+
+def test_a_quantity_that_is_zero_for_all_is_normalised_to_zero():
+    response = torch.cat([torch.zeros(9, 1, 1), torch.rand(9, 1, 1)], dim=1)
+    for signed in (False, True):
+        normalisation = response_normalisation(response, signed)
+        model = encoder(spec={**SPEC, "strains": [[0.0]] * 2, "signed": signed}, **normalisation)
+        assert (model.normalise(response)[:, 0] == 0).all()

@@ -424,7 +424,9 @@ def test_a_prediction_that_is_not_finite_is_never_the_nearest(pipe, monkeypatch)
     predicted = torch.tensor([[math.nan, 1.0], [0.1, 1.2], [math.inf, 1.0], [9.0, 1.1]])[
         None, :, :, None
     ] * torch.tensor([1.0, 2.0, 3.0])
+    # the last is nearer in the second load case, and far from the zeros that the first is to have
     assert nearest_of(pipe, predicted, wanted, monkeypatch) == [1]
+    assert nearest_of(pipe, predicted[:, [2, 3]], wanted, monkeypatch) == [1]
     assert nearest_of(pipe, predicted[:, :2], 0 * wanted, monkeypatch) == [1]
 
 

@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file
 from scipy.stats import binomtest
 
-from mechdiffusers.mechanics import simulate
+from mechdiffusers.mechanics import ResponseSpec, simulate
 from mechdiffusers.mechanics.load_cases import LOAD_CASES
-from mechdiffusers.microstructures import random_composites
+from mechdiffusers.microstructures import dataset_from_responses, random_composites
+from mechdiffusers.microstructures.build_dataset.columns import dataset_of, grey_levels
+from mechdiffusers.microstructures.dataset_folder import write_dataset_folder
 from mechdiffusers.models import ResponseEncoder
 from mechdiffusers.models.response_predictor import SYMMETRIES
 from mechdiffusers.pipelines import LatentDDPMPipeline
@@ -23,7 +25,7 @@ from mechdiffusers.training.data import load_designs
 from mechdiffusers.training.denoiser import draw_latents
 from mechdiffusers.training.publish import model_card
 from mechdiffusers.training.randomness import StepRandomness
-from mechdiffusers.training.stages import run_stages
+from mechdiffusers.training.stages import check_stages, run_stages
 from mechdiffusers.training.train import train
 from small_runs import SPEC, assert_same_weights, conditional, responses_of, small, write_dataset
 
@@ -62,6 +64,19 @@ def test_a_folder_of_splits_gives_designs_with_responses_and_its_own_heldout_one
     np.testing.assert_array_equal(responses, responses_of(DESIGNS[16:]))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("other", [{"strains": [[0.4, 0.5, 0.6]] * 2}, {"solver": {"young_stiff": 1000.0}}])
+def test_a_heldout_split_whose_responses_have_another_specification_is_refused(tmp_path, other, streaming):
+    folder = write_dataset(tmp_path / "d")
+    spec = replace(SPEC, **other)
+    dataset_of(grey_levels(DESIGNS[:16]), responses_of(DESIGNS[:16]), {}, spec).to_parquet(folder / "heldout.parquet")
+    with pytest.raises(
+        ValueError, match=f"^all responses must have one specification, got heldout of .* with {next(iter(other))}"
+    ):
+        load(folder, streaming=streaming, num_train_designs=48)
+    assert load(folder / "heldout.parquet", num_heldout_designs=4).spec == spec
+
+
 def test_a_design_keeps_its_response_when_the_split_is_drawn_and_on_a_stream(dataset):
     of_image = {
         design.astype(np.uint8).tobytes(): response
@@ -74,6 +89,31 @@ def test_a_design_keeps_its_response_when_the_split_is_drawn_and_on_a_stream(dat
     pairs = [*drawn.train, *zip(drawn.heldout, drawn.heldout_response, strict=True), *islice(streamed.train, 40)]
     for image, response in pairs:
         np.testing.assert_array_equal(response, of_image[(image[0] // 255).numpy().tobytes()])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("never_known", [(1,), (1, 2)], ids=["load case", "strain"])
+def test_what_no_training_design_knows_is_refused_before_anything_is_trained(tmp_path, never_known, streaming):
+    folder = write_dataset(tmp_path / "d")  # whose held-out designs know all of it
+    response = responses_of(DESIGNS[16:])
+    response[:, *never_known] = math.nan
+    dataset_of(grey_levels(DESIGNS[16:]), response, {}, SPEC).to_parquet(folder / "train.parquet")
+    settings = {**conditional(folder), "streaming": streaming, "num_train_designs": 48}
+    strain = 0.1 if never_known == (1,) else 0.3
+    with pytest.raises(
+        ValueError, match=f"^responses must be known .* got only NaN for load case 'shear' at strain {strain}"
+    ):
+        train(small(tmp_path / "run", **settings))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_an_entry_that_one_training_design_knows_is_enough(tmp_path):
+    folder = write_dataset(tmp_path / "d")
+    response = responses_of(DESIGNS[16:])
+    response[:-2, 1] = math.nan
+    dataset_of(grey_levels(DESIGNS[16:]), response, {}, SPEC).to_parquet(folder / "train.parquet")
+    config = small(tmp_path, **conditional(folder))
+    check_stages(config, load_designs(config))
 
 
 def test_without_a_column_of_responses_there_are_none(dataset):
@@ -90,7 +130,7 @@ def test_the_column_of_responses_may_have_another_name(tmp_path):
         load(tmp_path / "d")
 
 
-def test_responses_that_lost_their_meaning_are_refused(dataset, tmp_path):
+def test_responses_that_lost_their_specification_are_refused(dataset, tmp_path):
     rows = datasets.load_dataset("parquet", data_files=str(dataset / "train.parquet"), split="train")
     rows = rows.cast_column("response", datasets.Array2D((2, 3), "float32"))
     rows.to_parquet(tmp_path / "lost.parquet")
@@ -181,7 +221,7 @@ def test_a_latent_is_drawn_from_either_view_as_often_and_never_from_a_mixture():
 def test_a_conditional_run_leaves_a_pipeline_that_knows_what_its_responses_mean(trained):
     pipe = LatentDDPMPipeline.from_pretrained(trained / "pipeline")
     pipe.set_progress_bar_config(disable=True)
-    assert pipe.response_encoder.config.spec == SPEC
+    assert pipe.response_encoder.config.spec == SPEC.to_dict()
     target = torch.from_numpy(responses_of(DESIGNS[1:3]))
     target[0, 1] = math.nan
     images = pipe(response=target, num_images_per_response=2, num_inference_steps=2, guidance_scale=2.0).images
@@ -239,3 +279,25 @@ def test_the_card_says_what_the_responses_mean(trained):
     assert "stress, in: modulus of the soft phase" in text
     assert "| `shear` | 0.1, 0.2, 0.3 |" in text
     assert "shape\n(B, 2, 3)" in text
+
+
+def test_signed_responses_without_a_curve_go_through_all_stages(tmp_path):
+    """Entries about zero, one of them zero for all designs, as symmetric stiffness tensors have."""
+    designs = random_composites(64, size=8)[0].astype(float)
+    coupling = designs[:, :4].mean((1, 2)) - designs[:, 4:].mean((1, 2))
+    response = np.stack([designs.mean((1, 2)), coupling, 0 * coupling], 1)[..., None]
+    assert (coupling < 0).any()
+    spec = ResponseSpec("stiffness", ["C11", "C16", "C26"], [[0.0]] * 3, units="GPa", signed=True)
+    dataset = dataset_from_responses(designs, response, spec)
+    splits = {"train": dataset.select(range(48)), "heldout": dataset.select(range(48, 64))}
+    write_dataset_folder(tmp_path / "data", splits)
+    settings = {**conditional(tmp_path / "data"), "random_half_turn": False, "random_reflections": False}
+    pipe = train(small(tmp_path / "run", **settings))
+    assert ResponseSpec.of(pipe) == spec
+    loaded = type(pipe).from_pretrained(tmp_path / "run" / "pipeline")
+    wanted = torch.tensor([[[0.5], [-0.2], [0.0]], [[0.3], [0.0], [math.nan]]])
+    images = loaded(wanted, num_inference_steps=2, num_candidates=2, num_refinements=1, output_type="np").images
+    assert np.isfinite(images).all()
+    assert loaded.predict_response(images).shape == (2, 3, 1)
+    card = (tmp_path / "run" / "metrics.json").read_text()
+    assert np.isfinite(json.loads(card)["predictor/response_error"])

@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.schedulers.log_snr_curve import alpha_sigma
 from mechdiffusers.training import parse_config
 from mechdiffusers.training.accelerators import stage_accelerator
@@ -304,6 +306,17 @@ def test_a_run_leaves_its_newest_figures(tmp_path):
     assert metrics["autoencoder/elbo_nats"] == pytest.approx(bound)
     assert metrics["autoencoder/elbo_bits_per_dim"] == pytest.approx(-bound / (8 * 8 * math.log(2)))
     assert 0 < metrics["denoiser/two_point_error"] < 1
+    assert metrics["denoiser/diversity_ratio"] >= 0
+
+
+def test_a_run_whose_samples_are_all_black_says_so(tmp_path, monkeypatch, caplog):
+    def black(self, batch_size, **options):
+        return SimpleNamespace(images=np.zeros((batch_size, 8, 8, 1)))
+
+    monkeypatch.setattr(LatentDDPMPipeline, "__call__", black)
+    train(small(tmp_path))
+    assert read_metrics(tmp_path, "denoiser")["diversity_ratio"] == 0
+    assert "the samples of step 6 have 0 of the diversity of the held-out designs" in caplog.text
 
 
 @pytest.mark.parametrize(

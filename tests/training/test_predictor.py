@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from mechdiffusers.microstructures import random_composites
 from mechdiffusers.microstructures.build_dataset.columns import dataset_of, grey_levels
 from mechdiffusers.models import ResponsePredictor
 from mechdiffusers.pipelines import LatentDDPMPipeline
+from mechdiffusers.training.data import load_designs
 from mechdiffusers.training.predictor import augment, symmetries
 from mechdiffusers.training.publish import model_card
 from mechdiffusers.training.randomness import StepRandomness
 from mechdiffusers.training.rehearsal import rehearse
+from mechdiffusers.training.stages import check_stages
 from mechdiffusers.training.train import train
 from small_runs import SPEC, conditional, responses_of, small, weights, write_dataset
 
@@ -87,7 +90,7 @@ def trained(dataset, tmp_path_factory):
 def test_a_run_with_responses_leaves_a_predictor_that_has_learned_them(trained):
     pipe = LatentDDPMPipeline.from_pretrained(trained / "pipeline")
     assert type(pipe.response_predictor) is ResponsePredictor
-    assert pipe.response_predictor.config.spec == SPEC
+    assert pipe.response_predictor.config.spec == SPEC.to_dict()
     for name in ("scale", "mean", "std"):  # a denoiser and a predictor of one run normalise alike
         assert pipe.response_predictor.config[name] == pipe.response_encoder.config[name]
     assert pipe.response_predictor.config.symmetries.keys() == {"half_turn", "mirror"}
@@ -153,15 +156,26 @@ def test_a_dry_run_counts_the_predictor_where_there_is_one(dataset, tmp_path):
     assert [line.split(":")[0] for line in lines[1:]] == ["autoencoder", "denoiser"]
 
 
-def test_reflections_of_load_cases_that_nobody_knows_are_refused_before_any_work(tmp_path):
+@pytest.mark.parametrize("setting", ["random_half_turn", "random_reflections"])
+@pytest.mark.parametrize("predictor_steps", [0, 6])
+def test_turned_designs_of_load_cases_that_nobody_knows_are_refused_before_any_work(tmp_path, setting, predictor_steps):
     designs, _ = random_composites(64, size=8)
-    dataset = dataset_of(grey_levels(designs), responses_of(designs), {}, {**SPEC, "load_cases": ["pull", "shear"]})
-    dataset.to_parquet(tmp_path / "designs.parquet")
+    spec = replace(SPEC, load_cases=["shear", "pull"], solver=None)
+    dataset_of(grey_levels(designs), responses_of(designs), {}, spec).to_parquet(tmp_path / "designs.parquet")
+    settings = conditional(tmp_path / "designs.parquet") | {"random_half_turn": False, "random_reflections": False}
+    settings |= {setting: True, "predictor_steps": predictor_steps}
+    known = "uniaxial_extension, .*, each also with the suffix _x"
     with pytest.raises(
-        ValueError, match="^random_reflections must be left out where nothing is known of them: .*'pull'"
+        ValueError, match=f"^{setting} must be left out where nothing is known of it: .* {known}, got 'pull'$"
     ):
-        train(small(tmp_path / "run", **conditional(tmp_path / "designs.parquet")))
+        train(small(tmp_path / "run", **settings))
     assert not (tmp_path / "run" / "checkpoints").exists()
+    check_stages(small(tmp_path, **settings | {setting: False}), load_designs(small(tmp_path, **settings)))
+
+
+def test_designs_without_responses_may_be_turned(tmp_path):
+    config = small(tmp_path, random_half_turn=True)
+    check_stages(config, load_designs(config))
 
 
 def test_a_batch_of_the_predictor_larger_than_the_data_is_refused_before_any_work(dataset, tmp_path):

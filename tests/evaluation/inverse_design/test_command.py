@@ -201,7 +201,7 @@ def test_a_folder_without_data_is_refused_in_one_sentence(conditional, composite
         ({"name": "a/b"}, "names must be 1 different names of files, one for each target, got .'a/b'."),
         (
             {"target": -np.ones((2, 3))},
-            "targets must not be negative where the specification is unsigned, got '-1' in ",
+            "targets must not be negative unless the specification is signed, got '-1' in ",
         ),
         ({"rows": 2}, "dataset must have as many solved designs as there are for a target, 3, got 2"),
         ({"size": 6}, r"dataset must have designs of the size \(8, 8\) of the designs, got \(6, 6\)"),

@@ -105,7 +105,7 @@ def test_the_error_of_a_tensor_is_a_tensor_with_the_gradient_of_its_differences(
     ("target", "message"),
     [
         (np.ones((2, 4)), r"target must have the shape \(B, L, S\) or \(L, S\) .* got \(2, 4\) for \(5, 3, 4\)"),
-        (np.full((3, 4), math.nan), "target must be finite, and given somewhere"),
+        (np.full((3, 4), math.nan), "target must be finite and given somewhere"),
         (np.full((3, 4), math.inf), "target must be finite"),
     ],
 )

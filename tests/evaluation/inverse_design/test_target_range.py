@@ -151,6 +151,19 @@ def test_p_values_of_signed_responses_are_as_uniform_as_two_scores_allow(signed_
         assert level / 2 - deviation <= np.mean(p_value <= level) <= level + deviation
 
 
+def test_signed_entries_that_follow_from_each_other_are_told_from_those_that_contradict():
+    def follows(num: int, seed: int) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        first, third = rng.normal(size=(2, num))
+        return np.stack([first, -0.3 * first + 0.02 * rng.normal(size=num), third], 1)[..., None]
+
+    reach = TargetRange(follows(1500, seed=0), follows(300, seed=1))
+    contradictory = follows(50, seed=3) * np.array([1.0, -1.0, 1.0])[:, None]
+    contradictory = contradictory[np.abs(contradictory[:, 0, 0]) > 0.5]
+    assert (reach.check(contradictory, level=0).p_value < 0.02).all()
+    assert reach.check(np.array([[[0.0], [0.0], [math.nan]]]), level=0).p_value > 0.1
+
+
 @pytest.mark.parametrize(
     "impossible",
     [[2.0, 2.0, 0.0], [2.0, -2.0, 0.0], [-2.0, 0.0, 0.0], [30.0, 0.0, 0.0], [2.0, 0.0, 1.0], [math.nan, 2.0, 0.0]],

@@ -73,10 +73,15 @@ def test_rows_may_come_in_any_order_with_spaces_and_blank_lines(tmp_path):
             r"targets must have 4 cells in a row, and points in numbers, got \['a', 'shear', '0.1'\] in row 2 of ",
         ),
         (HEADER + "a,shear,nan,1\n", "targets must have finite numbers, got strain 'nan' in row 2 of targets.csv$"),
+        (
+            HEADER + "a,shear,-0.1,1\n",
+            "targets must be given at one at least of the strains .* got none for shear of 'a'",
+        ),
+        (HEADER + "a,shear,,1\n", "targets must be given at one at least of the strains .* got none for shear of 'a'"),
         (HEADER + "a,shear,0.1,inf\n", "targets must have finite numbers, got 'inf' in row 2 of targets.csv$"),
         (
             HEADER + "a,shear,0.1,-1\n",
-            "targets must not be negative where the specification is unsigned, got '-1' in row 2 of targets.csv",
+            "targets must not be negative unless the specification is signed, got '-1' in row 2 of targets.csv",
         ),
         (
             HEADER + "a,shear,0.1,1 MPa\n",
@@ -97,7 +102,7 @@ def test_rows_may_come_in_any_order_with_spaces_and_blank_lines(tmp_path):
         ),
         (
             HEADER + "\na,shear,0.1,1\n\na,shear,0.2,-2\n",
-            "targets must not be negative where the specification is unsigned, got '-2' in row 5",
+            "targets must not be negative unless the specification is signed, got '-2' in row 5",
         ),
         (
             HEADER.replace(",", ";") + "a;shear;0,1;1\n",

@@ -175,8 +175,8 @@ def test_a_report_is_saved_under_fit_names_alone(report, tmp_path):
             "designs must have shape .* each of 2 targets",
         ),
         ({"target": np.ones((3, 3))}, r"target must have shape \(T, 2, 3\): the load cases \['uniaxial_extension', "),
-        ({"target": np.full((2, 3), np.nan)}, "target must be finite, and given somewhere"),
-        ({"target": np.full((2, 3), np.inf)}, "target must be finite, and given somewhere"),
+        ({"target": np.full((2, 3), np.nan)}, "target must be finite and given somewhere"),
+        ({"target": np.full((2, 3), np.inf)}, "target must be finite and given somewhere"),
         ({"target": -np.ones((2, 3))}, "target must be non-negative, since its specification is unsigned, got -1$"),
         (
             {"spec": {"load_cases": ["shear"]}},
@@ -290,7 +290,7 @@ def test_a_figure_shows_negative_responses_and_single_values(monkeypatch, tmp_pa
     for line in axes.lines:
         (value,) = line.get_ydata()
         assert axes.get_ylim()[0] < value < axes.get_ylim()[1]
-        assert line.get_marker() in (".", "o")
+        assert line.get_marker() in ("s", "o")
     assert sorted(line.get_ydata().item() for line in axes.lines) == [-3, -2, -1]
 
 
