@@ -3,7 +3,7 @@ r"""Selects the designs whose curves have the wanted shape, whatever their heigh
 A few pixels can change how stiff a design is in each load case, but hardly the shape of its curves. The shape error of
 a curve :math:`y` is what remains of its error when it is scaled by the best factor,
 
-.. math:: \min_s \|s \, y - y^*\|_2 / \|y^*\|_2,
+.. math:: \min_{s \ge 0} \|s \, y - y^*\|_2 / \|y^*\|_2,
 
 and that of a design is the mean over load cases. First-order elements predict it well: they are too stiff, but by
 nearly the same factor all along a curve.
@@ -42,7 +42,8 @@ def curve_shape_error(response: np.ndarray, target: np.ndarray) -> np.ndarray:
     found, wanted = as_array(response, "response"), as_array(target, "target")
     response_error(found, wanted)  # refuses what does not fit
     both, square = (np.where(np.isnan(wanted), 0.0, found * other).sum(-1, keepdims=True) for other in (wanted, found))
-    return response_error(found * np.divide(both, square, out=np.ones_like(square), where=square != 0), wanted)
+    factor = np.divide(both, square, out=np.ones_like(square), where=square != 0)
+    return response_error(found * np.where(factor < 0, 0.0, factor), wanted)  # NaN stays
 
 
 def nearest_in_curve_shape(

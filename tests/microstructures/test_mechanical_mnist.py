@@ -211,7 +211,7 @@ def test_a_folder_that_exists_and_a_split_without_rows_are_refused_and_nothing_i
 
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="no published data: set MECHANICAL_MNIST_DIR to their folder")
 @pytest.mark.slow
-def test_the_heldout_designs_have_the_published_energies_by_the_meaning_that_travels_with_them(tmp_path):
+def test_the_heldout_designs_have_the_published_energies_by_the_specification_that_travels_with_them(tmp_path):
     arguments = ["--folder", str(PUBLISHED), "--output_dir", str(tmp_path / "dataset")]
     main([*arguments, "--load_case", "uniaxial_extension"])
     assert len(split(tmp_path / "dataset", "train")) == 7500

@@ -1,5 +1,6 @@
 """From designs to responses, by a network."""
 
+import json
 import math
 
 import pytest
@@ -109,6 +110,18 @@ def test_it_comes_back_from_disk_with_its_specification_and_weights_rounded_to_h
     assert loaded.config.spec == SPEC
 
 
+def test_a_checkpoint_of_the_first_edition_calls_its_specification_meaning(tmp_path):
+    model, images = predictor(symmetries=SYMMETRIES).half().float(), torch.rand(2, 1, 8, 8)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["meaning"] = config.pop("spec")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = ResponsePredictor.from_pretrained(tmp_path)
+    assert torch.equal(loaded.predict(images), model.predict(images))
+    assert loaded.config.spec == SPEC
+    assert "meaning" not in loaded.config
+
+
 def test_it_tells_rows_from_columns_and_places_apart():
     """Of a bar no average over places says where it is."""
     bar = torch.zeros(1, 1, 8, 8)
@@ -143,6 +156,32 @@ def test_it_learns_an_analytic_response():
     error = ((found - responses[256:]) / responses[256:]).abs().mean()
     spread = ((responses[:256].mean(0) - responses[256:]) / responses[256:]).abs().mean()
     assert error < 0.1 < spread / 3
+
+
+def test_it_learns_a_signed_scalar():
+    """The difference of the volume fractions of the halves, and one hundredth of it with the other sign."""
+    generator = torch.Generator().manual_seed(0)
+    fraction = torch.rand(320, 1, 2, generator=generator).repeat_interleave(4, -1)
+    designs = (torch.rand(320, 8, 8, generator=generator) < fraction).float()
+    difference = designs[:, :, :4].mean((1, 2)) - designs[:, :, 4:].mean((1, 2))
+    responses = difference[:, None, None] * torch.tensor([[1.0], [-0.01]])
+    spec = {"quantity": "imbalance", "load_cases": ["one", "other"], "strains": [[0.0], [0.0]], "signed": True}
+    normalisation = response_normalisation(responses[:256], signed=True)
+    model = predictor(block_out_channels=(8, 8), spec=spec, **normalisation)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    images, wanted = designs[:, None], encoder_of(model).normalise(responses)
+    for _ in range(150):
+        batch = torch.randint(256, (64,), generator=generator)
+        loss = (model(images[batch]) - wanted[batch]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    found, known = model.eval().predict(images[256:]).detach(), responses[256:]
+    error, spread = ((found - known).square().mean(0).sqrt(), known.std(0))
+    assert (error < 0.25 * spread).all()
+    clear = known.abs() > 0.5 * spread
+    assert (clear & (known < 0)).any(0).all()
+    assert (found.sign() == known.sign())[clear].all()
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,19 @@ def other(part: torch.nn.Module, **changes: object) -> torch.nn.Module:
     return type(part).from_config({**part.config, **changes})
 
 
+def test_a_specification_of_the_first_edition_says_that_responses_are_not_signed(make_pipeline):
+    pipe = make_pipeline(predictor=True)
+    for signed in (False, True):
+        spec = {**pipe.response_encoder.config.spec, "signed": signed}
+        parts = {**pipe.components, "response_encoder": other(pipe.response_encoder, spec=spec)}
+        if signed:
+            message = "^response_predictor must predict the responses .* got another signed: None, not True"
+            with pytest.raises(ValueError, match=message):
+                LatentDDPMPipeline(**parts)
+        else:
+            LatentDDPMPipeline(**parts)
+
+
 def test_parts_that_do_not_fit_are_refused_by_name(make_pipeline):
     pipe = make_pipeline(predictor=True)
     config = pipe.response_encoder.config
@@ -47,7 +60,7 @@ def test_parts_that_do_not_fit_are_refused_by_name(make_pipeline):
         message = f"response_predictor must normalise responses as response_encoder does, got another {name}: "
         refuse(message, response_predictor=wrong)
     refuse(
-        "response_predictor must predict the responses of response_encoder, got another quantity: .* not None",
+        "response_predictor must predict the responses of response_encoder, got another quantity: 'stress', not None",
         response_encoder=ResponseEncoder(token_dim=6),
     )
 

@@ -273,7 +273,11 @@ def test_a_grid_in_the_log_snr_may_have_more_steps_than_training(pipe):
         ({"response": torch.full((1, 2, 3), math.nan)}, "response must be finite somewhere"),
         ({"response": torch.full((1, 2, 3), math.inf)}, "response must be finite somewhere"),
         ({"response": torch.zeros(0, 2, 3)}, "response must be finite somewhere"),
-        ({"response": -torch.ones(1, 2, 3)}, "response must be non-negative, .* got -1 in sample 0, load case 'uniax"),
+        (
+            {"response": torch.tensor([[[1.0, 2.0, 3.0], [1.0, math.nan, -4.0]]])},
+            "response must be non-negative, since this checkpoint was trained without a sign; got -4 in sample 0, load "
+            "case 'shear'",
+        ),
         ({"response": "stiff"}, "response must be a tensor or array of numbers, got str"),
         ({"response": 1j * torch.ones(1, 2, 3)}, "response must be a tensor or array of numbers, got Tensor"),
         ({"response": np.ones((1, 2, 3), bool)}, "response must be a tensor or array of numbers, got ndarray"),
@@ -288,41 +292,85 @@ def test_a_response_of_another_kind_is_refused(make_pipeline, arguments, message
         make_pipeline(conditional=True)(**arguments)
 
 
-@pytest.mark.parametrize(
-    "change", [{"units": "MPa"}, {"load_cases": ["shear", "uniaxial_extension"]}, {"signed": True}]
-)
-def test_a_response_of_another_specification_is_refused(make_pipeline, change):
+@pytest.mark.parametrize("response", [[[1.0, 2.0, 3.0], [0.0, math.nan, 0.0]], [[0.0] * 3, [math.nan] * 3]])
+def test_a_response_may_be_zero_all_along_a_load_case(make_pipeline, response):
+    """That is not the same as an unspecified one."""
     pipe = make_pipeline(conditional=True)
-    (key,) = change
-    with pytest.raises(ValueError, match=f"^spec must agree with what .* was trained for, got {key} "):
-        pipe(response=torch.ones(1, 2, 3), spec=replace(ResponseSpec.of(pipe), **change))
+    zero = torch.tensor([response])
+    unspecified = torch.where(zero == 0, math.nan, zero)
+    unspecified = None if unspecified.isnan().all() else unspecified
+    found, other = (latents_of(pipe, response=wanted, generator=generators(1)) for wanted in (zero, unspecified))
+    assert found.isfinite().all()
+    assert not torch.equal(found, other)
 
 
-def test_what_is_no_specification_or_of_a_checkpoint_without_responses_is_refused(pipe, make_pipeline):
+def signed_pipeline(make_pipeline, signed: bool = True):
+    """A pipeline with a predictor whose responses may be negative."""
+    pipe = make_pipeline(predictor=True)
+    for name in ("response_encoder", "response_predictor"):
+        part = getattr(pipe, name)
+        again = type(part).from_config({**part.config, "spec": {**part.config.spec, "signed": signed}}).eval()
+        again.load_state_dict(part.state_dict())
+        pipe.register_modules(**{name: again})
+    return pipe
+
+
+def test_a_negative_response_is_followed_where_the_specification_is_signed(make_pipeline):
+    response = torch.tensor([[[1.0, 2.0, 3.0], [-1.0, 0.0, -3.0]]])
+    with pytest.raises(ValueError, match="^response must be non-negative"):
+        signed_pipeline(make_pipeline, signed=False)(response=response)
+    pipe = signed_pipeline(make_pipeline)
+    options = {"num_candidates": 2, "num_refinements": 1}
+    found, other = (
+        latents_of(pipe, response=wanted, generator=generators(1), **options) for wanted in (response, response.abs())
+    )
+    assert found.isfinite().all()
+    assert not torch.equal(found, other)
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"quantity": "energy"}, "quantity 'energy', not 'stress'"),
+        ({"units": "MPa"}, "units 'MPa', not 'modulus of the soft phase'"),
+        ({"load_cases": ["shear", "uniaxial_extension"]}, r"load_cases \['shear', .* not \['uniaxial_extension', "),
+        ({"strains": [[0.1, 0.2, 0.4]] * 2}, r"strains \[\[0.1, 0.2, 0.4\], .* not \[\[0.1, 0.2, 0.3\], "),
+        ({"signed": True}, "signed True, not False"),
+        ({"solver": {}}, "solver {'element_order': 2, .*}, not None"),
+    ],
+)
+def test_a_response_of_another_specification_is_refused(make_pipeline, change, difference):
+    pipe = make_pipeline(conditional=True)
+    spec = replace(ResponseSpec.of(pipe), **change)
+    with pytest.raises(
+        ValueError, match=f"^spec must agree with what response_encoder was trained for, got {difference}"
+    ):
+        pipe(response=torch.ones(1, 2, 3), spec=spec)
+
+
+def test_a_specification_that_is_none_or_for_a_checkpoint_without_responses_is_refused(pipe, make_pipeline):
     conditional = make_pipeline(conditional=True)
     spec = ResponseSpec.of(conditional)
     with pytest.raises(ValueError, match="^response must be None: this checkpoint was trained without responses"):
         pipe(response=torch.ones(1, 2, 3), spec=spec)
     with pytest.raises(ValueError, match="^spec must be None: this checkpoint was trained without responses"):
         pipe(spec=spec)
-    with pytest.raises(ValueError, match="^spec must be a ResponseSpec, as .* got 'stress'"):
-        conditional(response=torch.ones(1, 2, 3), spec="stress")
+    for other in ("stress", spec.to_dict()):
+        message = f"^spec must be a ResponseSpec, as .* got {re.escape(repr(other))}"
+        with pytest.raises(ValueError, match=message):
+            conditional(response=torch.ones(1, 2, 3), spec=other)
 
 
-def test_a_response_of_the_specification_of_the_checkpoint_is_taken(make_pipeline):
+def test_a_response_of_the_specification_of_the_checkpoint_is_taken_to_nine_digits(make_pipeline):
     pipe = make_pipeline(conditional=True)
-    spec = ResponseSpec.of(pipe)
-    spec = replace(spec, strains=np.array(spec.strains) * (1 + 1e-15))  # such as np.linspace gives
+    stored = ResponseSpec.of(pipe)
+    spec = replace(stored, strains=np.array(stored.strains) * (1 + 1e-15))  # such as np.linspace gives
+    assert spec != stored
     found, expected = (
         latents_of(pipe, response=torch.ones(2, 2, 3), generator=generators(2), **options)
         for options in ({"spec": spec}, {})
     )
     torch.testing.assert_close(found, expected)
-
-
-def test_a_response_may_be_zero_all_along_a_load_case(make_pipeline):
-    pipe = make_pipeline(conditional=True)
-    assert len(pipe(response=torch.zeros(1, 2, 3), num_inference_steps=2, generator=generators(1)).images) == 1
 
 
 def test_a_view_of_an_array_is_a_response(make_pipeline):

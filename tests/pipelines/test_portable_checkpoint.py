@@ -114,7 +114,7 @@ def test_a_conditional_checkpoint_answers_in_plain_diffusers(make_pipeline, tmp_
         generator = torch.manual_seed(0)
         images = pipe(response=torch.ones(2, 2, 3), num_inference_steps=2, generator=generator, output_type="pt").images
         assert torch.equal(images, torch.load("expected.pt"))
-        assert pipe.response_encoder.config.spec.quantity == "stress"
+        assert pipe.response_encoder.config.spec["quantity"] == "stress"
     """
     plain_diffusers(script)
 

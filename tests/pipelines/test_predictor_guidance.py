@@ -411,12 +411,20 @@ def test_candidates_are_chosen_by_the_error_that_designs_are_judged_by(pipe, mon
     assert nearest_of(pipe, predicted, wanted, monkeypatch) == error.argmin(1).tolist()
 
 
-def test_a_load_case_of_zeros_decides_and_a_prediction_that_is_not_finite_does_not(pipe, monkeypatch):
+def test_candidates_for_a_target_of_zeros_are_chosen_by_the_error_that_designs_are_judged_by(pipe, monkeypatch):
+    zeros = torch.tensor([[[0.0, math.nan, 0.0], [1.0, 2.0, 3.0]], [[0.0, 0.0, 0.0], [0.0, 0.0, math.nan]]])
+    wanted = zeros.repeat(20, 1, 1)
+    predicted = wanted.nan_to_num(5.0)[:, None] + torch.randn(40, 16, 2, 3, generator=seeded())
+    error = torch.stack([response_error(found, target) for found, target in zip(predicted, wanted, strict=True)])
+    assert nearest_of(pipe, predicted, wanted, monkeypatch) == error.argmin(1).tolist()
+
+
+def test_a_prediction_that_is_not_finite_is_never_the_nearest(pipe, monkeypatch):
     wanted = torch.tensor([[[0.0, math.nan, 0.0], [1.0, 2.0, 3.0]]])
     predicted = torch.tensor([[math.nan, 1.0], [0.1, 1.2], [math.inf, 1.0], [9.0, 1.1]])[
         None, :, :, None
     ] * torch.tensor([1.0, 2.0, 3.0])
-    # the last but one is nearer in the second load case, and far from the zeros that the first is to have
+    # the last is nearer in the second load case, and far from the zeros that the first is to have
     assert nearest_of(pipe, predicted, wanted, monkeypatch) == [1]
     assert nearest_of(pipe, predicted[:, [2, 3]], wanted, monkeypatch) == [1]
     assert nearest_of(pipe, predicted[:, :2], 0 * wanted, monkeypatch) == [1]
@@ -532,7 +540,7 @@ def test_a_predictor_of_other_responses_is_refused(pipe):
     spec = {**pipe.response_predictor.config.spec, "units": "another modulus"}
     parts["response_predictor"] = ResponsePredictor.from_config({**pipe.response_predictor.config, "spec": spec})
     with pytest.raises(
-        ValueError, match="^response_predictor must predict .* got another units: 'another modulus', not 'modulus of"
+        ValueError, match="^response_predictor must predict the responses of .* got another units: 'another modulus', "
     ):
         LatentDDPMPipeline(**parts)
 

@@ -35,15 +35,19 @@ def edit(path: Path, change) -> None:
 
 
 def of_the_earlier_layout(folder: Path, target: Path) -> Path:
-    """A checkpoint as it was saved before: the index says what the decoder means, and no denoiser its schedule."""
+    """A checkpoint as it was saved before.
+
+    The index says what the decoder means, no denoiser says its schedule, and a specification is called ``meaning``.
+    """
     shutil.copytree(folder, target)
     vae = json.loads((folder / "vae" / "config.json").read_text())
-    spec = {name: vae[f"_{name}"] for name in ("decoder_likelihood", "decoder_scale")}
-    edit(target / "model_index.json", lambda index: (index.update(spec), index.pop("auto_map")))
-    edit(target / "vae" / "config.json", lambda config: [config.pop(f"_{name}") for name in spec])
+    decoder = {name: vae[f"_{name}"] for name in ("decoder_likelihood", "decoder_scale")}
+    edit(target / "model_index.json", lambda index: (index.update(decoder), index.pop("auto_map")))
+    edit(target / "vae" / "config.json", lambda config: [config.pop(f"_{name}") for name in decoder])
     edit(target / "unet" / "config.json", lambda config: config.pop("_training_schedule"))
     for name in ("response_encoder", "response_predictor"):
         edit(target / name / "config.json", lambda config: config.pop("auto_map"))
+        edit(target / name / "config.json", lambda config: config.update(meaning=config.pop("spec")))
     for name in ("continuous_diffusion", "predictor_guidance", "response_conditioning", "trained_noise_schedule"):
         (target / f"{name}.py").write_text("raise RuntimeError('the code of an earlier version runs')")
     return target
@@ -86,6 +90,20 @@ def test_a_checkpoint_of_the_earlier_layout_gives_the_same_images_and_is_saved_i
     assert torch.equal(two_images(loaded), two_images(released))
     loaded.save_pretrained(tmp_path / "again")
     assert files_of(tmp_path / "again") == files_of(CHECKPOINTS / name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_of_the_first_edition_has_the_specification_of_the_released_one(name, tmp_path):
+    """It says nothing of signs, since no response had one."""
+    earlier = of_the_earlier_layout(CHECKPOINTS / name, tmp_path / "earlier")
+    for part in ("response_encoder", "response_predictor"):
+        edit(earlier / part / "config.json", lambda config: config["meaning"].pop("signed"))
+    loaded = LatentDDPMPipeline.from_pretrained(earlier)
+    released = LatentDDPMPipeline.from_pretrained(CHECKPOINTS / name)
+    assert ResponseSpec.of(loaded) == ResponseSpec.of(released)
+    assert not ResponseSpec.of(loaded).signed
+    loaded.response_encoder.check_spec(ResponseSpec.of(released))
+    assert torch.equal(two_images(loaded), two_images(released))
 
 
 def test_a_checkpoint_of_the_earlier_layout_knows_what_its_denoiser_was_trained_for(tmp_path):

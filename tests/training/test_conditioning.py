@@ -130,7 +130,7 @@ def test_the_column_of_responses_may_have_another_name(tmp_path):
         load(tmp_path / "d")
 
 
-def test_responses_that_lost_their_meaning_are_refused(dataset, tmp_path):
+def test_responses_that_lost_their_specification_are_refused(dataset, tmp_path):
     rows = datasets.load_dataset("parquet", data_files=str(dataset / "train.parquet"), split="train")
     rows = rows.cast_column("response", datasets.Array2D((2, 3), "float32"))
     rows.to_parquet(tmp_path / "lost.parquet")

@@ -1,4 +1,5 @@
 import csv
+import json
 from importlib import import_module
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mechdiffusers.evaluation.inverse_design import (
     load_split,
     nearest_in_curve_shape,
     read_targets,
+    response_error,
     stored_designs,
     stored_responses,
     write_targets,
@@ -197,9 +199,13 @@ def test_a_folder_without_data_is_refused_in_one_sentence(conditional, composite
     ("changes", "message"),
     [
         ({"name": "a/b"}, "names must be 1 different names of files, one for each target, got .'a/b'."),
+        (
+            {"target": -np.ones((2, 3))},
+            "targets must not be negative unless the specification is signed, got '-1' in ",
+        ),
         ({"rows": 2}, "dataset must have as many solved designs as there are for a target, 3, got 2"),
         ({"size": 6}, r"dataset must have designs of the size \(8, 8\) of the designs, got \(6, 6\)"),
-        ({"young_stiff": 10.0}, "dataset must have responses of the specification of the target, got solver"),
+        ({"young_stiff": 10.0}, "dataset must have responses of the specification of the target, got solver "),
         ({"num_designs": "0"}, "num_designs must be an integer of at least 1, got 0"),
     ],
 )
@@ -228,6 +234,24 @@ def test_what_cannot_be_verified_is_not_generated(conditional, composites, tmp_p
         main(["design", str(tmp_path / "t.csv"), *folders, "--num_designs", changes.get("num_designs", "3")])
 
 
+@pytest.mark.filterwarnings("ignore::mechdiffusers.evaluation.inverse_design.OutOfRangeWarning")
+@pytest.mark.parametrize("target", [[[0.0], [1.0]], [[0.0, 1.0, 2.0]] * 2, [[0.0]] * 2])
+def test_a_target_may_be_zero_somewhere_along_a_load_case_or_everywhere(conditional, composites, tmp_path, target):
+    conditional.save_pretrained(tmp_path / "checkpoint")
+    composites.select(range(16)).to_parquet(tmp_path / "train.parquet")
+    composites.select(range(16, 24)).to_parquet(tmp_path / "heldout.parquet")
+    target = np.broadcast_to(target, (2, 3))
+    write_targets(tmp_path / "t.csv", {"a": target}, ResponseSpec.of(composites))
+    folders = ["--checkpoint", str(tmp_path / "checkpoint"), "--dataset", str(tmp_path)]
+    options = ["--num_designs", "2", "--num_inference_steps", "2", "--output_dir", str(tmp_path / "out")]
+    main(["design", str(tmp_path / "t.csv"), *folders, *options])
+    content = json.loads((tmp_path / "out" / "verification.json").read_text())
+    assert content["targets"] == [target.tolist()]
+    found = np.array([row["error"] for row in content["designs"]])
+    np.testing.assert_allclose(found, response_error(np.array(content["responses"]), target), rtol=1e-12)
+    np.testing.assert_allclose(content["reach"]["nearest_error"], content["retrieval"]["error"][0][0], rtol=1e-12)
+
+
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_generated(
     conditional, composites, tmp_path, monkeypatch
 ):
@@ -241,7 +265,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_generate
 
 
 def test_the_shipped_targets_are_three_and_given_at_all_strains_of_the_released_dataset():
-    spec = ResponseSpec.of(load_split(ROOT / "data" / "composites-32", "heldout"))
+    spec = ResponseSpec.of(load_split(ROOT / "data" / "composites-32", "train"))
     names, targets = read_targets(ROOT / "examples" / "targets.csv", spec)
     assert names == ["balanced", "stiff_along_y", "from_no_design"]
     assert np.isfinite(targets).all()

@@ -9,7 +9,7 @@ import torch
 from mechdiffusers.evaluation.inverse_design import refine, response_error
 from mechdiffusers.evaluation.inverse_design.interface_flips import interface_length, lengthening, sets_of_flips
 from mechdiffusers.evaluation.inverse_design.refine import _kriged
-from mechdiffusers.mechanics import ResponseSpec, response_spec
+from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.microstructures import random_composites
 
 SPEC = ResponseSpec(
@@ -23,12 +23,25 @@ SPEC = ResponseSpec(
 FINER = replace(SPEC, solver={**SPEC.solver, "element_order": 2})
 
 
-#: Made here, so that it stays what it is where a test stands in for our simulator.
-FIRST_ORDER = SPEC.simulator()
+exact = SPEC.simulator()
 
 
-def exact(designs):
-    return FIRST_ORDER(designs)
+class CountedSimulator:
+    """Stands for ``ResponseSpec.simulator``: a function at each element order, and the designs that each was given."""
+
+    def __init__(self, monkeypatch, at_order) -> None:
+        self.simulated = {1: [], 2: []}
+
+        def simulator(spec, *, element_order=None, device=None, progress=False):
+            order = element_order or spec.solver["element_order"]
+
+            def simulate(designs):
+                self.simulated[order] += [design.tobytes() for design in designs]
+                return at_order[order](designs)
+
+            return simulate
+
+        monkeypatch.setattr(ResponseSpec, "simulator", simulator)
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +64,9 @@ def test_the_errors_that_come_back_are_those_of_the_designs_and_never_grow(quest
     assert (refined.error[:, -1] < 0.5 * refined.error[:, 0]).all()
 
 
-def test_what_is_known_of_the_designs_is_not_simulated_again(question, monkeypatch) -> None:
+def test_what_is_known_of_the_designs_is_not_simulated_again(question) -> None:
     designs, targets = question
-    known, simulated = exact(designs), []
+    simulated: list[int] = []
 
     def counted(chosen):
         simulated.append(len(chosen))
@@ -61,7 +74,7 @@ def test_what_is_known_of_the_designs_is_not_simulated_again(question, monkeypat
 
     expected = refine(designs, targets, SPEC, exact, simulator=counted, num_rounds=2)
     of_all = [simulated.pop() for _ in list(simulated)][::-1]
-    refined = refine(designs, targets, SPEC, exact, simulator=counted, response=known, num_rounds=2)
+    refined = refine(designs, targets, SPEC, exact, simulator=counted, response=exact(designs), num_rounds=2)
     np.testing.assert_array_equal(refined.designs, expected.designs)
     assert of_all == [2, *simulated]
 
@@ -79,48 +92,41 @@ def predictor():
     return predict
 
 
-def test_coarse_simulations_bring_designs_nearer_by_as_few_of_the_specification(question, monkeypatch) -> None:
+def test_coarse_simulations_bring_designs_nearer_by_as_few_of_the_spec(question, monkeypatch) -> None:
     designs = question[0]
-    targets = FINER.simulator()(np.asarray(random_composites(4, size=6, seed=3)[0][2:], dtype=np.float64))
-    simulated, simulate = {1: 0, 2: 0}, response_spec._simulated
-
-    def counted(spec, chosen, **options):
-        simulated[spec.solver["element_order"]] += len(chosen)
-        return simulate(spec, chosen, **options)
-
-    monkeypatch.setattr(response_spec, "_simulated", counted)
+    fine = FINER.simulator()
+    targets = fine(np.asarray(random_composites(4, size=6, seed=3)[0][2:], dtype=np.float64))
+    counted = CountedSimulator(monkeypatch, {order: SPEC.simulator(element_order=order) for order in (1, 2)})
     refined = refine(designs, targets, FINER, exact, num_rounds=1, num_coarse_steps=4)
-    assert simulated[2] <= 2 * (1 + 1)
-    assert 2 < simulated[1] <= 2 * (1 + 4)
-    of_them = FINER.simulator()(refined.designs.astype(np.float64))
+    assert len(counted.simulated[2]) <= 2 * (1 + 1)
+    assert 2 < len(counted.simulated[1]) <= 2 * (1 + 4)
+    of_them = fine(refined.designs.astype(np.float64))
     np.testing.assert_allclose(refined.error[:, -1], response_error(of_them, targets), rtol=1e-9)
     assert (np.diff(refined.error) <= 0).all()
     without = refine(designs, targets, FINER, exact, num_rounds=1, num_coarse_steps=0)
     assert refined.error[:, -1].mean() < 0.5 * without.error[:, -1].mean()
 
 
-class Simulator:
-    """Stands for the simulator: responses of first-order elements times a factor of each load case at each order."""
+def stand_in(monkeypatch, coarse=1.0, fine=1.0, lost=lambda order, design: False) -> CountedSimulator:
+    """Responses of first-order elements times a factor of each load case at each order, in the place of our solver."""
 
-    def __init__(self, monkeypatch, coarse=1.0, fine=1.0, lost=lambda order, design: False) -> None:
-        self.factor, self.lost = {1: np.broadcast_to(coarse, (2, 1)), 2: np.broadcast_to(fine, (2, 1))}, lost
-        self.simulated = {1: [], 2: []}
-        monkeypatch.setattr(response_spec, "_simulated", self)
+    def at_order(order, factor):
+        def simulate(designs):
+            missing = np.array([lost(order, design) for design in designs])
+            return np.where(missing[:, None, None], np.nan, exact(designs) * np.broadcast_to(factor, (2, 1)))
 
-    def __call__(self, spec, designs, **_):
-        order = spec.solver["element_order"]
-        self.simulated[order] += [design.tobytes() for design in designs]
-        lost = np.array([self.lost(order, design) for design in designs])
-        return np.where(lost[:, None, None], np.nan, FIRST_ORDER(designs) * self.factor[order])
+        return simulate
+
+    return CountedSimulator(monkeypatch, {1: at_order(1, coarse), 2: at_order(2, fine)})
 
 
 def test_what_first_order_elements_are_always_wrong_by_does_not_matter(question, predictor, monkeypatch) -> None:
     designs, targets = question
     options = {"response": exact(designs), "num_rounds": 1, "num_coarse_steps": 3}
-    Simulator(monkeypatch)
+    stand_in(monkeypatch)
     right = refine(designs, targets, FINER, predictor, **options)
     factor = np.array([[1.5], [0.7]])
-    Simulator(monkeypatch, coarse=factor)
+    stand_in(monkeypatch, coarse=factor)
     wrong = refine(designs, targets, FINER, lambda chosen: predictor(chosen) * factor, **options)
     np.testing.assert_array_equal(wrong.designs, right.designs)
     np.testing.assert_allclose(wrong.error, right.error, rtol=1e-9)
@@ -131,7 +137,7 @@ def test_what_first_order_elements_are_always_wrong_by_does_not_matter(question,
 def test_a_design_that_is_not_solved_at_either_order_stays(question, predictor, monkeypatch, order) -> None:
     designs, targets = question
     start = designs[0].astype(np.float64)
-    simulator = Simulator(monkeypatch, lost=lambda at, design: at == order and (design == start).all())
+    simulator = stand_in(monkeypatch, lost=lambda at, design: at == order and (design == start).all())
     refined = refine(designs, targets, FINER, predictor, num_rounds=1, num_coarse_steps=2)
     np.testing.assert_array_equal(refined.designs[0], designs[0])
     assert refined.error[1, 1] < refined.error[1, 0]
@@ -142,10 +148,10 @@ def test_a_design_that_is_not_solved_at_either_order_stays(question, predictor, 
         assert refined.error[0, 0] == refined.error[0, 1]
 
 
-def test_a_chain_leaves_a_design_that_is_not_solved_at_the_full_order(question, predictor, monkeypatch) -> None:
+def test_a_chain_leaves_a_design_that_is_not_solved_at_the_order_of_the_spec(question, predictor, monkeypatch) -> None:
     designs, targets = question
     start = designs[0].astype(np.float64)
-    simulator = Simulator(monkeypatch, lost=lambda order, design: order == 2 and (design != start).any())
+    simulator = stand_in(monkeypatch, lost=lambda order, design: order == 2 and (design != start).any())
     refined = refine(designs[:1], targets[0], FINER, predictor, num_rounds=3, num_coarse_steps=1)
     np.testing.assert_array_equal(refined.designs[0], designs[0])
     assert (refined.error == refined.error[0, 0]).all()
@@ -164,7 +170,7 @@ def test_a_design_does_not_depend_on_those_after_it_and_tensors_come_back_as_ten
     question, predictor, order
 ) -> None:
     designs, targets = question
-    spec, options = replace(SPEC, solver={"element_order": order}), {"num_rounds": 1, "num_coarse_steps": 2}
+    spec, options = {1: SPEC, 2: FINER}[order], {"num_rounds": 1, "num_coarse_steps": 2}
     both = refine(torch.from_numpy(designs), torch.from_numpy(targets), spec, predictor, **options, seed=5)
     alone = refine(designs[:1], targets[0], spec, predictor, **options, seed=5)
     assert isinstance(both.designs, torch.Tensor)
@@ -196,6 +202,25 @@ def test_a_design_of_one_phase_has_no_neighbours_and_stays() -> None:
     refined = refine(np.zeros((1, 6, 6)), target, SPEC, exact, num_rounds=2)
     assert not refined.designs.any()
     np.testing.assert_allclose(refined.error, 0.5, rtol=1e-9)
+
+
+def test_a_simulator_of_ones_own_refines_towards_a_signed_scalar_in_every_step() -> None:
+    """The difference of the volume fractions of the two halves: signed, one number, and no solver of ours."""
+    spec = ResponseSpec("imbalance", ["left_right"], [[0.0]], units="1", signed=True)
+    simulated = []
+
+    def imbalance(designs):
+        simulated.append(len(designs))
+        half = designs.shape[2] // 2
+        return (designs[:, :, :half].mean((1, 2)) - designs[:, :, half:].mean((1, 2)))[:, None, None]
+
+    designs = np.asarray(random_composites(2, size=6, seed=3)[0], dtype=np.float64)
+    targets = imbalance(designs) - 0.25
+    assert (targets < 0).any()
+    simulated.clear()
+    refined = refine(designs, targets, spec, lambda chosen: imbalance(chosen) + 0.1, simulator=imbalance, num_rounds=2)
+    assert (refined.error[:, -1] < 0.5 * refined.error[:, 0]).all()
+    np.testing.assert_allclose(refined.error[:, -1], response_error(imbalance(refined.designs), targets), rtol=1e-9)
 
 
 def test_one_pixel_that_is_wrong_is_found(question) -> None:
@@ -267,7 +292,15 @@ def test_kriging_of_designs_that_depend_on_each_other_gives_what_is_linear_in_th
         ({"designs": [["soft"]]}, "designs must be a tensor, an array or lists of real numbers, .* got list"),
         ({"response": np.ones((2, 1, 3))}, r"response must have shape \(2, "),
         ({"response": np.full((2, *SPEC.shape), np.inf)}, "response must be finite"),
-        ({"target": -np.ones(SPEC.shape)}, "target must be non-negative"),
+        ({"target": -np.ones(SPEC.shape)}, "target must be non-negative, since its specification is unsigned, got -1"),
+        ({"spec": SPEC.to_dict()}, r"spec must be a ResponseSpec, such as ResponseSpec.of\(dataset\), got dict"),
+        ({"spec": replace(SPEC, solver=None)}, "simulator must be given for responses from elsewhere"),
+        ({"simulator": "abacus"}, r"simulator must be a function of designs \(B, H, W\), got 'abacus'"),
+        (
+            {"simulator": lambda designs: np.ones((len(designs), 3))},
+            r"simulator must return the response of 2 designs, shape \(2, 2, 1\), got \(2, 3\)",
+        ),
+        ({"simulator": lambda designs: np.full((len(designs), 2, 1), np.inf)}, "simulator must return a finite resp"),
         ({"predict": None}, "predict must be a function of designs, such as pipe.predict_response, got None"),
         ({"predict": lambda designs: np.ones((len(designs), 1))}, r"predict must give a response of shape \(1, 2, "),
         ({"num_rounds": 0}, "num_rounds"),
@@ -278,6 +311,6 @@ def test_kriging_of_designs_that_depend_on_each_other_gives_what_is_linear_in_th
 )
 def test_bad_input_is_named(question, change, named) -> None:
     designs, targets = question
-    arguments = {"designs": designs, "target": targets, "predict": exact, "num_rounds": 1, **change}
+    arguments = {"designs": designs, "target": targets, "spec": SPEC, "predict": exact, "num_rounds": 1, **change}
     with pytest.raises(ValueError, match=named):
-        refine(spec=SPEC, **arguments)
+        refine(**arguments)

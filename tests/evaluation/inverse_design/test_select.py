@@ -55,6 +55,19 @@ def test_what_a_target_leaves_open_has_no_shape_and_what_is_not_solved_has_no_er
     assert math.isnan(found[2])
 
 
+def test_a_curve_of_the_other_sign_has_another_shape():
+    target = curves(3) * [[[1.0], [-1.0]]]
+    np.testing.assert_allclose(curve_shape_error(2 * target, target), 0, atol=1e-15)
+    np.testing.assert_allclose(curve_shape_error(-2 * target, target), 1, rtol=1e-12)
+
+
+def test_among_signed_scalars_of_a_simulator_of_ones_own_the_sign_comes_before_the_size(designs):
+    spec = ResponseSpec("stiffness", ["C16"], [[0.0]], units="GPa", signed=True)
+    found = np.array([3.0, -0.1, 0.9, -1.0, 1.2, -7.0]).reshape(6, 1, 1)
+    chosen = nearest_in_curve_shape(designs, [[-1.0]], spec, 6, simulator=lambda _: found)
+    np.testing.assert_array_equal(chosen, designs[[3, 1, 5, 2, 4, 0]])
+
+
 @pytest.mark.parametrize("shape", [(5, 2, 3), (1, 2, 3), (3,), (2, 4)])
 def test_a_target_of_another_shape_is_refused(shape):
     with pytest.raises(ValueError, match=r"target must have the shape \(B, L, S\) or \(L, S\)"):
@@ -108,9 +121,16 @@ def test_a_design_that_is_not_solved_comes_last(designs):
         ({"target": np.ones((2, 2, 4))}, "target"),
         ({"num_designs": 0}, "num_designs"),
         ({"num_designs": 4}, "num_designs must be at most the 3 designs of a target, got 4"),
+        ({"target": -np.ones((2, 2, 3))}, "target must be non-negative, since its specification is unsigned, got -1"),
+        ({"spec": SPEC.to_dict()}, r"spec must be a ResponseSpec, such as ResponseSpec.of\(dataset\), got dict"),
+        ({"spec": replace(SPEC, solver=None)}, "simulator must be given for responses from elsewhere"),
+        (
+            {"simulator": lambda designs: np.ones((len(designs), 2))},
+            r"simulator must return the response of 6 designs, shape \(6, 2, 3\), got \(6, 2\)",
+        ),
     ],
 )
 def test_bad_input_is_named(designs, change, named):
-    arguments = {"designs": designs, "target": np.ones((2, 2, 3)), "num_designs": 1, **change}
+    arguments = {"designs": designs, "target": np.ones((2, 2, 3)), "spec": SPEC, "num_designs": 1, **change}
     with pytest.raises(ValueError, match=named):
-        nearest_in_curve_shape(spec=SPEC, **arguments)
+        nearest_in_curve_shape(**arguments)

@@ -120,28 +120,66 @@ def test_unsolved_designs_reach_nothing():
     )
 
 
-def signed(num: int, seed: int) -> np.ndarray:
-    """Three entries without a curve, two of which follow from each other, about zero."""
+@pytest.mark.parametrize("target", [0.0, -1.0])
+def test_what_no_positive_response_can_be_is_out_of_range(reach, target):
+    targets = curves(2, 3)
+    targets[1, 0, 2] = target
+    with pytest.warns(OutOfRangeWarning, match=r"targets 1 \(p = "):
+        check = reach.check(targets)
+    np.testing.assert_array_equal(check.out_of_range, [False, True])
+    assert np.isfinite(check.shape_distance).all()
+
+
+def coupled(num: int, seed: int) -> np.ndarray:
+    """Signed scalars: a stiffness, a coupling around zero that grows with it, and an entry that is always zero."""
     rng = np.random.default_rng(seed)
-    first, third = rng.normal(size=(2, num))
-    return np.stack([first, -0.3 * first + 0.02 * rng.normal(size=num), third], 1)[..., None]
+    stiffness = np.exp(rng.uniform(0, 1, num))
+    coupling = 0.3 * stiffness * rng.uniform(-1, 1, num)
+    return np.stack([stiffness, coupling, np.zeros(num)], axis=1)[..., None]
 
 
-def test_the_range_of_signed_responses_is_calibrated_and_knows_what_follows_from_what():
-    reach = TargetRange(signed(1500, seed=0), signed(300, seed=1))
-    p_value = reach.check(signed(800, seed=2), level=0).p_value
+@pytest.fixture(scope="module")
+def signed_reach() -> TargetRange:
+    return TargetRange(coupled(1000, seed=0), coupled(400, seed=1))
+
+
+def test_p_values_of_signed_responses_are_as_uniform_as_two_scores_allow(signed_reach):
+    """Twice the smaller of two p-values, uniform each: below ``level`` in ``level / 2`` to ``level`` of all cases."""
+    p_value = signed_reach.check(coupled(800, seed=2), level=0).p_value
     for level in (0.05, 0.2, 0.5):
-        assert np.mean(p_value <= level) <= level + 3 * math.sqrt(level * (1 - level) * (1 / 800 + 1 / 300))
-    contradictory = signed(50, seed=3) * np.array([1.0, -1.0, 1.0])[:, None]
+        deviation = 3 * math.sqrt(level * (1 - level) * (1 / 800 + 1 / 400))
+        assert level / 2 - deviation <= np.mean(p_value <= level) <= level + deviation
+
+
+def test_signed_entries_that_follow_from_each_other_are_told_from_those_that_contradict():
+    def follows(num: int, seed: int) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        first, third = rng.normal(size=(2, num))
+        return np.stack([first, -0.3 * first + 0.02 * rng.normal(size=num), third], 1)[..., None]
+
+    reach = TargetRange(follows(1500, seed=0), follows(300, seed=1))
+    contradictory = follows(50, seed=3) * np.array([1.0, -1.0, 1.0])[:, None]
     contradictory = contradictory[np.abs(contradictory[:, 0, 0]) > 0.5]
     assert (reach.check(contradictory, level=0).p_value < 0.02).all()
     assert reach.check(np.array([[[0.0], [0.0], [math.nan]]]), level=0).p_value > 0.1
 
 
-def test_a_target_of_zero_is_out_of_the_range_of_positive_responses(reach):
-    zero = curves(1, 5)
-    zero[:, 0] = 0
-    assert reach.check(zero, level=0).p_value < 0.01
+@pytest.mark.parametrize(
+    "impossible",
+    [[2.0, 2.0, 0.0], [2.0, -2.0, 0.0], [-2.0, 0.0, 0.0], [30.0, 0.0, 0.0], [2.0, 0.0, 1.0], [math.nan, 2.0, 0.0]],
+)
+def test_signed_targets_that_no_design_has_are_out_of_range(signed_reach, impossible):
+    targets = np.array([[1.5, -0.3, 0.0], impossible])[..., None]
+    with pytest.warns(OutOfRangeWarning, match="targets 1 "):
+        check = signed_reach.check(targets)
+    np.testing.assert_array_equal(check.out_of_range, [False, True])
+
+
+@pytest.mark.parametrize("possible", [[2.0, 0.0, 0.0], [math.nan, 0.0, 0.0], [1.4, -0.2, 0.0], [1.4, 0.2, 0.0]])
+def test_a_coupling_may_be_zero_or_of_either_sign(signed_reach, possible):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert signed_reach.check(np.array([possible])[..., None]).p_value.item() > 0.05
 
 
 @pytest.mark.parametrize(
@@ -149,10 +187,8 @@ def test_a_target_of_zero_is_out_of_the_range_of_positive_responses(reach):
     [
         ((np.ones((5, 6)), np.ones((5, 2, 6))), r"training_responses must have shape \(N, L, S\), got \(5, 6\)"),
         ((np.ones((5, 2, 6)), np.ones((5, 2, 5))), "heldout_responses must be of the load cases and strains"),
-        (
-            (np.ones((5, 2, 6)), np.full((5, 2, 6), np.nan)),
-            "heldout_responses must hold at least two solved",
-        ),
+        ((np.ones((5, 2, 6)), np.full((5, 2, 6), np.nan)), "heldout_responses must hold at least two solved "),
+        ((np.ones((1, 2, 6)), np.ones((5, 2, 6))), "training_responses must hold at least two solved designs, got 1"),
         ((np.ones((5, 2, 6)), np.ones((5, 2, 6)), 0.0), "tolerance must be a positive number, got 0.0"),
         ((np.ones((5, 2, 6)), np.ones((5, 2, 6)), "1"), "tolerance must be a number, got '1'"),
     ],
@@ -166,8 +202,8 @@ def test_unfit_responses_are_refused(arguments, message):
     ("targets", "options", "message"),
     [
         (np.ones((2, 6)), {}, r"targets must have shape \(T, 2, 6\), got \(2, 6\)"),
-        (np.full((1, 2, 6), np.nan), {}, "targets must be finite where given, and given somewhere"),
-        (np.full((1, 2, 6), np.inf), {}, "targets must be finite where given"),
+        (np.full((1, 2, 6), np.nan), {}, "targets must be finite where given, and given somewhere in each"),
+        (np.full((1, 2, 6), np.inf), {}, "targets must be finite where given, and given somewhere in each"),
         (np.ones((1, 2, 6)), {"level": 2.0}, r"level must lie in \[0, 1\], got 2.0"),
         (np.ones((1, 2, 6)), {"level": "low"}, "level must be a number, got 'low'"),
         (np.ones((2, 2, 6)), {"names": ["soft"]}, r"names must be 2, one for each target, got \['soft'\]"),

@@ -6,6 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from datasets import Array2D, Dataset, DatasetInfo
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mechdiffusers.evaluation.inverse_design import (
@@ -15,10 +17,8 @@ from mechdiffusers.evaluation.inverse_design import (
     stored_responses,
     verify,
 )
-from mechdiffusers.mechanics import ResponseSpec, response_spec
+from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.microstructures import build_dataset, random_composites
-
-SPEC = ResponseSpec("stress", ["uniaxial_extension", "shear"], [[0.1, 0.2, 0.3]] * 2, units="MPa", signed=False)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_a_design_that_is_not_solved_is_kept_flagged_and_ranked_last(composites)
     assert report.to_dict()["designs"][0]["error"] is None
 
 
-def test_a_design_that_fails_where_the_target_is_open_is_flagged_and_ranked_by_its_error(composites):
+def test_a_design_that_fails_where_the_target_is_unspecified_is_flagged_and_ranked_by_its_error(composites):
     def failing(designs):
         response = np.ones((len(designs), 2, 3))
         response[0] = [[2, 2, 2], [2, 2, math.nan]]
@@ -133,6 +133,7 @@ def test_a_saved_report_is_a_table_a_picture_a_target_and_everything_as_json(rep
     content = json.loads((tmp_path / "report" / "verification.json").read_text())
     np.testing.assert_allclose(content["responses"], report.response)
     assert content["spec"] == report.spec.to_dict()
+    assert ResponseSpec.from_dict(content["spec"]) == report.spec
     np.testing.assert_array_equal(np.load(tmp_path / "report" / "designs.npy"), report.designs)
 
 
@@ -175,11 +176,19 @@ def test_a_report_is_saved_under_fit_names_alone(report, tmp_path):
         ),
         ({"target": np.ones((3, 3))}, r"target must have shape \(T, 2, 3\): the load cases \['uniaxial_extension', "),
         ({"target": np.full((2, 3), np.nan)}, "target must be finite and given somewhere"),
-        ({"target": -np.ones((2, 3))}, "target must be non-negative, since its specification is unsigned, got -1"),
-        ({"spec": {"load_cases": ["shear"]}}, "spec must be a ResponseSpec, such as .* got dict"),
-        ({"spec": None}, "spec must be a ResponseSpec, such as .* got NoneType"),
-        ({"spec": SPEC}, "simulator must be given for responses from elsewhere"),
-        ({"simulator": 3}, r"simulator must be a function of designs \(B, H, W\), got 3"),
+        ({"target": np.full((2, 3), np.inf)}, "target must be finite and given somewhere"),
+        ({"target": -np.ones((2, 3))}, "target must be non-negative, since its specification is unsigned, got -1$"),
+        (
+            {"spec": {"load_cases": ["shear"]}},
+            r"spec must be a ResponseSpec, such as ResponseSpec.of\(dataset\), got dict",
+        ),
+        ({"spec": None}, r"spec must be a ResponseSpec, such as ResponseSpec.of\(dataset\), got NoneType"),
+        (
+            {"simulator": None, "spec": ResponseSpec("damping", ["x", "y"], [[1, 2, 3]] * 2, units="1", signed=False)},
+            "simulator must be given for responses from elsewhere, whose specification has no solver",
+        ),
+        ({"simulator": "abacus"}, r"simulator must be a function of designs \(B, H, W\), got 'abacus'"),
+        ({"simulator": None, "device": "abacus"}, "device must be one that torch has here, got 'abacus'"),
         ({"names": ["soft", "stiff"]}, "names must be 1 different names of files"),
         ({"names": 5}, r"names must be 1 different names of files, one for each target, got \[5\]"),
         (
@@ -190,62 +199,99 @@ def test_a_report_is_saved_under_fit_names_alone(report, tmp_path):
             {"dataset": slice(0, 1)},
             "dataset must have as many solved designs as there are for a target, 2, got 1",
         ),
-        ({"heldout": slice(12, 24)}, "heldout must come with the training data"),
+        ({"heldout": slice(12, 24)}, "heldout must come with the training data, got no dataset"),
     ],
 )
-def test_unfit_arguments_are_named_before_anything_is_simulated(composites, monkeypatch, changes, message):
-    monkeypatch.setattr(response_spec, "_simulated", pytest.fail)
+def test_unfit_arguments_are_named_before_anything_is_simulated(composites, changes, message):
+    def never(designs):
+        raise AssertionError("simulated")
+
     rows = {name: composites.select(range(24)[value]) for name, value in changes.items() if isinstance(value, slice)}
     arguments = {"designs": np.zeros((2, 8, 8)), "target": np.ones((2, 3)), "spec": ResponseSpec.of(composites)}
     with pytest.raises(ValueError, match=f"^{message}"):
-        verify(**{**arguments, **changes, **rows})
+        verify(**{**arguments, "simulator": never, **changes, **rows})
 
 
-def test_a_dataset_of_other_responses_is_refused(composites):
-    spec, arguments = ResponseSpec.of(composites), (np.zeros((1, 8, 8)), np.ones((2, 3)))
-    finer = replace(spec, solver={**spec.solver, "element_order": 2})
-    with pytest.raises(ValueError, match="^dataset must have responses of the specification .* got solver "):
-        verify(*arguments, finer, dataset=composites)
-    with pytest.raises(ValueError, match="^dataset must have .* got units 'unit of young_soft', not 'MPa'"):
-        verify(*arguments, replace(spec, units="MPa"), dataset=composites)
+@pytest.mark.parametrize("heldout", [slice(0, 12), None])
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"units": "MPa"}, "units 'unit of young_soft', not 'MPa'"),
+        ({"signed": True}, "signed False, not True"),
+        ({"strains": [[0.1, 0.2, 0.4]] * 2}, r"strains \[\[0.1, 0.2, 0.3\], .* not \[\[0.1, 0.2, 0.4\], "),
+        ({"solver": None}, "solver {'element_order': 1, .*}, not None"),
+        ({"solver": {"element_order": 2}}, "solver {'element_order': 1, .*}, not {'element_order': 2, "),
+        ({"solver": {"element_order": 1, "pixel_size": 0.5}}, "solver {.*'pixel_size': 1.0}, not {.*'pixel_size': 0.5"),
+    ],
+)
+def test_stored_designs_of_another_specification_than_the_targets_are_refused(composites, change, difference, heldout):
+    spec = replace(ResponseSpec.of(composites), **change)
+    features = composites.features.copy()
+    features["response"] = Array2D((2, 3), "float32", id=json.dumps(spec.to_dict()))
+    changed = Dataset(composites.data, info=DatasetInfo(features=features))
+    # the dataset is of another specification, or the held-out designs alone are
+    stored = {"dataset": composites} if heldout is None else {"dataset": changed, "heldout": composites.select([0, 1])}
+    name = "dataset" if heldout is None else "heldout"
+    message = f"^{name} must have responses of the specification of the target, got {difference}"
+    with pytest.raises(ValueError, match=message):
+        verify(np.zeros((1, 8, 8)), np.ones((2, 3)), spec, **stored)
 
 
-def test_what_our_solver_cannot_take_is_refused(composites):
-    spec = ResponseSpec.of(composites)
+def test_designs_outside_the_unit_interval_are_refused(composites):
     with pytest.raises(ValueError, match=r"^designs must lie in \[0, 1\]"):
-        verify(np.full((1, 8, 8), 1.5), np.ones((2, 3)), spec, binary=False)
-    with pytest.raises(ValueError, match="^device must be one that torch has here, got 'abacus'"):
-        verify(np.zeros((1, 8, 8)), np.ones((2, 3)), spec, device="abacus")
+        verify(np.full((1, 8, 8), 1.5), np.ones((2, 3)), ResponseSpec.of(composites), binary=False)
 
 
 @pytest.mark.parametrize(
-    ("response", "message"),
+    ("simulator", "message"),
     [
-        (np.ones((1, 2, 3)), r"simulator must return the response of 2 designs, shape \(2, 2, 3\), got \(1, 2, 3\)"),
-        (np.full((2, 2, 3), np.inf), "simulator must return a finite response, NaN where a design is not solved"),
-        ("stiff", "simulator must be a tensor, an array or lists of real numbers"),
+        (lambda designs: np.ones((2, 3)), r"the response of 2 designs, shape \(2, 2, 3\), got \(2, 3\)"),
+        (lambda designs: np.full((2, 2, 3), -math.inf), "a finite response, NaN where a design is not solved, got inf"),
+        (lambda designs: ["soft"], "simulator must be a tensor, an array or lists of real numbers"),
     ],
 )
-def test_what_a_simulator_returns_is_checked(composites, response, message):
-    with pytest.raises(ValueError, match=f"^{message}"):
-        verify(np.zeros((2, 8, 8)), np.ones((2, 3)), ResponseSpec.of(composites), simulator=lambda _: response)
+def test_a_simulator_that_gives_no_response_is_refused(composites, simulator, message):
+    with pytest.raises(ValueError, match=f"^simulator must .*{message.removeprefix('simulator must ')}"):
+        verify(np.zeros((2, 8, 8)), np.ones((2, 3)), ResponseSpec.of(composites), simulator=simulator)
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
-def test_any_function_of_designs_is_a_simulator(kind):
-    """Signed values without a curve, one of them asked to be zero."""
-    spec = ResponseSpec("Poisson's ratio", ["along x", "along y"], [[0.0], [0.0]], units="1", signed=True)
-    designs = np.stack([np.zeros((4, 4)), np.ones((4, 4)), np.eye(4)])
+def test_signed_scalars_are_verified_by_a_simulator_of_ones_own(kind, tmp_path):
+    """Of a coupling that is asked to be zero the error is a share of the other entry."""
+    spec = ResponseSpec("stiffness", ["C11", "C16"], [[0.0], [0.0]], units="GPa", signed=True)
+    given = []
 
-    def mean_less_one_and_mean(given):
-        return kind(given.mean((1, 2))[:, None, None] - [[1], [0]])
+    def simulator(designs):
+        given.append(designs)
+        return kind(np.array([[[-4.0], [0.5]], [[-4.0], [0.0]], [[4.0], [0.0]]]))
 
-    report = verify(designs, np.array([[-0.5], [0.0]]), spec, simulator=mean_less_one_and_mean)
-    np.testing.assert_allclose(report.response[:, :, 0], [[-1, 0], [0, 1], [-0.75, 0.25]])
-    # the second load case has no size of its own: it is measured against the root mean square of both
-    typical = 0.5 / np.sqrt(2)
-    expected = [(0.5 / 0.5 + 0) / 2, (0.5 / 0.5 + 1 / typical) / 2, (0.25 / 0.5 + 0.25 / typical) / 2]
-    np.testing.assert_allclose(report.error, expected)
+    designs = random_composites(3, size=8)[0]
+    report = verify(designs, [[-4.0], [0.0]], spec, simulator=simulator)
+    assert len(given) == 1
+    np.testing.assert_array_equal(given[0], designs)
+    typical = 4 / math.sqrt(2)  # the root mean square of the load cases' norms, 4 and 0
+    np.testing.assert_allclose(report.error, [0.5 / typical / 2, 0, 1], rtol=1e-12)
+    np.testing.assert_array_equal(report.rank, [2, 1, 3])
+    assert report.spec == spec
+    report.save(tmp_path, ["coupled"])
+    content = json.loads((tmp_path / "verification.json").read_text())
+    assert ResponseSpec.from_dict(content["spec"]) == spec
+    assert content["responses"][0] == [[-4.0], [0.5]]
+
+
+def test_a_figure_shows_negative_responses_and_single_values(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: figures.append(figure) or path.touch())
+    spec = ResponseSpec("stiffness", ["C16"], [[0.0]], units="GPa", signed=True)
+    found = np.array([-3.0, -2.0]).reshape(2, 1, 1)
+    report = verify(random_composites(2, size=8)[0], [[-1.0]], spec, simulator=lambda _: found)
+    report.save(tmp_path)
+    axes = figures[0].axes[-1]
+    for line in axes.lines:
+        (value,) = line.get_ydata()
+        assert axes.get_ylim()[0] < value < axes.get_ylim()[1]
+        assert line.get_marker() in ("s", "o")
+    assert sorted(line.get_ydata().item() for line in axes.lines) == [-3, -2, -1]
 
 
 def test_grey_designs_are_verified_where_their_family_is_grey(composites):
