@@ -63,10 +63,14 @@ _SCHEDULERS = (
     *("PNDMScheduler", "UniPCMultistepScheduler"),
     *("PredictorCorrectorScheduler", "ProbabilityFlowScheduler", "VDMScheduler"),
 )
-#: Settings with which these, too, would sample something else.
-_UNFIT_SETTINGS = {
-    **{"clip_sample": True, "thresholding": True, "use_flow_sigmas": True},
-    **{"timestep_type": "continuous", "interpolation_type": "log_linear"},
+#: Settings with which these, too, would sample something else, and what they must be.
+_FIT_SETTINGS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("clip_sample", "thresholding", "use_flow_sigmas"), lambda value: not value),
+    **dict.fromkeys(("sigma_min", "sigma_max"), lambda value: value is None),
+    "timestep_type": lambda value: value != "continuous",
+    "interpolation_type": lambda value: value != "log_linear",
+    "variance_type": lambda value: value not in ("learned", "learned_range"),
+    "lambda_min_clipped": lambda value: float(value) == -math.inf,
 }
 _RECORDED = 21  #: Timesteps at which a training's schedule is recorded.
 _LEAST_LOG_SNR = -2.5  #: Below it, the image of :math:`\hat z_0` tells a predictor nothing.
@@ -273,10 +277,13 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
             if count != none and not predicts:
                 missing = "a response or without a response_predictor to choose by"
                 raise ValueError(f"{name} must be {none} without {missing}, got {count}")
-        if num_refinements and not self.scheduler.config.get("skip_prk_steps", True):
-            accepted = "0 with PNDMScheduler's Runge-Kutta steps, which cannot begin midway"
-            got = f"{num_refinements}; skip_prk_steps=True leaves them out"
-            raise ValueError(f"num_refinements must be {accepted}, got {got}")
+        kinds = [cls.__name__ for cls in type(self.scheduler).__mro__]
+        runs_up = "PNDMScheduler" in kinds and not self.scheduler.config.skip_prk_steps
+        if num_refinements and (runs_up or "LMSDiscreteScheduler" in kinds):
+            accepted = "0 with LMSDiscreteScheduler and PNDMScheduler's Runge-Kutta steps, which cannot begin midway"
+            raise ValueError(f"num_refinements must be {accepted}, got {num_refinements} with {kinds[0]}")
+        if not (callback_on_step_end is None or callable(callback_on_step_end)):
+            raise ValueError(f"callback_on_step_end must be a function or None, got {callback_on_step_end!r}")
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if unknown := [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]:
@@ -308,13 +315,13 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
             tokens = torch.cat([self.response_encoder(torch.full_like(responses, math.nan)), tokens])
         step_kwargs = {"eta": eta, "generator": generator}
         step_kwargs = {name: value for name, value in step_kwargs.items() if name in step_options}
-        self._interrupt = False
+        self._interrupt, self._guidance_scale = False, guidance_scale
+        prompt_embeds = tokens  # what a callback does to them and to the scale holds for the refinements too
 
         def denoise(latents: Tensor, begin: int = 0) -> Tensor:
-            self._guidance_scale = guidance_scale
+            nonlocal prompt_embeds
             num_steps = self._num_timesteps = len(self.scheduler.timesteps)
             guided = range(int(guidance_start * num_steps), int(guidance_stop * num_steps))
-            prompt_embeds = tokens
             for i, t in enumerate(self.progress_bar(self.scheduler.timesteps[begin:]), begin):
                 if self.interrupt:
                     continue
@@ -341,7 +348,8 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
 
         self.scheduler.set_timesteps(**steps, device=device)
         latents = denoise(latents.to(device, dtype) * self.scheduler.init_noise_sigma)
-        images = self._most_likely_images(latents, size)
+        if output_type != "latent" or num_candidates > 1 or num_refinements:
+            images = self._most_likely_images(latents, size)
         if num_candidates > 1:
             images, latents = self._best(images, latents, wanted)
         for _ in range(num_refinements):
@@ -395,8 +403,11 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
         """
         check_choice("output_type", output_type, _OUTPUT_TYPES[:3])
         channels = self.vae.config.latent_channels
+        latents = torch.as_tensor(latents)
         if latents.ndim != 4 or latents.shape[1] != channels or not latents.numel():
             raise ValueError(f"latents must have shape (B, {channels}, h, w), got {tuple(latents.shape)}")
+        if not latents.isfinite().all():
+            raise ValueError("latents must be finite, got NaN or an infinite one")
         height, width = (_factor(self.vae) * side for side in latents.shape[2:])
         size = self.image_size if latents.shape[1:] == self.latent_shape else (height, width)
         return self.image_processor.postprocess(self._most_likely_images(latents, size), output_type)
@@ -416,7 +427,7 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
         return torch.cat([self.response_predictor.predict(batch.to(self._execution_device)) for batch in batches])
 
     def log_likelihood(self, images: PipelineImageInput, **options: Any) -> Any:
-        """The evidence lower bound of images: ``mechdiffusers.LatentLikelihood(pipe).elbo(images, **options)``.
+        """The evidence lower bound of images: ``elbo(images, **options)`` of ``likelihood.LatentLikelihood(pipe)``.
 
         Raises an ``ImportError`` if mechdiffusers is not installed.
 
@@ -426,7 +437,7 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
         return _likelihood_package().LatentLikelihood(self).elbo(images, **options)
 
     def interpolate(self, a: PipelineImageInput, b: PipelineImageInput, num: int = 8, output_type: str = "pil") -> Any:
-        """Images between two images, by way of noise: see ``mechdiffusers.LatentDiffusion.interpolate``.
+        """Images between two images, by way of noise: see ``mechdiffusers.likelihood.LatentDiffusion``.
 
         Args:
             a: The one image to start from, as in :meth:`prepare_images`.
@@ -488,6 +499,11 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
             raise ValueError(f"{name} must be None for {kind}, which takes none, got {chosen[name]!r}")
         for name, values in chosen.items():
             _check_grid(name, values, len(self.scheduler.alphas_cumprod) if name == "timesteps" else math.inf)
+            if name == "sigmas" and values[-1] > 0:
+                chosen[name] = [*values, 0.0]  # the last step ends without noise
+            if name == "timesteps" and not hasattr(self.scheduler, "curve") and np.any(np.mod(np.asarray(values), 1)):
+                kind = type(self.scheduler).__name__
+                raise ValueError(f"timesteps must be integers for {kind}, which cuts off fractions, got {values!r}")
         most = len(self.scheduler.alphas_cumprod)
         # between the timesteps of training only a grid in the log-SNR has room for more
         if not chosen and num_inference_steps > most and self.scheduler.config.get("timestep_spacing") != "log_snr":
@@ -658,9 +674,11 @@ def _check_kind_of_scheduler(scheduler: Any) -> None:
     name = type(scheduler).__name__
     if not any(cls.__name__ in _SCHEDULERS for cls in type(scheduler).__mro__):
         raise ValueError(f"scheduler must be one of {', '.join(_SCHEDULERS)}, got {name}")
-    for option, unfit in _UNFIT_SETTINGS.items():
-        if scheduler.config.get(option) == unfit:
-            got = f"{name} with {option}={unfit!r}"
+    # a configuration may have options of other classes
+    options = inspect.signature(type(scheduler).__init__).parameters
+    for option, fits in _FIT_SETTINGS.items():
+        if option in options and not fits(value := scheduler.config[option]):
+            got = f"{name} with {option}={value!r}"
             remedy = f"make it by {name}.from_config(pipe.scheduler.config, ...) without that"
             raise ValueError(f"scheduler must neither clip nor follow another process, got {got}; {remedy}")
 

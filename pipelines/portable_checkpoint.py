@@ -56,8 +56,8 @@ _WEIGHTS = (
     re.compile(r"(?P<stem>[^./]+?)(\.(?P<variant>[^./]+?))?(-\d{5}-of-\d{5})?\.(safetensors|bin)"),
     re.compile(r"(?P<stem>[^./]+?)\.(safetensors|bin)\.index(\.(?P<variant>[^./]+?))?\.json"),
 )
-#: The files that make a checkpoint; others of a repository are its card, pictures, or pickles.
-_PARTS = ["*.json", "*.safetensors", "*.py"]
+#: The files that make a checkpoint, a tokenizer's among them; others are its card, pictures, or pickles.
+_PARTS = ["*.json", "*.safetensors", "*.py", "*.txt", "*.model"]
 _DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _REMEDY = "save it again, or download it again with force_download=True"
 #: The card of a checkpoint that is pushed without one.
@@ -190,7 +190,7 @@ class PortableCheckpoint:
             self.save_pretrained(
                 folder, safe_serialization, variant, max_shard_size, include_custom_code=include_custom_code
             )
-            repo_id = claim_repository(repo_id, private=private, token=token)
+            repo_id = claim_repository(repo_id, private=private, token=token, revision=revision)
             if card is None and not file_exists(repo_id, _CARD, revision=revision, token=token):
                 name, pipeline = repo_id.split("/")[-1], _class_to_save(self, include_custom_code).__name__
                 card = _PLAIN_CARD.format(name=name, repo_id=repo_id, pipeline=pipeline)
@@ -256,13 +256,17 @@ class PortableCheckpoint:
         return super().extract_init_dict(arguments, **kwargs)  # type: ignore[misc]
 
 
-def claim_repository(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-    """Makes a repository on the Hub unless it exists: its ``"owner/name"``; the rest is as in ``push_to_hub``."""
+def claim_repository(
+    repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None
+) -> str:
+    """Makes a repository and branch on the Hub unless they exist: its ``"owner/name"``, as in ``push_to_hub``."""
     with _refusals_explained(repo_id):
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         if private and not model_info(repo_id, token=token).private:
             remedy = "choose another name, or make it private in its settings first"
             raise ValueError(f"private must be left out for {repo_id!r}, which exists and is public: {remedy}")
+        if revision is not None:
+            create_branch(repo_id, branch=revision, token=token, exist_ok=True)
     return repo_id
 
 
@@ -281,8 +285,6 @@ def upload_checkpoint(
     ``push_to_hub``; ``repo_id`` is from :func:`claim_repository`.
     """
     with _refusals_explained(repo_id):
-        if revision is not None:
-            create_branch(repo_id, branch=revision, token=token, exist_ok=True)
         there = [file.rfilename for file in model_info(repo_id, revision=revision, token=token).siblings or []]
         commit = upload_folder(
             repo_id=repo_id,
@@ -385,12 +387,12 @@ def _files_below(folder: Path) -> list[str]:
 
 
 def _stale_weights(there: Iterable[str], written: Iterable[str]) -> list[str]:
-    """Earlier weight files of the components and variants that were written."""
+    """Earlier weight files of the names and variants that were written."""
 
-    def kind(name: str) -> tuple[str, str | None] | None:
+    def kind(name: str) -> tuple[str, str, str | None] | None:
         folder, _, file = name.rpartition("/")
         found = next((match for match in (pattern.fullmatch(file) for pattern in _WEIGHTS) if match), None)
-        return (folder, found["variant"]) if found else None
+        return (folder, found["stem"], found["variant"]) if found else None
 
     written = set(written)
     replaced = {kind(name) for name in written} - {None}
@@ -414,18 +416,21 @@ def _checked_index(folder: Path) -> dict[str, Any]:
     """The index of a checkpoint; a ``ValueError`` names the first of its files that is missing or damaged."""
     if not (folder / _INDEX).is_file():
         raise ValueError(f"{folder} is no checkpoint: it has no {_INDEX}, which save_pretrained writes")
+    index: dict[str, Any] = {}
     for path in [folder / _INDEX, *sorted(folder.glob("*/*config.json"))]:
         try:
             content = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path} is damaged, not JSON: {error}; {_REMEDY}") from error
-        if not (isinstance(content, dict) and "_class_name" in content):
+        of_transformers = index.get(path.parent.name, [None])[0] == "transformers"  # which writes no _class_name
+        if not isinstance(content, dict) or not ("_class_name" in content or of_transformers):
             accepted = "a mapping with a _class_name, as save_pretrained writes it"
             raise ValueError(f"{path} is damaged: it must be {accepted}")
+        index = index or content
     for path in sorted(folder.glob("*/*.safetensors")):
         try:
             with safe_open(path, framework="pt"):
                 pass
         except SafetensorError as error:
             raise ValueError(f"{path} is truncated or damaged: {error}; {_REMEDY}") from error
-    return json.loads((folder / _INDEX).read_text())
+    return index

@@ -26,14 +26,15 @@ def test_the_page_runs_word_for_word_and_ends_with_verified_designs(tmp_path):
         assert names == ["by_hand", *(f"heldout_{index}" for index in range(8))]
         best[folder] = np.mean([min(float(row["error"]) for row in rows if row["target"] == name) for name in names])
         assert {path.stem for path in (own / folder).glob("*.png")} == set(names)
-    # a model that ignores what it is asked for has 35 % (the best of 8 random designs), see benchmarks/own_data.json
-    assert best["report"] < 0.1
+    # the best of 8 random composites has 17 %, see benchmarks/own_data.json
+    assert best["report"] < 0.05
     assert best["refined"] < best["report"]
 
 
 def test_the_figures_of_the_page_are_what_was_measured():
     figures, text = recorded("own_data"), words("docs/own_data.md")
-    assert f"On two cores it takes {figures['minutes']:.0f} minutes" in text
+    assert f"It took {figures['minutes']:.0f} minutes on two cores" in text
+    assert f"The best of eight random composites has {figures['random_best_percent']:.0f} %" in text
     for name, of in (("report", "as drawn"), ("refined", "2 refined, 8 rounds")):
         cells = [f"{figures[name][key]:.1f} %" for key in ("best_percent", "mean_percent", "retrieval_percent")]
         assert f"| {of} | {' | '.join(cells)} |" in text

@@ -9,10 +9,12 @@ import torch
 from diffusers import (
     DDIMInverseScheduler,
     DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepInverseScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
+    LMSDiscreteScheduler,
     PNDMScheduler,
 )
 
@@ -32,6 +34,9 @@ REFUSED = {
     "euler log-linear": (EulerDiscreteScheduler, {"interpolation_type": "log_linear"}),
     "lcm": (LCMScheduler, {"clip_sample": False}),
     "ddim clipped": (DDIMScheduler, {"clip_sample": True}),
+    "ddpm learned": (DDPMScheduler, {"clip_sample": False, "variance_type": "learned_range"}),
+    "dpmsolver cut": (DPMSolverMultistepScheduler, {"lambda_min_clipped": 0.0}),
+    "euler between": (EulerDiscreteScheduler, {"sigma_max": 3.0, "sigma_min": 1.0, "use_karras_sigmas": True}),
     "dpmsolver flow": (DPMSolverMultistepScheduler, {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}),
 }
 
@@ -99,7 +104,7 @@ def test_so_they_have_whatever_the_denoiser_predicts(make_pipeline, name, predic
     assert std.max() < 0.15 + 0.035
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", REFUSED.keys() - {"ddpm learned"})  # which asks the denoiser for a variance
 def test_what_is_refused_misses_them(make_pipeline, name, monkeypatch):
     cls, options = REFUSED[name]
     pipe = with_an_exact_denoiser(make_pipeline(size=128, timestep_spacing="trailing"))
@@ -115,8 +120,8 @@ def test_a_scheduler_of_another_kind_is_refused_by_name_in_a_call_and_in_the_con
     cls, options = REFUSED[name]
     parts = {**pipe.components, "scheduler": make(cls, pipe, **options)}
     if cls.__name__ in ALLOWED:
-        ((option, value), *_) = options.items()
-        message = f"^scheduler must neither clip .* got {cls.__name__} with {option}={value!r}; make it by"
+        got = "|".join(f"{option}={value!r}" for option, value in options.items())
+        message = f"^scheduler must neither clip .* got {cls.__name__} with ({got}); make it by"
     else:
         message = f"^scheduler must be one of {', '.join(ALLOWED)}, got {cls.__name__}$"
     with pytest.raises(ValueError, match=message):
@@ -145,8 +150,22 @@ def test_runge_kutta_steps_are_not_refined(make_pipeline, skip_prk_steps):
     if skip_prk_steps:
         assert pipe(**call).images.shape == (1, 1, 8, 8)
         return
-    with pytest.raises(ValueError, match="^num_refinements must be 0 with PNDMScheduler's Runge-Kutta .* got 1; skip_"):
+    with pytest.raises(ValueError, match="^num_refinements must be 0 with .* Runge-Kutta .* got 1 with PNDMScheduler"):
         pipe(**call)
+
+
+def test_a_solver_that_needs_the_steps_before_is_not_refined(make_pipeline):
+    pipe = make_pipeline(predictor=True)
+    pipe.scheduler = make(LMSDiscreteScheduler, pipe)
+    with pytest.raises(ValueError, match="^num_refinements must be 0 with LMSDiscreteScheduler .* got 1 with LMS"):
+        pipe(response=torch.ones(1, 2, 3), num_inference_steps=8, num_refinements=1)
+
+
+def test_options_of_other_classes_in_a_configuration_are_no_reason_to_refuse(pipe):
+    clipping = DDPMScheduler.from_config({**pipe.scheduler.config, "clip_sample": True})
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(clipping.config)
+    assert pipe.scheduler.config.clip_sample
+    pipe(num_inference_steps=2)
 
 
 #: Schedulers of an allowed kind that the denoiser was not trained for.

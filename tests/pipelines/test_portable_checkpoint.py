@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 from mechdiffusers.models import ResponseEncoder, ResponsePredictor
-from mechdiffusers.pipelines import LatentDDPMPipeline
+from mechdiffusers.pipelines import LatentDDPMPipeline, portable_checkpoint
 from mechdiffusers.pipelines.pipeline_latent_ddpm import record_training_schedule
 from mechdiffusers.schedulers import PredictorCorrectorScheduler, ProbabilityFlowScheduler, VDMScheduler
 
@@ -282,3 +282,12 @@ def test_from_pipe_takes_every_component_and_what_is_given_in_its_place(make_pip
     other = LatentDDPMPipeline.from_pipe(pipe, scheduler=ddim, response_predictor=None)
     assert (other.scheduler, other.response_predictor, other.unet) == (ddim, None, pipe.unet)
     assert pipe.scheduler is not ddim
+
+
+def test_the_configuration_of_a_part_of_transformers_needs_no_class_name(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    index["text_encoder"] = ["transformers", "CLIPTextModel"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "text_encoder").mkdir()
+    (folder / "text_encoder" / "config.json").write_text('{"hidden_size": 8}')
+    assert portable_checkpoint._checked_index(folder) == index

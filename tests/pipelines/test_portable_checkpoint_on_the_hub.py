@@ -101,6 +101,8 @@ def test_a_card_on_the_hub_stays_unless_another_is_given(hub, pipe):
     assert card() == "# First"
     pipe.push_to_hub(REPO, card=ModelCard("---\nlicense: mit\n---\n\n# Second"))
     assert card() == "---\nlicense: mit\n---\n\n# Second"
+    pipe.push_to_hub(REPO, revision="v2")  # a new branch has the card of main
+    assert hub.repositories[REPO].branches["v2"][-1].files["README.md"].decode() == card()
 
 
 def test_pushing_what_is_there_already_makes_no_commit_and_a_change_makes_one(hub, pipe):

@@ -325,3 +325,43 @@ def test_however_many_images_are_drawn_few_are_decoded_and_encoded_at_once(pipe,
     alone = pipe.encode(images[4:], sample_posterior=True, generator=[seeded(4)])
     torch.testing.assert_close(draw[4:], alone)
     assert sizes == [2, 2, 1, *[2, 2, 1] * 2, 1]
+
+
+def test_sigmas_end_without_noise_whether_the_zero_is_given_or_not(pipe):
+    take(pipe, EulerDiscreteScheduler)
+    expected = latents_of(pipe, sigmas=[100.0, 20.0, 5.0, 1.0, 0.0])
+    assert torch.equal(latents_of(pipe, sigmas=[100.0, 20.0, 5.0, 1.0]), expected)
+    assert pipe.num_timesteps == 4
+
+
+@pytest.mark.parametrize("cls", [DDPMScheduler, DPMSolverMultistepScheduler])
+def test_fractional_timesteps_are_refused_where_they_would_be_cut_off(pipe, cls):
+    with pytest.raises(ValueError, match=f"^timesteps must be integers for {cls.__name__}, which cuts off fractions"):
+        take(pipe, cls)(timesteps=[900.5, 100.0])
+
+
+def test_a_cut_off_of_guidance_holds_for_the_refinements(make_pipeline):
+    pipe, seen = make_pipeline(predictor=True), []
+    take(pipe, DDIMScheduler)
+    pipe.unet.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    options = {"response": RESPONSE[:1], "guidance_scale": 3.0, "predictor_guidance_scale": 0.0, "num_refinements": 1}
+    pipe(num_inference_steps=10, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.4), **options)
+    assert seen[:5] == [2] * 5
+    assert set(seen[5:]) == {1}
+    assert len(seen) > 10
+
+
+def test_latents_that_are_asked_for_are_not_decoded(pipe, monkeypatch):
+    monkeypatch.setattr(type(pipe.vae), "decode", None)
+    assert latents_of(pipe).isfinite().all()
+
+
+@pytest.mark.parametrize("latents", [np.full((1, 2, 4, 4), np.nan), torch.full((1, 2, 4, 4), math.inf)])
+def test_latents_that_are_not_finite_are_not_decoded(pipe, latents):
+    with pytest.raises(ValueError, match="^latents must be finite"):
+        pipe.decode(latents)
+
+
+def test_a_callback_that_is_no_function_is_refused(pipe):
+    with pytest.raises(ValueError, match="^callback_on_step_end must be a function or None, got 3"):
+        pipe(callback_on_step_end=3)

@@ -59,7 +59,8 @@ def test_a_save_leaves_other_variants_and_files_of_other_names(make_pipeline, tm
     pipe = make_pipeline(predictor=True)
     expected = sample(pipe)
     pipe.save_pretrained(tmp_path, max_shard_size="20KB")
-    for name in ("README.md", "unet/notes.txt", "own_unet/diffusion_pytorch_model.safetensors"):
+    names = ("README.md", "unet/notes.txt", "own_unet/diffusion_pytorch_model.safetensors")
+    for name in (*names, "unet/pytorch_lora_weights.ema.safetensors"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
     before = files_of(tmp_path)
@@ -71,6 +72,7 @@ def test_a_save_leaves_other_variants_and_files_of_other_names(make_pipeline, tm
     parts = {name.split("/")[0] for name in after.keys() - before.keys()}
     assert parts == {"response_encoder", "response_predictor", "unet", "vae"}
     (tmp_path / "own_unet" / "diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / "unet" / "pytorch_lora_weights.ema.safetensors").unlink()
     assert torch.equal(sample(LatentDDPMPipeline.from_pretrained(tmp_path)), expected)
     ema = LatentDDPMPipeline.from_pretrained(tmp_path, variant="ema")
     assert torch.equal(sample(ema), sample(pipe))
