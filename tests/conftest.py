@@ -139,3 +139,8 @@ def plain_diffusers(tmp_path) -> Callable[[str], None]:
         assert done.returncode == 0, done.stderr
 
     return run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with the test of ten minutes: at the end, one core would wait for it."""
+    items.sort(key=lambda item: "runs_word_for_word" not in item.name)
