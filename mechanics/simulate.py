@@ -122,13 +122,7 @@ def simulate(
         raise ValueError(f"designs must be a tensor or array of numbers, shape (B, H, W), none of them 0, got {what}")
     if not bool(((given >= 0) & (given <= 1)).all()):  # also false for NaN
         raise ValueError("designs must lie in [0, 1] everywhere, got values outside or NaN")
-    if not _is_integer(element_order) or element_order not in (1, 2):
-        raise ValueError(f"element_order must be the integer 1 or 2, got {element_order!r}")
-    for name, value in (("young_soft", young_soft), ("young_stiff", young_stiff), ("pixel_size", pixel_size)):
-        if not (_is_number(value) and 0 < value < math.inf):
-            raise ValueError(f"{name} must be positive and finite, got {value!r}")
-    if not (_is_number(poisson) and 0 < poisson < 0.5):
-        raise ValueError(f"poisson must lie inside (0, 0.5), got {poisson!r}")
+    check_settings(element_order, young_soft, young_stiff, poisson, pixel_size)
     if batch_size is not None and not (_is_integer(batch_size) and batch_size > 0):
         raise ValueError(f"batch_size must be a positive integer or None, got {batch_size!r}")
     if isinstance(load_cases, str) or not isinstance(load_cases, Collection) or not len(load_cases):
@@ -225,6 +219,17 @@ class _Response(torch.autograd.Function):
         slopes = ctx.saved_tensors
         stress, energy = (torch.einsum("bls,blshw->bhw", up, slope) for up, slope in zip(upstream, slopes, strict=True))
         return stress + energy, None, None, None, None
+
+
+def check_settings(element_order: Any, young_soft: Any, young_stiff: Any, poisson: Any, pixel_size: Any) -> None:
+    """Raises a ``ValueError`` that names the first setting of :func:`simulate` that is not as it describes."""
+    if not _is_integer(element_order) or element_order not in (1, 2):
+        raise ValueError(f"element_order must be the integer 1 or 2, got {element_order!r}")
+    for name, value in (("young_soft", young_soft), ("young_stiff", young_stiff), ("pixel_size", pixel_size)):
+        if not (_is_number(value) and 0 < value < math.inf):
+            raise ValueError(f"{name} must be positive and finite, got {value!r}")
+    if not (_is_number(poisson) and 0 < poisson < 0.5):
+        raise ValueError(f"poisson must lie inside (0, 0.5), got {poisson!r}")
 
 
 def checked_device(device: str | torch.device) -> torch.device:

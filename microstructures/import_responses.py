@@ -132,8 +132,9 @@ def match_names(files: Sequence[str], table: ResponseTable) -> list[str]:
         ValueError: If a design has no row or several names, or a row no design.
     """
     known: dict[str, list[int]] = {}
+    alone = len({name.split("#")[0] for name in files}) == 1
     for index, file in enumerate(files):
-        for alias in _aliases(file, alone=len({name.split("#")[0] for name in files}) == 1):
+        for alias in _aliases(file, alone):
             known.setdefault(alias, []).append(index)
     found: dict[int, str] = {}
     for name in table.curves:

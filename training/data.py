@@ -25,10 +25,10 @@ from tqdm.auto import tqdm
 from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.microstructures.crops import draw_crops, resize_by_area
-from mechdiffusers.microstructures.levels import Convention
+from mechdiffusers.microstructures.levels import Convention, Pixels, convention_of
 from mechdiffusers.microstructures.read_designs import DESIGN_SUFFIXES, read_images, stacked
 from mechdiffusers.training.config import TrainingConfig
-from mechdiffusers.training.samples import BINARY_ALONE, checked_samples, image_convention
+from mechdiffusers.training.samples import BINARY_ALONE, checked_samples, stored_samples
 
 __all__ = ["Designs", "load_designs"]
 
@@ -99,34 +99,39 @@ def load_designs(config: TrainingConfig) -> Designs:
         raise ValueError(f"all responses must have one specification, got heldout of {config.dataset!r} with {other}")
     if isinstance(rows, IterableDataset):
         assert config.num_train_designs is not None  # TrainingConfig has checked it
-        first = rows if heldout_rows is None else heldout_rows
-        convention = image_convention(first.take(config.num_heldout_designs), config)
-        heldout = _first(first, config, spec, convention)
+        first = list(_first(rows if heldout_rows is None else heldout_rows, config))
+        convention = convention_of(pixels for pixels, _ in first)
+        heldout = _heldout(first, config, spec, convention)
         others = rows.skip(config.num_heldout_designs) if heldout_rows is None else rows
         shuffled = others.take(config.num_train_designs).shuffle(seed=config.seed, buffer_size=_SHUFFLE_BUFFER)
         stream = _Stream(shuffled, config, spec, convention, heldout[0].shape[1:])
         return Designs(stream, *heldout, config.num_train_designs, spec)
-    convention = image_convention(rows, config)
-    samples = checked_samples(rows, config, spec, convention)
-    everything = _stacked(tqdm(samples, total=len(rows), desc="reading designs", unit="design"))
+    stored = list(tqdm(stored_samples(rows, config), total=len(rows), desc="reading designs", unit="design"))
+    convention = convention_of(pixels for pixels, _ in stored)
+    everything = _stacked(checked_samples(stored, config, spec, convention))
     if heldout_rows is None:
         return _split(everything, config, np.random.default_rng(config.seed).permutation(len(rows)), spec)
     _check_enough(len(rows), 0, config)
-    heldout = _first(heldout_rows, config, spec, convention, everything[0].shape[1:])
+    heldout = _heldout(_first(heldout_rows, config), config, spec, convention, everything[0].shape[1:])
     images, responses = (part[: config.num_train_designs] for part in everything)
     return Designs(TensorDataset(images, responses), *heldout, len(images), spec)
 
 
-def _first(
-    rows: Any,
+def _first(rows: Any, config: TrainingConfig) -> Iterator[tuple[Pixels, Any]]:
+    """The images and responses of the first rows, those to hold out."""
+    return islice(stored_samples(rows, config), config.num_heldout_designs)
+
+
+def _heldout(
+    stored: Iterable[tuple[Pixels, Any]],
     config: TrainingConfig,
     spec: ResponseSpec | None,
     convention: Convention,
     shape: torch.Size | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The designs to hold out, the first of rows, and their responses."""
+    """The designs to hold out and their responses, checked and as many as there are to be."""
     num = config.num_heldout_designs
-    images, responses = _stacked(islice(checked_samples(rows, config, spec, convention, shape), num))
+    images, responses = _stacked(checked_samples(stored, config, spec, convention, shape))
     if len(images) < num:
         raise ValueError(
             f"dataset must have num_heldout_designs={num} designs to hold out, got {len(images)} from "
@@ -174,7 +179,7 @@ class _Stream(TorchIterableDataset):
         for epoch in count():
             self._rows.set_epoch(epoch)  # each has its own order
             num = 0
-            for sample in checked_samples(self._rows, self._config, *self._checks):
+            for sample in checked_samples(stored_samples(self._rows, self._config), self._config, *self._checks):
                 yield sample
                 num += 1
             if num != self._config.num_train_designs:  # only now it is known

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from mechdiffusers.mechanics import ResponseSpec
-from mechdiffusers.microstructures.levels import Convention, Pixels, convention_of
+from mechdiffusers.microstructures.levels import Convention, Pixels
 from mechdiffusers.microstructures.read_designs import decode_image
 from mechdiffusers.training.config import TrainingConfig
 
-__all__ = ["BINARY_ALONE", "checked_samples", "image_convention"]
+__all__ = ["BINARY_ALONE", "checked_samples", "stored_samples"]
 
 #: Why grey images are refused.
 BINARY_ALONE = "images must be binary (black and white) for decoder_likelihood='bernoulli'"
 
 
 def checked_samples(
-    rows: Iterable[Any],
+    stored: Iterable[tuple[Pixels, Any]],
     config: TrainingConfig,
     spec: ResponseSpec | None,
     convention: Convention,
@@ -31,10 +31,10 @@ def checked_samples(
     """The images and responses of rows, each checked.
 
     Args:
-        rows: Mappings with the image and, with a specification, ``response``.
+        stored: Images and responses, see :func:`stored_samples`.
         config: Settings of the run.
         spec: Of the responses; ``None`` where there are none.
-        convention: Of the images, see :func:`image_convention`.
+        convention: Of the images, see :func:`~mechdiffusers.microstructures.levels.convention_of`.
         shape: What all images must have, ``(1, H, W)``; that of the first if ``None``.
 
     Yields:
@@ -44,7 +44,7 @@ def checked_samples(
     Raises:
         ValueError: If an image or a response is unfit, see :func:`~mechdiffusers.training.data.load_designs`.
     """
-    for row, pixels in _pixels(rows, config):
+    for pixels, response in stored:
         levels = convention.apply(pixels)
         if levels.dtype != bool and config.decoder_likelihood == "bernoulli":
             raise ValueError(
@@ -57,16 +57,11 @@ def checked_samples(
                 f"all images must have one size, {tuple(shape[1:])} as the first, "
                 f"got {pixels.where} with {tuple(image.shape[1:])}"
             )
-        yield image, _response(row, spec, f"that of {pixels.where}")
+        yield image, _response(response, spec, f"that of {pixels.where}")
 
 
-def image_convention(rows: Iterable[Any], config: TrainingConfig) -> Convention:
-    """How the levels of the images of rows are to be read; a ``ValueError`` says why they cannot be."""
-    return convention_of(pixels for _, pixels in _pixels(rows, config))
-
-
-def _pixels(rows: Iterable[Any], config: TrainingConfig) -> Iterator[tuple[Any, Pixels]]:
-    """Rows with their images as they are stored."""
+def stored_samples(rows: Iterable[Any], config: TrainingConfig) -> Iterator[tuple[Pixels, Any]]:
+    """The images of rows, decoded but not yet read as designs, and their responses, ``None`` where there are none."""
     index = -1
     for index, row in enumerate(rows):
         value = row[config.image_column]
@@ -76,18 +71,18 @@ def _pixels(rows: Iterable[Any], config: TrainingConfig) -> Iterator[tuple[Any, 
             pages = decode_image(value["bytes"] or Path(value["path"]), where)
             if len(pages) > 1:
                 raise ValueError(f"images of a dataset must have one page, got {where} with {len(pages)}")
-            yield row, pages[0]
+            yield pages[0], row.get("response")
         else:
-            yield row, Pixels(_array(value, where), where)
+            yield Pixels(_array(value, where), where), row.get("response")
     if index < 0:
         raise ValueError(f"dataset must have rows, got none from {config.dataset!r}")
 
 
-def _response(row: dict[str, Any], spec: ResponseSpec | None, where: str) -> Tensor:
-    """The response of a row, float32 (L, S), NaN where unknown."""
+def _response(stored: Any, spec: ResponseSpec | None, where: str) -> Tensor:
+    """The response that a row stores, float32 (L, S), NaN where unknown."""
     if spec is None:
         return torch.empty(0, 0)
-    response = np.asarray(row["response"], dtype=np.float32)
+    response = np.asarray(stored, dtype=np.float32)
     if response.shape != spec.shape:
         raise ValueError(
             f"responses must have the shape of their strains, {spec.shape}, got {where} with {response.shape}"

@@ -67,7 +67,7 @@ def checked_simulator(
 ) -> Callable[[np.ndarray], np.ndarray]:
     """A simulator, ours with its options if there is none, whose response is checked each time that it is called."""
     if simulator is None:
-        return spec.simulator(**options)  # type: ignore[return-value]
+        return spec.simulator(**options)
     if not callable(simulator):
         raise ValueError(f"simulator must be a function of designs (B, H, W), got {simulator!r}")
 

@@ -18,7 +18,7 @@ from mechdiffusers.evaluation.inverse_design.checks import (
 )
 from mechdiffusers.evaluation.inverse_design.exchange import design_names, write_export
 from mechdiffusers.evaluation.inverse_design.refine import refine
-from mechdiffusers.evaluation.inverse_design.retrieval import load_split, stored_responses
+from mechdiffusers.evaluation.inverse_design.retrieval import load_splits, stored_responses
 from mechdiffusers.evaluation.inverse_design.sample import designs_for
 from mechdiffusers.evaluation.inverse_design.select import nearest_in_curve_shape
 from mechdiffusers.evaluation.inverse_design.target_range import TargetRange
@@ -127,10 +127,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"num_refined must be at most num_designs={num_designs}, got {num_refined}")
     names, targets = read_targets(arguments.targets, spec)
     checked_names(names, len(targets))
-    stored = {}
-    if arguments.dataset is not None:
-        splits = {"dataset": "train", "heldout": "heldout"}
-        stored = {name: load_split(arguments.dataset, split) for name, split in splits.items()}
+    stored = load_splits(arguments.dataset)
     kept = num_refined if arguments.num_rounds else num_designs
     shape = (len(targets) * kept, *pipe.image_size)
     checked_targets(targets, spec, shape, **stored)  # what cannot be verified is not generated

@@ -130,7 +130,7 @@ def refine(
     errors = [[chain.error for chain in chains]]
     coarse_chains = []
     if num_coarse_steps and simulator is None and spec.solver is not None and spec.solver["element_order"] > 1:
-        simulate_coarsely = checked_simulator(None, spec, element_order=1, device=device)
+        simulate_coarsely = spec.simulator(element_order=1, device=device)
         known = np.where(np.isnan(found), np.nan, simulate_coarsely(array))
         aims = wanted * _ratio(known, found)
         coarse_chains = _chains(array, known, np.where(np.isnan(aims), wanted, aims), seed)

@@ -18,7 +18,14 @@ from mechdiffusers.evaluation.inverse_design.response import as_array, response_
 from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.microstructures.build_dataset.columns import designs_of
 
-__all__ = ["NearestDesigns", "load_split", "nearest_training_designs", "stored_designs", "stored_responses"]
+__all__ = [
+    "NearestDesigns",
+    "load_split",
+    "load_splits",
+    "nearest_training_designs",
+    "stored_designs",
+    "stored_responses",
+]
 
 
 @dataclass
@@ -68,6 +75,13 @@ def load_split(folder: Path, split: str) -> Dataset:
     if not file.exists():
         raise ValueError(f"dataset must be a folder of train.parquet and heldout.parquet, got no {file}")
     return Dataset(pq.read_table(file))
+
+
+def load_splits(folder: Path | None) -> dict[str, Dataset]:
+    """Both splits as :func:`.verify` takes them, ``dataset`` and ``heldout``; none without a folder."""
+    if folder is None:
+        return {}
+    return {"dataset": load_split(folder, "train"), "heldout": load_split(folder, "heldout")}
 
 
 def stored_responses(dataset: Any) -> np.ndarray:

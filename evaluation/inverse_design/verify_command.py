@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mechdiffusers.evaluation.inverse_design.exchange import read_exported
-from mechdiffusers.evaluation.inverse_design.retrieval import load_split
+from mechdiffusers.evaluation.inverse_design.retrieval import load_splits
 from mechdiffusers.evaluation.inverse_design.targets import read_targets
 from mechdiffusers.evaluation.inverse_design.verify import verify
 from mechdiffusers.mechanics import ResponseSpec
@@ -50,9 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Writes the report; a ``ValueError`` says what does not fit."""
     exported = read_exported(arguments.designs)
     folder = exported.dataset if arguments.dataset is None else arguments.dataset
-    stored = (
-        {} if folder is None else {"dataset": load_split(folder, "train"), "heldout": load_split(folder, "heldout")}
-    )
+    stored = load_splits(folder)
     if exported.spec is None and folder is None:
         raise ValueError(
             "dataset must be given for designs that --export did not write: it says what the responses are, got "
