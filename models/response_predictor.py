@@ -216,11 +216,11 @@ class ResponsePredictor(ModelMixin, ConfigMixin):
         change = torch.linalg.solve(gram + noise, -excess.detach().cpu().double()[..., None])
         return (variance * jacobian.mT @ change.to(jacobian)).reshape(latents.shape)
 
-    @staticmethod
-    def response_error(found: Tensor, wanted: Tensor) -> Tensor:
+    def response_error(self, found: Tensor, wanted: Tensor) -> Tensor:
         r"""Mean of :math:`\|y - y^*\| / \|y^*\|` over the load cases.
 
-        A load case that is to be zero is measured against the others, all zeros in units of the response.
+        All load cases of a signed response, and those that are to be zero, are measured against the root mean square
+        of :math:`\|y^*\|`; a target of zeros in units of the response.
 
         Args:
             found: Responses in physical units, shape ``(*, L, S)``.
@@ -233,7 +233,9 @@ class ResponsePredictor(ModelMixin, ConfigMixin):
         distance, size = (torch.where(given, values, 0.0).norm(dim=-1) for values in (found - wanted, wanted))
         cases = given.any(-1)
         typical = (size.square().sum(-1, keepdim=True) / cases.sum(-1, keepdim=True).clamp(min=1)).sqrt()
-        size = torch.where(size > 1e-6 * typical, size, torch.where(typical > 0, typical, 1.0))
+        typical = torch.where(typical > 0, typical, 1.0)
+        relative = (size > 1e-6 * typical) & (not self.config.spec.get("signed", False))
+        size = torch.where(relative, size, typical)
         error = torch.where(cases, distance / size, 0.0).sum(-1) / cases.sum(-1).clamp(min=1)
         return torch.where(found.isfinite().flatten(-2).all(-1), error, math.inf)
 

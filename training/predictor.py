@@ -43,13 +43,14 @@ def train_predictor(
     Returns:
         The predictor with averaged weights, on the CPU, in the main process.
     """
-    assert designs.spec is not None  # where there is none there are no responses to predict
-    normalisation = response_normalisation(responses, designs.spec.signed)
+    spec = designs.spec
+    assert spec is not None  # where there is none there are no responses to predict
+    normalisation = response_normalisation(responses, spec.signed)
     predictor = ResponsePredictor(
         block_out_channels=tuple(config.predictor_block_out_channels),
         layers_per_block=config.predictor_layers_per_block,
-        spec=designs.spec.to_dict(),
-        symmetries=symmetries(config, designs.spec.load_cases, designs.size),
+        spec=spec.to_dict(),
+        symmetries=symmetries(config, spec.load_cases, designs.size),
         **normalisation,
     )
 
@@ -70,7 +71,7 @@ def train_predictor(
         metrics = {"loss": loss.item()}
         known = ~response.isnan().flatten(1).all(1)
         if known.any():
-            error = response_error(predicted[known], response[known])
+            error = response_error(predicted[known], response[known], signed=spec.signed)
             metrics["response_error"] = error.mean().item()
         return metrics
 

@@ -52,7 +52,8 @@ def checked_targets(
         solved = min(int((np.isfinite(stored) | np.isnan(each)).all((1, 2)).sum()) for each in wanted)
         if solved < per_target:
             raise ValueError(
-                f"dataset must have as many solved designs as there are for a target, {per_target}, got {solved}"
+                f"dataset must have as many solved designs as there are for a target, {per_target}, got {solved}: "
+                "leave it out, or ask for fewer designs"
             )
         size = stored_designs(dataset.select([0])).shape[1:]
         if size != tuple(shape[1:]):

@@ -134,7 +134,8 @@ def run(arguments: argparse.Namespace) -> None:
     reach = None
     if stored:
         train, heldout = stored_responses(stored["dataset"]), stored_responses(stored["heldout"])
-        reach = TargetRange(train, heldout).check(targets, names=names)  # warns before anything is generated
+        # warns before anything is generated
+        reach = TargetRange(train, heldout, signed=spec.signed).check(targets, names=names)
     designs = designs_for(
         pipe,
         targets,

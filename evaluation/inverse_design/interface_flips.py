@@ -33,11 +33,15 @@ def sets_of_flips(
     design: np.ndarray,
     expected: np.ndarray,
     wanted: np.ndarray,
+    scale: np.ndarray,
     max_length: int,
     predict: Predictor,
     rng: np.random.Generator,
 ) -> list[np.ndarray]:
-    """Neighbours of a design: in each, a set of pixels changes phase, and the interface is at most ``max_length``."""
+    """Neighbours of a design: in each, a set of pixels changes phase, and the interface is at most ``max_length``.
+
+    The difference in each load case counts by the inverse of its ``scale``, shape ``(L,)``.
+    """
     pixels = np.flatnonzero(lengthening(design) < lengthening(np.zeros_like(design)))  # some neighbour is another
     if not len(pixels):
         return []
@@ -45,11 +49,10 @@ def sets_of_flips(
     flipped = np.repeat(design.reshape(1, -1), len(pixels), axis=0)
     flipped[np.arange(len(pixels)), pixels] = 1 - flipped[np.arange(len(pixels)), pixels]
     given = ~np.isnan(wanted)
-    scale = np.where(given, wanted, 0.0)
-    scale = np.where(given, 1 / np.linalg.norm(scale, axis=-1, keepdims=True).clip(1e-300), 0.0)
+    weight = np.where(given, 1 / scale[:, None], 0.0)
     before = as_array(predict(design[None]))
-    effect = ((as_array(predict(flipped.reshape(-1, *design.shape))) - before) * scale).reshape(len(pixels), -1)
-    left = np.repeat((np.where(given, wanted - expected, 0.0) * scale).reshape(1, -1), _SETS, axis=0)
+    effect = ((as_array(predict(flipped.reshape(-1, *design.shape))) - before) * weight).reshape(len(pixels), -1)
+    left = np.repeat((np.where(given, wanted - expected, 0.0) * weight).reshape(1, -1), _SETS, axis=0)
 
     # all sets at once: shape (sets, pixels); adding pixel j to set i changes |left|^2 by |effect|^2 - 2 left . effect
     free, sizes = rng.random((_SETS, len(pixels))) < _SHARE, rng.integers(1, _LARGEST + 1, _SETS)

@@ -42,7 +42,7 @@ from mechdiffusers.evaluation.inverse_design.checks import (
     checked_targets,
 )
 from mechdiffusers.evaluation.inverse_design.interface_flips import Predictor, interface_length, sets_of_flips
-from mechdiffusers.evaluation.inverse_design.response import as_array, response_error
+from mechdiffusers.evaluation.inverse_design.response import as_array, error_scale, response_error
 from mechdiffusers.mechanics import ResponseSpec, Simulator
 from mechdiffusers.parallel import num_workers, one_thread, run
 
@@ -126,14 +126,14 @@ def refine(
     if np.isinf(found).any():
         raise ValueError("response must be finite, or NaN where a design is not solved, got an infinite one")
 
-    chains = _chains(array, found, wanted, seed)
+    chains = _chains(array, found, wanted, seed, spec.signed)
     errors = [[chain.error for chain in chains]]
     coarse_chains = []
     if num_coarse_steps and simulator is None and spec.solver is not None and spec.solver["element_order"] > 1:
         simulate_coarsely = spec.simulator(element_order=1, device=device)
         known = np.where(np.isnan(found), np.nan, simulate_coarsely(array))
         aims = wanted * _ratio(known, found)
-        coarse_chains = _chains(array, known, np.where(np.isnan(aims), wanted, aims), seed)
+        coarse_chains = _chains(array, known, np.where(np.isnan(aims), wanted, aims), seed, spec.signed)
     steps = num_coarse_steps if coarse_chains else 0
     with tqdm(total=num_rounds * (steps + 1), desc="refine", unit="step", disable=not progress) as bar:
         for _ in range(num_rounds):
@@ -157,8 +157,11 @@ def refine(
 class _Chain:
     """The nearest design so far of those that were simulated one after the other, and what they taught."""
 
-    def __init__(self, design: np.ndarray, response: np.ndarray, wanted: np.ndarray, rng: np.random.Generator) -> None:
+    def __init__(
+        self, design: np.ndarray, response: np.ndarray, wanted: np.ndarray, rng: np.random.Generator, signed: bool
+    ) -> None:
         self.design, self.response, self.wanted = design, response, wanted  # shapes (H, W) and twice (L, S)
+        self._signed = signed
         self.known = {design.tobytes(): response}
         self.rng, self._solved, self._max_length = rng, [(design, response)], interface_length(design)
         self.error = self._error(response)
@@ -170,14 +173,15 @@ class _Chain:
         known, responses = (np.stack(each) for each in zip(*self._solved, strict=True))
         residuals = responses - as_array(predict(known))
         nearest, least, expected_of_it = None, np.inf, self.response
+        scale = error_scale(torch.from_numpy(self.wanted), self._signed).numpy()
         for _ in range(num_searches):
             start = self.design if nearest is None else nearest
-            found = sets_of_flips(start, expected_of_it, self.wanted, self._max_length, predict, self.rng)
+            found = sets_of_flips(start, expected_of_it, self.wanted, scale, self._max_length, predict, self.rng)
             found = [design for design in found if design.tobytes() not in self.known]
             if not found:
                 break
             expected = as_array(predict(np.stack(found))) + _kriged(known, residuals, np.stack(found))
-            error = response_error(expected, self.wanted)
+            error = response_error(expected, self.wanted, signed=self._signed)
             if error.min() < least:
                 least, nearest, expected_of_it = error.min(), found[error.argmin()], expected[error.argmin()]
         return nearest
@@ -206,13 +210,13 @@ class _Chain:
         self.design, self.response = self._solved[nearest]
 
     def _error(self, response: np.ndarray) -> float:
-        return float(response_error(response[None], self.wanted)[0])
+        return float(response_error(response[None], self.wanted, signed=self._signed)[0])
 
 
-def _chains(designs: np.ndarray, response: np.ndarray, wanted: np.ndarray, seed: int) -> list[_Chain]:
+def _chains(designs: np.ndarray, response: np.ndarray, wanted: np.ndarray, seed: int, signed: bool) -> list[_Chain]:
     """A chain for each design."""
     rngs = (np.random.default_rng([seed, i]) for i in range(len(designs)))
-    return [_Chain(*each) for each in zip(designs, response, wanted, rngs, strict=True)]
+    return [_Chain(*each, signed) for each in zip(designs, response, wanted, rngs, strict=True)]
 
 
 def _neighbours(chains: Sequence[_Chain], predict: Predictor, num_searches: int) -> list[np.ndarray | None]:

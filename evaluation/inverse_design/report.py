@@ -72,7 +72,8 @@ class VerificationReport:
             known = errors[i][np.isfinite(errors[i])]
             best, mean = (f"{f(known):8.2%}" if known.size else f"{'-':>8}" for f in (np.min, np.mean))
             nearest = f"{self.retrieval.error[i, 0]:10.2%}" if self.retrieval is not None else f"{'-':>10}"
-            within = f"{self.reach.p_value[i]:11.2g}" if self.reach is not None else f"{'-':>11}"
+            p_value = math.nan if self.reach is None else self.reach.p_value[i]
+            within = f"{p_value:11.2g}" if math.isfinite(p_value) else f"{'-':>11}"
             lines.append(f"{name[:24]:24} {best} {mean} {solved[i].sum():4d} of {solved[i].size:d} {nearest} {within}")
         return "\n".join(lines)
 

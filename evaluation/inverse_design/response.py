@@ -7,8 +7,10 @@ The error of a response :math:`y` is the mean over load cases of
 the norms along that case's strains, so that a soft load case counts as much as a stiff one. Entries that the target
 :math:`y^*` leaves unspecified (NaN) are left out. A load case without any entry is left out as a whole.
 
-A load case whose target is zero, such as a coupling stiffness or a Poisson's ratio, has no relative error. It is
-measured against the root mean square of the load cases' norms, and in units of the response if all are zero.
+A response that may be negative may also be zero or nearly zero, such as a coupling stiffness: no relative error of that
+load case means anything. So if the response is signed, all load cases are measured against the root mean square of
+their norms, as a tensor is against its Frobenius norm. So is a load case of an unsigned response whose target is zero.
+If all of the target is zero, the error is in units of the response.
 """
 
 from __future__ import annotations
@@ -19,22 +21,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["as_array", "response_error"]
+__all__ = ["as_array", "error_scale", "response_error"]
 
 #: The share of the other load cases' norms below which a target is zero.
 _ZERO = 1e-6
 
 
 @overload
-def response_error(response: np.ndarray, target: np.ndarray) -> np.ndarray: ...
+def response_error(response: np.ndarray, target: np.ndarray, *, signed: bool = False) -> np.ndarray: ...
 @overload
-def response_error(response: Tensor, target: Tensor) -> Tensor: ...
-def response_error(response: np.ndarray | Tensor, target: np.ndarray | Tensor) -> np.ndarray | Tensor:
+def response_error(response: Tensor, target: Tensor, *, signed: bool = False) -> Tensor: ...
+def response_error(
+    response: np.ndarray | Tensor, target: np.ndarray | Tensor, *, signed: bool = False
+) -> np.ndarray | Tensor:
     """Relative error of responses, differentiable.
 
     Args:
         response: Shape ``(B, L, S)``, NaN where not solved.
         target: Shape ``(B, L, S)``, or ``(L, S)`` for one target of all; NaN where unspecified.
+        signed: Whether the response may be negative, as its specification says.
 
     Returns:
         Shape ``(B,)``, float64, of the kind of ``response``; NaN where an entry that the target gives is not solved.
@@ -56,16 +61,22 @@ def response_error(response: np.ndarray | Tensor, target: np.ndarray | Tensor) -
             f"{tuple(wanted.shape)} for {tuple(found.shape)}"
         )
     given = ~wanted.isnan()
-    size = torch.linalg.vector_norm(torch.where(given, wanted, 0.0), dim=-1)
     cases = given.any(-1)
     if not cases.any(-1).all() or wanted.isinf().any():
         raise ValueError("target must be finite and given somewhere")
-    typical = (size.square().sum(-1, keepdim=True) / cases.sum(-1, keepdim=True)).sqrt()
-    size = torch.where(size > _ZERO * typical, size, torch.where(typical > 0, typical, 1.0))
     distance = torch.linalg.vector_norm(torch.where(given, found - wanted, 0.0), dim=-1)
-    relative = torch.where(cases, distance / size, 0.0)
+    relative = torch.where(cases, distance / error_scale(wanted, signed), 0.0)
     error = relative.sum(-1) / cases.sum(-1)
     return error if isinstance(response, Tensor) else error.numpy()
+
+
+def error_scale(target: Tensor, signed: bool) -> Tensor:
+    """What the distance from a target ``(*, L, S)`` is measured against in each load case, shape ``(*, L)``."""
+    given = ~target.isnan()
+    size = torch.linalg.vector_norm(torch.where(given, target, 0.0), dim=-1)
+    typical = (size.square().sum(-1, keepdim=True) / given.any(-1).sum(-1, keepdim=True).clamp(min=1)).sqrt()
+    typical = torch.where(typical > 0, typical, 1.0).expand_as(size)
+    return typical if signed else torch.where(size > _ZERO * typical, size, typical)
 
 
 def as_array(values: np.ndarray | Tensor, name: str = "values") -> np.ndarray:

@@ -59,7 +59,9 @@ def nearest_training_designs(targets: np.ndarray | Tensor, dataset: Any, k: int 
     wanted = as_array(targets, "targets")
     if wanted.ndim != 3 or wanted.shape[1:] != stored.shape[1:]:
         raise ValueError(f"targets must have shape (T, {stored.shape[1]}, {stored.shape[2]}), got {wanted.shape}")
-    errors = np.array([response_error(stored, target) for target in wanted]).reshape(len(wanted), len(stored))
+    signed = ResponseSpec.of(dataset).signed
+    errors = np.array([response_error(stored, target, signed=signed) for target in wanted])
+    errors = errors.reshape(len(wanted), len(stored))
     fewest = int(np.isfinite(errors).sum(1).min(initial=len(stored)))
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= fewest:
         raise ValueError(f"k must be an integer from 1 to the {fewest} solved rows of the dataset, got {k!r}")

@@ -22,12 +22,13 @@ from mechdiffusers.mechanics import ResponseSpec, Simulator
 __all__ = ["curve_shape_error", "nearest_in_curve_shape"]
 
 
-def curve_shape_error(response: np.ndarray, target: np.ndarray) -> np.ndarray:
+def curve_shape_error(response: np.ndarray, target: np.ndarray, *, signed: bool = False) -> np.ndarray:
     """Relative error of responses after each load case is scaled by its best factor.
 
     Args:
         response: Shape ``(B, L, S)``, NaN where not solved.
         target: Shape ``(B, L, S)``, or ``(L, S)`` for one target of all; NaN where unspecified.
+        signed: Whether the response may be negative, as its specification says.
 
     Returns:
         Shape ``(B,)``, at most the :func:`.response_error`, NaN where that is.
@@ -43,7 +44,7 @@ def curve_shape_error(response: np.ndarray, target: np.ndarray) -> np.ndarray:
     response_error(found, wanted)  # refuses what does not fit
     both, square = (np.where(np.isnan(wanted), 0.0, found * other).sum(-1, keepdims=True) for other in (wanted, found))
     factor = np.divide(both, square, out=np.ones_like(square), where=square != 0)
-    return response_error(found * np.where(factor < 0, 0.0, factor), wanted)  # NaN stays
+    return response_error(found * np.where(factor < 0, 0.0, factor), wanted, signed=signed)  # NaN stays
 
 
 def nearest_in_curve_shape(
@@ -90,7 +91,8 @@ def nearest_in_curve_shape(
     response = simulate(array)
     asked = np.repeat(wanted, per_target, axis=0)
     errors = [
-        measure(response, asked).reshape(len(wanted), per_target) for measure in (response_error, curve_shape_error)
+        measure(response, asked, signed=spec.signed).reshape(len(wanted), per_target)
+        for measure in (response_error, curve_shape_error)
     ]
     order = np.lexsort([errors[0], errors[1].round(12)], axis=1)[:, :num_designs]  # NaN comes last
     given = designs if isinstance(designs, Tensor) else np.asarray(designs)

@@ -13,7 +13,7 @@ Two things can be wrong with a target, and each has its score:
 Each score becomes a p-value by its rank among those of held-out designs: the fraction of these that are as far out.
 It is exact for whatever distribution the responses have. Twice the smaller one is the p-value of the target
 (Bonferroni): of targets that are drawn as the held-out designs are, at most a fraction p has one of p or less.
-Unspecified entries of a target are left out of all of it.
+Unspecified entries of a target are left out of all of it: what counts are the designs that are solved at the others.
 
 References:
     | Testing for Outliers with Conformal p-values (Bates et al., 2023), on p-values by rank
@@ -45,7 +45,7 @@ class OutOfRangeWarning(UserWarning):
 class RangeCheck:
     """How far out T targets lie."""
 
-    p_value: np.ndarray  #: twice the smaller p-value of the two scores, at most 1, shape (T,)
+    p_value: np.ndarray  #: twice the smaller p-value of the two scores, at most 1, shape (T,); NaN if nothing tells it
     nearest_error: np.ndarray  #: error of the nearest training design's stored response, shape (T,)
     shape_distance: np.ndarray  #: Mahalanobis distance of the logarithms, or of the entries, shape (T,)
     out_of_range: np.ndarray  #: whether the p-value is below the level, bool, shape (T,)
@@ -55,10 +55,11 @@ class TargetRange:
     r"""What training data can reach, calibrated on held-out designs.
 
     Args:
-        training_responses: Shape ``(N, L, S)``; designs that are not solved to their end (NaN) are left out.
+        training_responses: Shape ``(N, L, S)``, NaN where not solved.
         heldout_responses: Shape ``(M, L, S)``, of designs that are not among the training data, likewise. A p-value is
             at least ``2 / (M + 1)``.
         tolerance: :math:`\tau`, the relative precision of targets.
+        signed: Whether the response may be negative, as its specification says.
 
     Raises:
         ValueError: If the responses are not of one shape or too few.
@@ -73,9 +74,11 @@ class TargetRange:
         training_responses: np.ndarray | Tensor,
         heldout_responses: np.ndarray | Tensor,
         tolerance: float = 0.01,
+        *,
+        signed: bool = False,
     ):
-        self._training = _solved("training_responses", training_responses)
-        self._heldout = _solved("heldout_responses", heldout_responses)
+        self._training = _known("training_responses", training_responses)
+        self._heldout = _known("heldout_responses", heldout_responses)
         if self._training.shape[1:] != self._heldout.shape[1:]:
             raise ValueError(
                 f"heldout_responses must be of the load cases and strains of the training responses, "
@@ -84,12 +87,12 @@ class TargetRange:
         _check_number("tolerance", tolerance)
         if not 0 < tolerance < math.inf:
             raise ValueError(f"tolerance must be a positive number, got {tolerance!r}")
-        self._positive = (self._training > 0).all()
-        self._size = np.sqrt((self._training**2).mean(0))
+        self._tolerance, self._signed = tolerance, signed
+        self._positive = not (self._training <= 0).any()
+        known = np.isfinite(self._training)
+        square = np.where(known, self._training, 0.0) ** 2
+        self._size = np.sqrt(square.sum(0) / known.sum(0).clip(1))
         self._size[self._size == 0] = 1
-        entries = self._entries(self._training)
-        self._mean = entries.mean(0)
-        self._covariance = np.atleast_2d(np.cov(entries.T)) + tolerance**2 * np.eye(entries.shape[1])
 
     def check(
         self, targets: np.ndarray | Tensor, *, level: float = 0.01, names: Sequence[str] | None = None
@@ -110,7 +113,7 @@ class TargetRange:
                 ``level`` is not in [0, 1], or the names are not one for each target.
 
         Warns:
-            OutOfRangeWarning: If a p-value is below ``level``, or none can be, there being too few held-out designs.
+            OutOfRangeWarning: If a p-value is below ``level``, or cannot be, there being too few held-out designs.
         """
         wanted = as_array(targets, "targets")
         if wanted.ndim != 3 or wanted.shape[1:] != self._training.shape[1:]:
@@ -125,19 +128,28 @@ class TargetRange:
         names = [str(index) for index in range(len(wanted))] if names is None else names
         if isinstance(names, str) or not isinstance(names, Iterable) or len(names := list(names)) != len(wanted):
             raise ValueError(f"names must be {len(wanted)}, one for each target, got {names!r}")
-        scores = np.empty((2, len(wanted)))
-        p_values = np.empty(len(wanted))
+        scores = np.full((2, len(wanted)), math.nan)
+        p_values = np.full(len(wanted), math.nan)
         given = ~np.isnan(wanted)
+        fewest = len(self._heldout)
         for mask in np.unique(given, axis=0):  # targets with the same unspecified entries share their calibration
             alike = (given == mask).all((1, 2))
-            heldout = self._scores(np.where(mask, self._heldout, np.nan))
-            scores[:, alike] = self._scores(wanted[alike])
-            as_far = (heldout[:, None, :] >= scores[:, alike, None]).sum(-1)
-            p_values[alike] = np.minimum(1, 2 * (1 + as_far).min(0) / (1 + heldout.shape[1]))
-        if 0 < level <= 2 / (1 + len(self._heldout)):
+            training, heldout = (
+                np.where(mask, values, math.nan)[np.isfinite(values[:, mask]).all(1)]
+                for values in (self._training, self._heldout)
+            )
+            num = len(heldout) if len(training) > 1 else 0
+            fewest = min(fewest, num)
+            if not num:
+                continue
+            scores[:, alike], calibration = (self._scores(each, training) for each in (wanted[alike], heldout))
+            as_far = (calibration[:, None, :] >= scores[:, alike, None]).sum(-1)
+            p_values[alike] = np.minimum(1, 2 * (1 + as_far).min(0) / (1 + num))
+        if 0 < level <= 2 / (1 + fewest):
             warnings.warn(
-                f"no target can be told to lie outside what the training data can reach at the level {level:g}, which "
-                f"takes {math.floor(2 / level)} solved held-out designs; there are {len(self._heldout)}",
+                f"targets cannot be told to lie outside what the training data can reach at the level {level:g}: that "
+                f"takes {math.floor(2 / level)} held-out designs that are solved where a target is given, there are "
+                f"{fewest}",
                 OutOfRangeWarning,
                 stacklevel=2,
             )
@@ -158,21 +170,24 @@ class TargetRange:
             return flat / self._size.ravel()
         return np.log(np.maximum(flat, 1e-300))  # a target may be zero
 
-    def _scores(self, targets: np.ndarray) -> np.ndarray:
+    def _scores(self, targets: np.ndarray, training: np.ndarray) -> np.ndarray:
         """Both scores of targets with the same unspecified entries, shape ``(2, T)``."""
-        nearest = np.array([response_error(self._training, target).min() for target in targets])
+        nearest = np.array([response_error(training, target, signed=self._signed).min() for target in targets])
         given = ~np.isnan(targets[0]).ravel()
-        offset = self._entries(targets)[:, given] - self._mean[given]
-        lower = np.linalg.cholesky(self._covariance[np.ix_(given, given)])
+        entries = self._entries(training)[:, given]
+        offset = self._entries(targets)[:, given] - entries.mean(0)
+        covariance = np.atleast_2d(np.cov(entries.T)) + self._tolerance**2 * np.eye(entries.shape[1])
+        lower = np.linalg.cholesky(covariance)
         return np.stack([nearest, np.linalg.norm(np.linalg.solve(lower, offset.T), axis=0)])
 
 
-def _solved(name: str, responses: np.ndarray | Tensor) -> np.ndarray:
-    """Those of the responses that are solved to their end, float64."""
+def _known(name: str, responses: np.ndarray | Tensor) -> np.ndarray:
+    """Those of the responses that are solved somewhere, float64, NaN elsewhere."""
     values = as_array(responses, name)
     if values.ndim != 3:
         raise ValueError(f"{name} must have shape (N, L, S), got {values.shape}")
-    values = values[np.isfinite(values).all((1, 2))]
+    values = np.where(np.isfinite(values), values, math.nan)
+    values = values[np.isfinite(values).any((1, 2))]
     if len(values) < 2:
         raise ValueError(f"{name} must hold at least two solved designs, got {len(values)}")
     return values

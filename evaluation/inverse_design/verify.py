@@ -92,10 +92,12 @@ def verify(
         found["novelty"] = novelty(array, stored_designs(dataset))
         retrieval = nearest_training_designs(wanted, dataset, per_target)
     if heldout is not None:
-        reach = TargetRange(stored_responses(dataset), stored_responses(heldout)).check(wanted, names=names)
+        reach = TargetRange(stored_responses(dataset), stored_responses(heldout), signed=spec.signed).check(
+            wanted, names=names
+        )
 
     response = simulate(array)
-    error = response_error(response, np.repeat(wanted, per_target, axis=0))
+    error = response_error(response, np.repeat(wanted, per_target, axis=0), signed=spec.signed)
     order = np.argsort(error.reshape(len(wanted), per_target), axis=1, kind="stable")  # NaN comes last
     found |= {
         "response": response,

@@ -220,7 +220,24 @@ def test_a_simulator_of_ones_own_refines_towards_a_signed_scalar_in_every_step()
     simulated.clear()
     refined = refine(designs, targets, spec, lambda chosen: imbalance(chosen) + 0.1, simulator=imbalance, num_rounds=2)
     assert (refined.error[:, -1] < 0.5 * refined.error[:, 0]).all()
-    np.testing.assert_allclose(refined.error[:, -1], response_error(imbalance(refined.designs), targets), rtol=1e-9)
+    found = imbalance(refined.designs)
+    np.testing.assert_allclose(refined.error[:, -1], response_error(found, targets, signed=True), rtol=1e-9)
+
+
+@pytest.mark.parametrize("near", [0.0, 1e-9])
+def test_an_entry_that_is_to_be_zero_does_not_outweigh_the_others(near) -> None:
+    """The volume fraction, and the difference of the halves, which is to be zero or nearly so, as it already is."""
+    spec = ResponseSpec("share", ["whole", "difference"], [[0.0], [0.0]], units="1", signed=True)
+
+    def shares(designs):
+        left, right = designs[:, :, :4].mean((1, 2)), designs[:, :, 4:].mean((1, 2))
+        return np.stack([(left + right) / 2, left - right], 1)[..., None]
+
+    half = np.asarray(random_composites(1, size=8, seed=3)[0][:, :, :4], dtype=np.float64)
+    design = np.concatenate([half, half[:, :, ::-1]], axis=2)
+    wanted = [[design.mean() - 6 / 64], [near]]
+    refined = refine(design, wanted, spec, shares, simulator=shares, num_rounds=4)
+    assert refined.error[0, -1] < 0.5 * refined.error[0, 0]
 
 
 def test_one_pixel_that_is_wrong_is_found(question) -> None:
@@ -230,7 +247,8 @@ def test_one_pixel_that_is_wrong_is_found(question) -> None:
     other[row, column] = 1 - other[row, column]
     wanted, found = exact(designs[:1])[0], exact(other[None])[0]
     longest = interface_length(designs[0])
-    sets = sets_of_flips(other, found, wanted, longest, exact, np.random.default_rng(0))
+    scale = np.linalg.norm(wanted, axis=1)
+    sets = sets_of_flips(other, found, wanted, scale, longest, exact, np.random.default_rng(0))
     assert any((neighbour == designs[0]).all() for neighbour in sets)
 
 
@@ -245,7 +263,7 @@ def test_neighbours_differ_at_the_interface_and_theirs_is_no_longer_than_it_may_
 
     response = predict(design[None])[0]
     longest = interface_length(design) + room
-    sets = sets_of_flips(design, response, response + 5, longest, predict, rng)
+    sets = sets_of_flips(design, response, response + 5, np.ones(len(response)), longest, predict, rng)
     lengths = [interface_length(neighbour) for neighbour in sets]
     assert max(lengths) <= longest
     assert len(sets) > 10

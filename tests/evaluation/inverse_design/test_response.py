@@ -66,16 +66,37 @@ def test_the_error_of_a_target_that_is_zero_everywhere_is_in_units_of_the_respon
     np.testing.assert_allclose(response_error(response, given), 3, rtol=1e-12)
 
 
-def test_the_error_does_not_know_signs_and_units():
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_error_does_not_know_signs_and_units(signed):
     response, target = responses(4, seed=1), responses(4)
     target[1, 2] = 0
     signs = np.array([1.0, -1.0, -1.0])[:, None]
     np.testing.assert_allclose(
-        response_error(1e3 * signs * response, 1e3 * signs * target), response_error(response, target), rtol=1e-12
+        response_error(1e3 * signs * response, 1e3 * signs * target, signed=signed),
+        response_error(response, target, signed=signed),
+        rtol=1e-12,
     )
 
 
-def test_the_error_inside_checkpoints_is_this_one():
+def test_a_signed_entry_near_zero_counts_as_one_that_is_zero():
+    """C16 of 0.001 beside C11 and C22 of 10: 0.2 off is two per cent of these, not 200 times too much."""
+    response = np.array([10.0, 10.0, 0.2])[None, :, None]
+    errors = [
+        response_error(response, np.array([10.0, 10.0, near])[:, None], signed=True).item()
+        for near in (-1e-3, 0.0, 1e-12, 1e-3)
+    ]
+    np.testing.assert_allclose(errors, 0.2 / math.sqrt(200 / 3) / 3, rtol=0.01)
+
+
+def test_the_error_of_a_signed_tensor_with_one_wrong_entry_is_its_relative_frobenius_distance():
+    target = np.array([4.0, -1.0, 0.2, 3.0])[:, None]
+    response = target + np.array([0.0, 0.0, 0.5, 0.0])[:, None]
+    frobenius = np.linalg.norm(response - target) / np.linalg.norm(target)
+    np.testing.assert_allclose(response_error(response[None], target, signed=True), frobenius / math.sqrt(4))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_error_inside_checkpoints_is_this_one(signed):
     """They carry their own copy, since they are loaded without this package."""
     rng = np.random.default_rng(0)
     target = rng.standard_normal((200, 3, 4))
@@ -84,8 +105,11 @@ def test_the_error_inside_checkpoints_is_this_one():
     target = target[~np.isnan(target).all((1, 2))]
     assert (np.nan_to_num(target) == 0).all((1, 2)).any()  # some are zero everywhere
     response = rng.standard_normal(target.shape)
-    found = ResponsePredictor.response_error(torch.from_numpy(response), torch.from_numpy(target))
-    np.testing.assert_allclose(found, response_error(response, target), rtol=1e-12)
+    spec = {"quantity": "q", "load_cases": ["a", "b", "c"], "strains": [[1.0, 2.0, 3.0, 4.0]] * 3, "units": "1"}
+    entries = {name: [[1.0] * 4] * 3 for name in ("scale", "mean", "std")}
+    predictor = ResponsePredictor(block_out_channels=(4,), spec={**spec, "signed": signed}, **entries)
+    found = predictor.response_error(torch.from_numpy(response), torch.from_numpy(target))
+    np.testing.assert_allclose(found, response_error(response, target, signed=signed), rtol=1e-12)
 
 
 def test_an_unsolved_entry_that_the_target_gives_makes_the_error_nan():

@@ -103,7 +103,7 @@ def test_a_target_out_of_range_is_warned_of_by_its_name_and_one_within_is_not(re
 @pytest.mark.parametrize(("num", "tells"), [(199, False), (200, True)])
 def test_too_few_held_out_designs_to_call_anything_out_of_range_are_warned_of(num, tells):
     reach = TargetRange(curves(300, seed=0), curves(num, seed=1))
-    message = "targets 0 " if tells else f"no target can be told .* takes 200 solved held-out designs; there are {num}"
+    message = "targets 0 " if tells else rf"targets cannot be told .* takes 200 held-out designs .* there are {num}$"
     with pytest.warns(OutOfRangeWarning, match=message):
         check = reach.check(1e3 * curves(1, 3))
     assert check.out_of_range.item() == tells
@@ -118,6 +118,24 @@ def test_unsolved_designs_reach_nothing():
     np.testing.assert_allclose(
         both.check(targets, level=0).p_value, TargetRange(training, heldout).check(targets, level=0).p_value
     )
+
+
+def test_designs_of_which_no_one_is_wholly_known_tell_what_lies_in_reach():
+    """One load case was measured of each: that says as much of targets in one load case as whole designs would."""
+    training, heldout = curves(1000, seed=0), curves(600, seed=1)
+    halves = [values.copy() for values in (training, heldout)]
+    for values in halves:
+        values[::2, 0] = values[1::2, 1] = math.nan
+    reach, whole = TargetRange(*halves), TargetRange(training[1::2], heldout[1::2])
+    targets = np.concatenate([curves(20, 3), 30 * curves(20, 3)])
+    targets[:, 1] = math.nan
+    check, known = (each.check(targets, level=0) for each in (reach, whole))
+    np.testing.assert_allclose(check.p_value, known.p_value)
+    np.testing.assert_allclose(check.nearest_error, known.nearest_error)
+    with pytest.warns(OutOfRangeWarning, match="there are 0$"):
+        check = reach.check(curves(2, 3))
+    assert np.isnan(check.p_value).all()
+    assert not check.out_of_range.any()
 
 
 @pytest.mark.parametrize("target", [0.0, -1.0])
