@@ -92,7 +92,8 @@ def two_point_error(
         )
     num_pairs = _num_pairs(ours, periodic)
     means = [(_num_stiff_pairs(designs, periodic) / num_pairs).mean(0) for designs in (ours, theirs)]
-    error = ((means[0] - means[1]).square() * num_pairs / num_pairs.sum()).sum().sqrt()
+    square = ((means[0] - means[1]).square() * num_pairs / num_pairs.sum()).sum()
+    error = square.sqrt() if square > 0 else square  # equal sets have a gradient too: zero, at their least
     return error if isinstance(samples, Tensor) else error.item()
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from pathlib import Path
 
@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mechdiffusers.atomic_file import atomic_write
+from mechdiffusers.atomic_file import atomic_write, checked_file_names
 
 __all__ = ["export_designs"]
 
@@ -73,7 +73,7 @@ def export_designs(
     if not ((values >= 0) & (values <= 1)).all():  # also false for NaN
         raise ValueError("designs must lie in [0, 1] everywhere, got values outside or NaN")
     names = [f"design-{index:03d}" for index in range(len(values))] if names is None else names
-    chosen = _checked_names(names, len(values))
+    chosen = checked_file_names(names, len(values), "design")
     is_list = isinstance(formats, Sequence) and not isinstance(formats, str)
     if not is_list or not formats or not all(form in list(_WRITERS) for form in formats):
         raise ValueError(f"formats must be a list of some of {', '.join(_WRITERS)}, got {formats!r}")
@@ -92,15 +92,6 @@ def export_designs(
                     _WRITERS[form](unfinished, design, element_order, float(pixel_size))
             except OSError as error:
                 raise ValueError(f"folder must be one that can be written, got {folder}: {error}") from error
-
-
-def _checked_names(names: object, num: int) -> list[str]:
-    """As many different names as there are designs, fit for files."""
-    chosen = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]
-    fit = all(isinstance(name, str) and name and not set(name) & set("/\\\0") for name in chosen)
-    if not fit or not len(set(chosen)) == len(chosen) == num:
-        raise ValueError(f"names must be {num} different names of files, one for each design, got {names!r}")
-    return [str(name) for name in chosen]
 
 
 def _write_png(path: Path, design: np.ndarray, *_: object) -> None:

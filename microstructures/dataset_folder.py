@@ -29,7 +29,7 @@ def write_dataset_folder(output_dir: Path, splits: Mapping[str, Dataset]) -> Non
     """
     output_dir = Path(os.path.abspath(output_dir))
     if output_dir.exists():
-        raise ValueError(f"output_dir must not exist yet, got {output_dir}")
+        raise ValueError(f"output_dir must not exist yet, got {output_dir}: remove it, or name another one")
     unfinished = output_dir.with_name(f".unfinished-{output_dir.name}")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)

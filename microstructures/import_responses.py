@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from torch import Tensor
 
 from mechdiffusers.mechanics import ResponseSpec
@@ -55,8 +55,11 @@ def dataset_from_responses(designs: np.ndarray | Tensor, response: np.ndarray | 
         raise ValueError(f"response must be an array of numbers, got {type(response).__name__}") from None
     if values.shape != (len(levels), *spec.shape):
         raise ValueError(f"response must have shape {(len(levels), *spec.shape)} for the designs, got {values.shape}")
-    if np.isinf(values).any():
-        raise ValueError("response must be finite, or NaN where unknown, got infinity")
+    with np.errstate(over="ignore"):
+        if np.isinf(values.astype(np.float32)).any():
+            raise ValueError(
+                f"response must be finite in single precision, or NaN where unknown, got {np.nanmax(np.abs(values)):g}"
+            )
     if not spec.signed and (values < 0).any():
         raise ValueError(f"response must not be negative, since spec is unsigned, got {np.nanmin(values):g}")
     if (unknown := np.isnan(values).all(0)).any():
@@ -83,9 +86,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantity", help="name of the quantity, for a file with a row a design")
     parser.add_argument(
         "--strains",
-        type=float,
         nargs="+",
-        help="common strains of all curves; needed where the curves have different ones",
+        metavar="STRAIN",
+        help="common strains of all curves, as 0.02 0.04, or of each load case, as pull=0.02,0.04 shear=0.1,0.2; "
+        "needed where the curves have different ones",
     )
     parser.add_argument("--num_heldout", type=int, help="designs kept from training; a tenth of them by default")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of the held-out designs")
@@ -94,7 +98,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Imports designs and responses; a ``ValueError`` says what does not fit, before anything is written."""
     if arguments.output_dir.exists():
-        raise ValueError(f"output_dir must not exist yet, got {arguments.output_dir}")
+        raise ValueError(f"output_dir must not exist yet, got {arguments.output_dir}: remove it, or name another one")
+    disable_progress_bars()  # of datasets
     table = read_response_table(arguments.responses, signed=arguments.signed)
     quantity = _checked_quantity(arguments.quantity, table)
     files = read_designs(arguments.designs)
@@ -112,10 +117,10 @@ def run(arguments: argparse.Namespace) -> None:
     splits = {"train": dataset.select(np.sort(train)), "heldout": dataset.select(np.sort(heldout))}
     write_dataset_folder(arguments.output_dir, splits)
     unknown = int(np.isnan(response).any(-1).sum())
+    each = "single values" if spec.is_scalar else f"load cases at {spec.shape[1]} strains"
     logger.info(
-        "%s: %d designs to train on and %d held out, of %d x %d pixels, %d load cases at %d strains, %d of %d curves "
-        "with gaps",
-        *(arguments.output_dir, len(train), len(heldout), *files.levels.shape[1:], *spec.shape),
+        "%s: %d designs to train on and %d held out, of %d x %d pixels, %d %s, %d of %d with gaps",
+        *(arguments.output_dir, len(train), len(heldout), *files.levels.shape[1:], spec.shape[0], each),
         *(unknown, response[..., 0].size),
     )
 
@@ -125,25 +130,25 @@ def match_names(files: Sequence[str], table: ResponseTable) -> list[str]:
 
     Args:
         files: Names of designs as :func:`.read_designs` gives them.
-        table: It may name a design by its path in the folder or by its file name, with or without the suffix, and an
-            item of a single stack by its number.
+        table: It may name a design by its path in the folder or by its file name, with any suffix or none, and an item
+            of a single stack by its number.
 
     Raises:
         ValueError: If a design has no row or several names, or a row no design.
     """
     known: dict[str, list[int]] = {}
-    alone = len({name.split("#")[0] for name in files}) == 1
+    alone = len({_path_and_item(file)[0] for file in files}) == 1
     for index, file in enumerate(files):
         for alias in _aliases(file, alone):
             known.setdefault(alias, []).append(index)
     found: dict[int, str] = {}
     for name in table.curves:
-        fits = known.get(name, [])
+        fits = known.get(name) or known.get(name.rpartition(".")[0], [])
         if len(fits) != 1:
             what = (
                 f"which fits {files[fits[0]]} and {files[fits[1]]}"
                 if fits
-                else f"which none of {len(files)} designs has"
+                else f"which none of the designs {files[0]!r} to {files[-1]!r} has"
             )
             raise ValueError(f"responses must name one design each, got {name!r} in {table.where(name)}, {what}")
         if (other := found.setdefault(fits[0], name)) != name:
@@ -161,18 +166,23 @@ def match_names(files: Sequence[str], table: ResponseTable) -> list[str]:
 
 def _aliases(file: str, alone: bool) -> set[str]:
     """What a table may call a file."""
-    path, _, item = file.partition("#")
-    item = f"#{item}" if item else ""
+    path, item = _path_and_item(file)
     names = {path, Path(path).name}
     names |= {without_suffix(name) for name in names}
     return {name + item for name in names} | ({item[1:]} if alone and item else set())
+
+
+def _path_and_item(file: str) -> tuple[str, str]:
+    """The path of a file, and which item of it is meant, as ``#3``; other names may have that sign too."""
+    path, sign, item = file.rpartition("#")
+    return (path, sign + item) if without_suffix(path) != path else (file, "")
 
 
 def _checked_quantity(given: str | None, table: ResponseTable) -> str:
     """The quantity, which one of the command and the table must name."""
     if table.quantity is None and given is None:
         raise ValueError(
-            f"quantity must be given for a file with a row a design, such as stiffness, got {table.path.name}"
+            f"quantity must be given for a file with a row a design, as --quantity stiffness, got {table.path.name}"
         )
     if None not in (table.quantity, given) and table.quantity != given:
         raise ValueError(
@@ -181,17 +191,24 @@ def _checked_quantity(given: str | None, table: ResponseTable) -> str:
     return table.quantity or given or ""
 
 
-def _common_strains(table: ResponseTable, given: Sequence[float] | None) -> list[list[float]]:
+def _common_strains(table: ResponseTable, given: Sequence[str] | None) -> list[list[float]]:
     """The strains of each load case: those given, or those that all curves have."""
     cases = table.load_cases
     by_case: dict[str, dict[tuple[float, ...], str]] = {case: {} for case in cases}
     for name, curves in table.curves.items():
         for case, points in curves.items():
             by_case[case].setdefault(tuple(sorted(points)), name)
+    single = [case for case in cases if set(by_case[case]) == {(0.0,)}]
+    if 0 < len(single) < len(cases):
+        curve = next(case for case in cases if case not in single)
+        raise ValueError(
+            f"responses must be curves throughout or single values throughout, got strains for {curve!r} and none for "
+            f"{single[0]!r} in {table.path.name}: a dataset has one of the two"
+        )
     if given is not None:
-        if any(strains == {(0.0,)} for strains in map(set, by_case.values())):
+        if single:
             raise ValueError(f"strains must be left out for a quantity without a curve, got {list(given)}")
-        return [list(given)] * len(cases)
+        return _given_strains(given, cases)
     for case, strains in by_case.items():
         if len(strains) > 1:
             (one, first), (other, second) = list(strains.items())[:2]
@@ -208,3 +225,19 @@ def _common_strains(table: ResponseTable, given: Sequence[float] | None) -> list
             + ", ".join(f"{case} {len(strains)}" for case, strains in zip(cases, found, strict=True))
         )
     return found
+
+
+def _given_strains(given: Sequence[str], cases: Sequence[str]) -> list[list[float]]:
+    """The strains of each load case, as the command names them."""
+    by_case = {case: numbers.split(",") for case, sign, numbers in (text.rpartition("=") for text in given) if sign}
+    try:
+        if not by_case:
+            return [[float(text) for text in given]] * len(cases)
+        if len(by_case) == len(given) and by_case.keys() == set(cases):
+            return [[float(text) for text in by_case[case]] for case in cases]
+    except ValueError:
+        pass
+    raise ValueError(
+        f"strains must be numbers, as 0.02 0.04, or those of each of the load cases {list(cases)} once, as "
+        f"{cases[0]}=0.02,0.04, got {' '.join(given)!r}"
+    )

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Convention", "Pixels", "convention_of"]
+__all__ = ["MOST_PHASES", "Convention", "Pixels", "convention_of", "says_nothing_of_grey"]
 
 logger = logging.getLogger(__name__)
 
 #: Up to so many levels are phases.
-_MOST_PHASES = 8
+MOST_PHASES = 8
 #: Levels whose range is less than this share of what the type holds say nothing of grey.
 _SLIVER = 1 / 8
 #: How far from black or white a lossy format moves a pixel of a black-and-white image.
@@ -88,6 +88,11 @@ class Convention:
         return values > self.threshold
 
 
+def says_nothing_of_grey(low: float, high: float, full: int) -> bool:
+    """Whether levels from ``low`` to ``high`` use so little of the range to ``full`` that they are no grey levels."""
+    return high - low < _SLIVER * full
+
+
 def convention_of(images: Iterable[Pixels]) -> Convention:
     """How the levels of a set of images are to be read.
 
@@ -124,7 +129,7 @@ def convention_of(images: Iterable[Pixels]) -> Convention:
         is_black_and_white &= image.is_black_and_white
         if len(found) > most:
             most, richest = len(found), image.where
-        for level in (*found[: 2 * _MOST_PHASES].tolist(), found[-1].item()):
+        for level in (*found[: 2 * MOST_PHASES].tolist(), found[-1].item()):
             where.setdefault(level, image.where)
     if first is None or last is None:
         raise ValueError("images must be at least one, got none")
@@ -148,7 +153,7 @@ def convention_of(images: Iterable[Pixels]) -> Convention:
         if low != 0 or high not in (1, full):
             logger.info("%s: level %g is read as the soft phase, level %g as the stiff one", known, low, high)
         return Convention((low + high) / 2, frozenset({low, high}), full)
-    if len(where) <= _MOST_PHASES and (outside is None or all(float(level).is_integer() for level in where)):
+    if len(where) <= MOST_PHASES and (outside is None or all(float(level).is_integer() for level in where)):
         raise ValueError(_too_many_phases(where, most, richest))
     if len(kinds) > 1:
         (white, name), (other, other_name) = list(kinds.items())[:2]
@@ -158,7 +163,7 @@ def convention_of(images: Iterable[Pixels]) -> Convention:
         )
     if outside is not None:
         _check_range(outside)
-    if high - low < _SLIVER * full:
+    if says_nothing_of_grey(low, high, full):
         raise ValueError(
             f"images must use the range from 0 to {full}, got levels from {low:g} to {high:g} alone in {known}: "
             "stretch them first, or threshold them into two phases"

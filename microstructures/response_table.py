@@ -4,8 +4,8 @@ With a row a point, the columns are ``design,load_case,strain,stress``. The firs
 targets. The name of the last column is the quantity, and its empty cells are unknown. The strain is empty for a
 quantity without a curve.
 
-With a row a design, the columns are ``file_name,C11,C22,...``: each is an entry of a quantity without a curve, and
-empty cells are unknown.
+With a row a design, the columns are ``file_name,C11,C22,...`` or ``design,C11,C22,...``: each is an entry of a quantity
+without a curve, and empty cells are unknown.
 """
 
 from __future__ import annotations
@@ -77,12 +77,14 @@ def read_response_table(
     path = Path(path)
     lines = _lines(path, argument)
     _, header = next(lines, (1, []))
-    by_point, by_design = [first_column, "load_case", "strain"], "file_name"
+    by_point = [first_column, "load_case", "strain"]
     doubled = [name for name in header if header.count(name) > 1]
-    fit = (header[:3] == by_point and len(header) == 4) or (header[:1] == [by_design] and len(header) > 1)
+    is_by_point = header[:3] == by_point and len(header) == 4
+    of_points = {"load_case", "strain"} & set(header)
+    fit = is_by_point or (header[:1] in (["file_name"], [first_column]) and len(header) > 1 and not of_points)
     if not fit or "" in header or doubled:
         raise ValueError(
-            f"{argument} must have the columns {','.join(by_point)} and the quantity's name, or file_name and the "
+            f"{argument} must have the columns {','.join(by_point)} and the quantity's name, or {first_column} and the "
             f"names of entries, each once, got {','.join(header)!r} in row 1 of {path.name}"
         )
     curves: dict[str, dict[str, dict[float, float]]] = {}
@@ -96,10 +98,11 @@ def read_response_table(
             )
         if not row[0]:
             raise ValueError(f"{argument} must have a {header[0]} in every row, got none in {where}")
-        if header[0] == by_design and row[0] in curves:
+        if not is_by_point and row[0] in curves:
             raise ValueError(f"{argument} must have each design once, got {row[0]!r} again in {where}")
-        entries = [(row[1], row[2], row[3])] if header[0] == first_column else []
-        entries = entries or [(case, "", cell) for case, cell in zip(header[1:], row[1:], strict=True)]
+        entries = [(case, "", cell) for case, cell in zip(header[1:], row[1:], strict=True)]
+        if is_by_point:
+            entries = [(row[1], row[2], row[3])]
         cases = curves.setdefault(row[0], {})
         rows.setdefault(row[0], number)
         for case, at, cell in entries:
@@ -124,7 +127,7 @@ def read_response_table(
             points[strain] = value
     if not curves:
         raise ValueError(f"{argument} must have at least one row besides the header, got none in {path.name}")
-    return ResponseTable(path, header[3] if header[0] == first_column else None, curves, rows)
+    return ResponseTable(path, header[3] if is_by_point else None, curves, rows)
 
 
 def _lines(path: Path, argument: str) -> Iterator[tuple[int, list[str]]]:
@@ -135,8 +138,8 @@ def _lines(path: Path, argument: str) -> Iterator[tuple[int, list[str]]]:
         raise ValueError(f"{argument} must be a CSV file that can be read, got {path}: {error}") from error
     if content.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(
-            f"{argument} must be UTF-8 without a byte-order mark, got one in row 1 of {path.name}: save it as plain "
-            "CSV or UTF-8"
+            f"{argument} must be UTF-8 without a byte-order mark, got one in row 1 of {path.name}: save it as UTF-8 "
+            "without one, in Excel as 'CSV (comma delimited)' and not as 'CSV UTF-8'"
         )
     try:
         text = content.decode("utf-8")

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.microstructures.crops import draw_crops, resize_by_area
-from mechdiffusers.microstructures.levels import Convention, Pixels, convention_of
+from mechdiffusers.microstructures.levels import MOST_PHASES, Convention, Pixels, convention_of
 from mechdiffusers.microstructures.read_designs import DESIGN_SUFFIXES, read_images, stacked
 from mechdiffusers.training.config import TrainingConfig
 from mechdiffusers.training.samples import BINARY_ALONE, checked_samples, stored_samples
@@ -112,7 +112,14 @@ def load_designs(config: TrainingConfig) -> Designs:
     if heldout_rows is None:
         return _split(everything, config, np.random.default_rng(config.seed).permutation(len(rows)), spec)
     _check_enough(len(rows), 0, config)
-    heldout = _heldout(_first(heldout_rows, config), config, spec, convention, everything[0].shape[1:])
+    first = list(_first(heldout_rows, config))
+    levels = set().union(*(np.unique(pixels.values).tolist() for pixels, _ in first))
+    if convention.threshold is None and len(levels) <= MOST_PHASES:
+        raise ValueError(
+            f"images must be of one kind, got grey levels to train on in {config.dataset!r} and the levels "
+            f"{sorted(levels)} of phases in its held-out split"
+        )
+    heldout = _heldout(first, config, spec, convention, everything[0].shape[1:])
     images, responses = (part[: config.num_train_designs] for part in everything)
     return Designs(TensorDataset(images, responses), *heldout, len(images), spec)
 
@@ -135,7 +142,7 @@ def _heldout(
     if len(images) < num:
         raise ValueError(
             f"dataset must have num_heldout_designs={num} designs to hold out, got {len(images)} from "
-            f"{config.dataset!r}"
+            f"{config.dataset!r}: --num_heldout_designs {len(images)} takes these"
         )
     return images, responses
 

@@ -171,6 +171,7 @@ def model_card(output_dir: str | os.PathLike, repo_id: str) -> ModelCard:
     shown = {key: value for key, value in settings.items() if key not in _NOT_ON_THE_CARD} | {"dataset": dataset}
     size = json.loads((run / "pipeline" / "vae" / "config.json").read_text())["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
+    encoder = json.loads((run / "pipeline" / "response_encoder" / "config.json").read_text())
     return ModelCard.from_template(
         data,
         template_str=(files("mechdiffusers.model_cards") / "template.md").read_text(encoding="utf-8"),
@@ -184,7 +185,7 @@ def model_card(output_dir: str | os.PathLike, repo_id: str) -> ModelCard:
         num_heldout=settings["num_heldout_designs"],
         is_local=not is_public and dataset != "random_composites",
         settings_yaml=yaml.safe_dump(shown, sort_keys=False).strip(),
-        spec=json.loads((run / "pipeline" / "response_encoder" / "config.json").read_text())["spec"],
+        spec=encoder.get("spec", encoder.get("meaning")),  # as the first edition called it
         parts=_parts(run / "pipeline", settings),
         metrics=[{"name": key, "description": descriptions[key], "value": value} for key, value in metrics.items()],
     )

@@ -89,6 +89,11 @@ def _response(stored: Any, spec: ResponseSpec | None, where: str) -> Tensor:
         )
     if np.isinf(response).any():
         raise ValueError(f"responses must be finite, or NaN where unknown, got {where} with infinite values")
+    if not spec.signed and (response < 0).any():
+        raise ValueError(
+            f"responses must not be negative, since their specification is unsigned, got {where} with "
+            f"{np.nanmin(response):g}"
+        )
     return torch.from_numpy(response)
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,7 @@ from mechdiffusers.evaluation.inverse_design.response import as_array, response_
 from mechdiffusers.evaluation.inverse_design.retrieval import stored_designs, stored_responses
 from mechdiffusers.mechanics import ResponseSpec, Simulator
 
-__all__ = ["check_binary", "checked_count", "checked_names", "checked_simulator", "checked_targets"]
+__all__ = ["check_binary", "checked_count", "checked_simulator", "checked_targets"]
 
 
 def checked_targets(
@@ -95,17 +93,6 @@ def check_binary(designs: np.ndarray, otherwise: str = "") -> None:
         remedy = "" if unfit.size else f": np.rint(designs) makes them so{otherwise}"
         got = float((unfit if unfit.size else other)[0])
         raise ValueError(f"designs must be 0 or 1 everywhere, as their family is, got {got!r}{remedy}")
-
-
-def checked_names(names: Sequence[str], num: int) -> list[str]:
-    """As many different names as there are targets, fit for files, else a ``ValueError``."""
-    chosen = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
-    fit = all(isinstance(name, str) and name and Path(name).name == name and "\0" not in name for name in chosen)
-    if not fit or not len(set(chosen)) == len(chosen) == num or max(len(os.fsencode(name)) for name in chosen) > 200:
-        raise ValueError(
-            f"names must be {num} different names of files, one for each target, got {chosen!r}; 200 bytes are the most"
-        )
-    return chosen
 
 
 def checked_count(num: int, name: str = "num_designs", least: int = 1) -> int:

@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mechdiffusers.atomic_file import checked_file_names
 from mechdiffusers.evaluation.inverse_design.checks import (
     checked_count,
-    checked_names,
     checked_targets,
 )
 from mechdiffusers.evaluation.inverse_design.exchange import design_names, write_export
@@ -36,20 +36,35 @@ logger = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
-    parser.add_argument("targets", type=Path, help="CSV file with the columns target,load_case,strain,stress")
+    parser.add_argument(
+        "targets",
+        type=Path,
+        help="CSV file: target,load_case,strain,QUANTITY with a row a point, or target,ENTRY,... with a row a target",
+    )
     parser.add_argument(
         "--checkpoint", required=True, help="folder, or name on the Hub, of a checkpoint with responses"
     )
     parser.add_argument(
         "--dataset", type=Path, help="folder of train.parquet and heldout.parquet: retrieval, novelty, reach"
     )
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/design"))
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/design"), help="of the report; by default runs/design"
+    )
     parser.add_argument(
         "--num_designs", type=int, help="samples of each target; by default 8, or 128 with --num_rounds"
     )
-    parser.add_argument("--scheduler", choices=STOCK_SCHEDULERS, default="dpmsolver++")
-    parser.add_argument("--num_inference_steps", type=int, default=25)
-    parser.add_argument("--guidance_scale", type=float, default=1.0)
+    parser.add_argument(
+        "--scheduler", choices=STOCK_SCHEDULERS, default="dpmsolver++", help="of the sampling; by default dpmsolver++"
+    )
+    parser.add_argument(
+        "--num_inference_steps", type=int, default=25, help="steps of the sampling of a design; by default 25"
+    )
+    parser.add_argument(
+        "--guidance_scale",
+        type=float,
+        default=1.0,
+        help="weight of the target in classifier-free guidance; by default 1, which is none",
+    )
     parser.add_argument(
         "--num_candidates",
         type=int,
@@ -78,8 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write the designs as pictures, arrays and meshes for another solver, in the place of verifying them; "
         "mechdiffusers verify takes its results",
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu", help="such as cuda")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers; by default 0")
+    parser.add_argument("--device", default="cpu", help="such as cuda; by default cpu")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -126,7 +141,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.num_rounds and num_refined > num_designs:
         raise ValueError(f"num_refined must be at most num_designs={num_designs}, got {num_refined}")
     names, targets = read_targets(arguments.targets, spec)
-    checked_names(names, len(targets))
+    checked_file_names(names, len(targets), "target")
     stored = load_splits(arguments.dataset)
     kept = num_refined if arguments.num_rounds else num_designs
     shape = (len(targets) * kept, *pipe.image_size)

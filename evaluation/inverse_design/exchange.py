@@ -49,6 +49,7 @@ def write_export(
     Raises:
         ValueError: If a file cannot be written, or the names are not fit for files.
     """
+    (folder / _INDEX).unlink(missing_ok=True)  # it comes last: without it this is no export
     is_binary = bool(((designs == 0) | (designs == 1)).all())
     for form in ("png", "npy", *(("inp", "vtu", "msh") if is_binary else ())):
         export_designs(designs, folder / form, names=names, formats=(form,))

@@ -17,8 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mechdiffusers.atomic_file import atomic_write
-from mechdiffusers.evaluation.inverse_design.checks import checked_names
+from mechdiffusers.atomic_file import atomic_write, checked_file_names
 from mechdiffusers.evaluation.inverse_design.retrieval import NearestDesigns
 from mechdiffusers.evaluation.inverse_design.target_range import RangeCheck
 from mechdiffusers.mechanics import ResponseSpec
@@ -104,7 +103,7 @@ class VerificationReport:
             ValueError: If there is not one name for each target, fit for a file.
         """
         default = [f"target_{index}" for index in range(len(self.target))]
-        chosen = default if names is None else checked_names(names, len(self.target))
+        chosen = default if names is None else checked_file_names(names, len(self.target), "target")
         path, rows = Path(folder), self.rows(chosen)
         with (
             atomic_write(path / "verification.csv") as table_file,

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechdiffusers.atomic_file import checked_file_names
 from mechdiffusers.evaluation.inverse_design.checks import (
     check_binary,
-    checked_names,
     checked_simulator,
     checked_targets,
 )
@@ -78,7 +78,7 @@ def verify(
     wanted = checked_targets(target, spec, array.shape, dataset=dataset, heldout=heldout)
     simulate = checked_simulator(simulator, spec, device=device, progress=progress)
     if names is not None:
-        names = checked_names(names, len(wanted))
+        names = checked_file_names(names, len(wanted), "target")
     if binary:
         check_binary(array, "; binary=False is for a family of grey designs")
     per_target = len(array) // len(wanted)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder that mechdiffusers design --export wrote, or one of images named TARGET-00, TARGET-01 and so on",
     )
     parser.add_argument(
-        "--responses", type=Path, required=True, help="CSV file with the columns design,load_case,strain,QUANTITY"
+        "--responses",
+        type=Path,
+        required=True,
+        help="CSV file: design,load_case,strain,QUANTITY with a row a point, or file_name,ENTRY,... a row a design",
     )
     parser.add_argument("--targets", type=Path, required=True, help="CSV file that the designs were made for")
     parser.add_argument(
@@ -43,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="folder of train.parquet and heldout.parquet: retrieval, novelty, reach; by default the one of the export",
     )
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/verify"))
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/verify"), help="of the report; by default runs/verify"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -67,6 +73,13 @@ def run(arguments: argparse.Namespace) -> None:
         )
     rows = match_names(exported.names, table)
     response = np.stack([table.at(rows[index], spec.load_cases, spec.strains) for index in order])
+    for load_case, strains, found in zip(spec.load_cases, spec.strains, response.swapaxes(0, 1), strict=True):
+        at = [x for cases in table.curves.values() for x, y in cases.get(load_case, {}).items() if not math.isnan(y)]
+        if at and np.isnan(found).all():
+            raise ValueError(
+                f"responses must be known at one of the strains {list(strains)} of {load_case!r}, or on both sides of "
+                f"it, got strains from {min(at):g} to {max(at):g} in {table.path.name}"
+            )
     designs = exported.designs[order]
     binary = bool(((designs == 0) | (designs == 1)).all())
     report = verify(designs, targets, spec, simulator=lambda _: response, names=names, binary=binary, **stored)

@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from mechdiffusers.mechanics import ResponseSpec
+from mechdiffusers.microstructures.levels import MOST_PHASES, says_nothing_of_grey
 
 __all__ = ["dataset_of", "designs_of", "grey_levels"]
 
@@ -34,7 +35,7 @@ def grey_levels(designs: Tensor | np.ndarray) -> np.ndarray:
     """Designs as an image file holds them.
 
     Args:
-        designs: Shape ``(B, H, W)``, multiples of 1/255 in [0, 1].
+        designs: Shape ``(B, H, W)``, in [0, 1]: 0 and 1 alone, or grey, more than eight multiples of 1/255.
 
     Returns:
         Bool of the same shape if all values are 0 or 1, else uint8.
@@ -55,6 +56,13 @@ def grey_levels(designs: Tensor | np.ndarray) -> np.ndarray:
         raise ValueError(
             "designs must be multiples of 1/255, so that the stored 8-bit images are what is simulated, got values in "
             "between: np.rint(255 * designs) / 255 rounds them"
+        )
+    known = np.unique(levels)
+    if len(known) <= MOST_PHASES or says_nothing_of_grey(known[0], known[-1], 255):
+        raise ValueError(
+            f"designs must be 0 and 1 alone, or have more than {MOST_PHASES} grey levels over the range, got "
+            f"{len(known)} from {known[0] / 255:g} to {known[-1] / 255:g}, which training takes for phases or for an "
+            "image that was not stretched"
         )
     return levels.astype(np.uint8)
 

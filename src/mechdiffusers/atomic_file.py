@@ -1,13 +1,14 @@
-"""Files that are there whole or not at all, whatever ends the process or the machine."""
+"""Files that are there whole or not at all, whatever ends the process or the machine, and what they may be called."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["atomic_write"]
+__all__ = ["atomic_write", "checked_file_names"]
 
 
 @contextmanager
@@ -36,3 +37,18 @@ def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def checked_file_names(names: Any, num: int, owner: str) -> list[str]:
+    """``num`` different names, one for each ``owner``, that all systems allow for files, else a ``ValueError``."""
+    chosen = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+    fit = all(
+        isinstance(name, str) and name.strip(".") and not set(name) & set("/\\\0") and len(os.fsencode(name)) <= 200
+        for name in chosen
+    )
+    if not fit or not len(set(chosen)) == len(chosen) == num:
+        raise ValueError(
+            f"names must be {num} different names of files, one for each {owner}, got {chosen!r}; 200 bytes are the "
+            "most, without / and \\"
+        )
+    return chosen

@@ -71,6 +71,15 @@ def test_two_point_statistics_of_a_tensor_have_the_gradient_of_finite_difference
 
 
 @pytest.mark.parametrize("periodic", [True, False])
+def test_the_error_of_equal_sets_is_at_its_least(periodic):
+    samples = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    error = two_point_error(samples, samples.detach(), periodic=periodic)
+    error.backward()
+    assert error.item() == 0
+    assert samples.grad.abs().max().item() == 0
+
+
+@pytest.mark.parametrize("periodic", [True, False])
 def test_tensors_and_arrays_have_the_same_error(periodic):
     samples, reference = np.random.default_rng(0).random((2, 3, 4, 6))
     expected = two_point_error(samples, reference, periodic=periodic)

@@ -192,7 +192,7 @@ def test_a_design_of_one_phase_has_an_empty_set_of_the_other(tmp_path, planar):
         ({"names": ["a"]}, "names must be 2 different names of files"),
         ({"names": ["a", "../b"]}, "names must be 2 different names of files"),
         ({"names": ["a", "c\\\\b"]}, "names must be 2 different names of files"),
-        ({"names": 3}, "names must be 2 different names of files, .*, got 3"),
+        ({"names": 3}, "names must be 2 different names of files, .*, got \\[3\\]"),
         ({"formats": ["stl"]}, "formats must be a list of some of png, npy, inp, vtu, msh, got .'stl'"),
         ({"formats": "png"}, "formats must be a list of some of .*, got 'png'"),
         ({"formats": []}, "formats must be a list of some of .*, got \\[\\]"),

@@ -88,6 +88,8 @@ def test_the_held_out_designs_are_drawn_by_the_seed_and_a_tenth_by_default(tmp_p
         ("{:03d}.png", "{:03d}"),
         ("soft/{:03d}.png", "soft/{:03d}.png"),
         ("soft/{:03d}.png", "{:03d}"),
+        ("{:03d}.png", "{:03d}.inp"),
+        ("run#{:03d}.png", "run#{:03d}"),
     ],
 )
 def test_a_table_names_designs_by_path_or_file_name_with_or_without_suffix(tmp_path, built, files, named):
@@ -131,6 +133,38 @@ def test_curves_at_other_strains_are_brought_to_common_ones_with_gaps_where_they
     np.testing.assert_allclose(found[broken, 0], 0.2, rtol=1e-6)
 
 
+def test_load_cases_may_have_strains_of_their_own(tmp_path, built):
+    designs, _ = built
+    names = write_images(tmp_path / "images", designs)
+    with (tmp_path / "r.csv").open("w") as file:
+        file.write("design,load_case,strain,stress\n")
+        for name in names:
+            file.writelines(f"{name},pull,{x},{3 * x}\n" for x in (0.1, 0.2, 0.3))
+            file.writelines(f"{name},push,{x},{2 * x}\n" for x in (-0.1, 0.0))
+    with pytest.raises(
+        SystemExit, match="strains must be given, since load cases have different numbers of them: pull 3"
+    ):
+        imported(tmp_path, "--signed")
+    for given in (["pull=0.1,0.2"], ["pull=0.1,x", "push=0,1"], ["pull=0.1", "0.2"], ["half"]):
+        with pytest.raises(
+            SystemExit, match=r"strains must be numbers, .* of the load cases \['pull', 'push'\] once, as"
+        ):
+            imported(tmp_path, "--signed", "--strains", *given)
+    rows = imported(tmp_path, "--signed", "--strains", "push=-0.1,-0.05", "pull=0.15,0.3")["train"]
+    assert ResponseSpec.of(rows).strains == ((0.15, 0.3), (-0.1, -0.05))
+    np.testing.assert_allclose(response_of(rows), [[[0.45, 0.9], [-0.2, -0.1]]] * 11, rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [[], ["--strains", "0.1"]])
+def test_curves_and_single_values_are_two_datasets(tmp_path, built, options):
+    names = write_images(tmp_path / "images", built[0])
+    lines = [f"{name},pull,0.1,1\n{name},pull,0.2,1\n{name},density,,0.5\n" for name in names]
+    (tmp_path / "r.csv").write_text("design,load_case,strain,value\n" + "".join(lines))
+    message = "curves throughout or single values throughout, got strains for 'pull' and none for 'density' in r.csv"
+    with pytest.raises(SystemExit, match=message):
+        imported(tmp_path, *options)
+
+
 def test_a_spreadsheet_of_signed_entries_is_a_response_without_a_curve(tmp_path, built):
     designs, _ = built
     names = write_images(tmp_path / "images", designs)
@@ -154,7 +188,7 @@ def test_a_spreadsheet_of_signed_entries_is_a_response_without_a_curve(tmp_path,
     [
         (
             lambda lines: [*lines, "other.png,shear,0.1,1"],
-            "'other.png' in row 74 of r.csv, which none of 12 designs has",
+            "'other.png' in row 74 of r.csv, which none of the designs '000.png' to '011.png' has",
         ),
         (lambda lines: lines[:-6], "responses must have a row for every design, got none in r.csv for 011.png and 0"),
         (
@@ -241,6 +275,7 @@ def test_a_dataset_of_arrays_keeps_them(kind):
         (np.ones((2, 2, 2)), SPEC, r"response must have shape \(2, 2, 1\) for the designs, got \(2, 2, 2\)"),
         (np.ones((3, 2, 1)), SPEC, r"response must have shape \(2, 2, 1\)"),
         (np.full((2, 2, 1), np.inf), SPEC, "response must be finite"),
+        (np.full((2, 2, 1), -1e39), SPEC, r"response must be finite in single precision, .* got 1e\+39"),
         (
             np.full((2, 2, 1), np.nan),
             SPEC,
@@ -253,6 +288,18 @@ def test_a_dataset_of_arrays_keeps_them(kind):
 def test_unfit_responses_are_refused(response, spec, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         dataset_from_responses(np.zeros((2, 4, 4)), response, spec)
+
+
+@pytest.mark.parametrize("levels", [[0, 128], [128, 129], [0, 100, 255], range(8), range(100, 130)])
+@pytest.mark.parametrize("make", [dataset_from_responses, build_dataset])
+def test_designs_that_training_would_read_as_others_are_refused(make, levels):
+    """Two greys are read as two phases, three to eight as more phases, and a sliver of the range is no image."""
+    designs = np.resize(np.array(levels) / 255, (3, 8, 8))
+    rest = (np.ones((3, 2, 1)), SPEC) if make is dataset_from_responses else (["shear"], [0.1])
+    with pytest.raises(
+        ValueError, match="^designs must be 0 and 1 alone, or have more than 8 grey levels over the range"
+    ):
+        make(designs, *rest)
 
 
 def test_what_was_imported_is_said(tmp_path, built, caplog):

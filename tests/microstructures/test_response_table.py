@@ -29,8 +29,9 @@ def test_curves_are_interpolated_and_never_extrapolated(tmp_path):
     np.testing.assert_allclose(found, [[math.nan, 0.01, 0.025, 0.04, 0.1, 0.16, math.nan]])
 
 
-def test_a_row_a_design_gives_entries_without_a_curve(tmp_path):
-    table = read(tmp_path, "file_name,C11,C12\nx.png,1.5,-2e-3\ny.png,,4\n")
+@pytest.mark.parametrize("first", ["file_name", "design"])
+def test_a_row_a_design_gives_entries_without_a_curve(tmp_path, first):
+    table = read(tmp_path, f"{first},C11,C12\nx.png,1.5,-2e-3\ny.png,,4\n")
     assert table.quantity is None
     assert table.load_cases == ["C11", "C12"]
     np.testing.assert_array_equal(table.at("x.png", ["C12", "C11"], [[0.0], [0.0]]), [[-2e-3], [1.5]])
@@ -56,6 +57,7 @@ def test_a_cell_may_hold_commas_and_line_breaks_in_quotes(tmp_path):
         ("design,strain,stress\na,0.1,1\n", "responses must have the columns"),
         ("file_name,C11,C11\na,1,2\n", "responses must have the columns .* each once, got 'file_name,C11,C11'"),
         ("file_name,C11,\na,1,2\n", "responses must have the columns"),
+        ("design,load_case,stress\na,pull,2\n", "responses must have the columns"),
         (
             HEADER.replace(",", ";") + "a;b;0,1;2\n",
             "responses must have commas between cells .* comma as the separator",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mechdiffusers import ResponseSpec, dataset_from_responses
 from mechdiffusers.microstructures import random_composites
 from mechdiffusers.pipelines import LatentDDPMPipeline
 from mechdiffusers.training import TrainingConfig
@@ -234,6 +235,27 @@ def test_a_stream_that_ends_before_its_number_says_so_instead_of_repeating_what_
     assert len([next(rows) for _ in range(5)]) == 5
     with pytest.raises(ValueError, match="^num_train_designs must be at most .*, 5, got 6$"):
         next(rows)
+
+
+def test_a_held_out_split_of_labels_beside_grey_images_is_refused(tmp_path):
+    """Read as grey it would be nearly black."""
+    write_parquet(tmp_path, GREY).rename(tmp_path / "train.parquet")
+    write_parquet(tmp_path, BINARY // 255).rename(tmp_path / "heldout.parquet")
+    with pytest.raises(
+        ValueError, match=r"^images must be of one kind, got grey .* the levels \[0, 1\] of phases in its"
+    ):
+        load_designs(config(tmp_path, decoder_likelihood="discretized_logistic"))
+
+
+def test_negative_responses_of_an_unsigned_specification_are_refused(tmp_path):
+    spec = ResponseSpec("stiffness", ["C11"], [[0.0]], units="GPa", signed=False)
+    dataset = dataset_from_responses(BINARY / 255, np.ones((12, 1, 1)), spec)
+    unfit = {**dataset[:], "response": [[[-0.5 if index == 3 else 1.0]] for index in range(12)]}
+    datasets.Dataset.from_dict(unfit, features=dataset.features).to_parquet(tmp_path / "designs.parquet")
+    with pytest.raises(
+        ValueError, match="^responses must not be negative, .* unsigned, got that of image 3 .* with -0.5"
+    ):
+        load_designs(config(tmp_path / "designs.parquet", response_column="response"))
 
 
 def test_grey_levels_under_a_bernoulli_decoder_are_refused(tmp_path):

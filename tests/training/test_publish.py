@@ -116,6 +116,16 @@ def test_the_card_keeps_the_paths_of_the_machine_to_itself(run, tmp_path):
         assert card.data.datasets is None
 
 
+def test_a_run_of_the_first_edition_has_a_card(run):
+    """Which called the specification ``meaning``."""
+    config = run / "pipeline" / "response_encoder" / "config.json"
+    content = json.loads(config.read_text())
+    expected = str(model_card(run, REPO))
+    content["meaning"] = content.pop("spec")
+    config.write_text(json.dumps(content))
+    assert str(model_card(run, REPO)) == expected
+
+
 def test_the_card_says_what_was_cropped_and_resized(run):
     change(run, dataset="micrograph.tif", num_train_designs=None, resize=256)
     card = model_card(run, REPO)

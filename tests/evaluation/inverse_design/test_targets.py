@@ -54,8 +54,8 @@ def test_rows_may_come_in_any_order_with_spaces_and_blank_lines(tmp_path):
     [
         (
             "",
-            "targets must have the columns target,load_case,strain and the quantity's name, or file_name and the names "
-            "of entries, each once, got '' in row 1 of targets.csv",
+            "targets must have the columns target,load_case,strain and the quantity's name, or target and the names of "
+            "entries, each once, got '' in row 1 of targets.csv",
         ),
         (HEADER, "targets must have at least one row besides the header, got none in targets.csv"),
         (
@@ -112,7 +112,7 @@ def test_rows_may_come_in_any_order_with_spaces_and_blank_lines(tmp_path):
         (HEADER.replace(",", "\t"), "targets must have commas between cells .* in row 1"),
         (
             "\ufeff" + HEADER + "a,shear,0.1,1\n",
-            "targets must be UTF-8 without a byte-order mark, got one in row 1 of targets.csv: save it as plain CSV",
+            "targets must be UTF-8 without a byte-order mark, got one in row 1 of targets.csv: save it as UTF-8",
         ),
         (HEADER.encode("utf-16"), "targets must be UTF-8 without a byte-order mark, got one in row 1"),
         (
@@ -149,7 +149,7 @@ def test_a_target_may_be_zero(tmp_path):
     [
         "target,load_case,strain,stiffness\na,C11,,3\na,C16,,-0.5\nb,C16,,\nb,C11,,4\n",
         "file_name,C11,C16\na,3,-0.5\nb,4,\n",
-        "file_name,C16,C11\na,-0.5,3\nb,nan,4\n",
+        "target,C16,C11\na,-0.5,3\nb,nan,4\n",
     ],
     ids=["a row a point", "a row a target", "entries in another order"],
 )

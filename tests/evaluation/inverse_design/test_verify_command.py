@@ -10,6 +10,7 @@ from PIL import Image
 
 from mechdiffusers.cli import main
 from mechdiffusers.evaluation.inverse_design import load_split, read_targets, stored_responses, verify, write_targets
+from mechdiffusers.evaluation.inverse_design.exchange import write_export
 from mechdiffusers.mechanics import ResponseSpec
 from mechdiffusers.microstructures import dataset_from_responses, random_composites
 from mechdiffusers.microstructures.dataset_folder import write_dataset_folder
@@ -126,6 +127,74 @@ def test_results_that_do_not_match_the_designs_are_refused(question, change, mes
     with pytest.raises(SystemExit, match=message):
         main(["verify", "--designs", str(question / "out"), *files, "--output_dir", str(question / "report")])
     assert not (question / "report").exists()
+
+
+@pytest.mark.parametrize("named", ["{}", "{}.png", "{}.inp"])
+def test_results_may_have_a_row_a_design_and_names_of_files(question, named):
+    design(question, "--export")
+    names = json.loads((question / "out" / "export.json").read_text())["names"]
+    response = elsewhere(np.load(question / "out" / "designs.npy"))[..., 0]
+    rows = [f"{named.format(name)},{y},{x}\n" for name, (x, y) in zip(names, response.tolist(), strict=True)]
+    (question / "results.csv").write_text("design,along y,along x\n" + "".join(rows))
+    files = ["--responses", str(question / "results.csv"), "--targets", str(question / "targets.csv")]
+    main(["verify", "--designs", str(question / "out"), *files, "--output_dir", str(question / "report")])
+    found = json.loads((question / "report" / "verification.json").read_text())["responses"]
+    np.testing.assert_array_equal(np.array(found)[..., 0], response)
+
+
+@pytest.mark.parametrize(("strains", "got"), [("2 4 6", "2 to 6"), ("0.01 0.03", "0.01 to 0.03"), ("none", "0 to 0")])
+def test_results_at_other_strains_than_the_targets_are_refused(tmp_path, strains, got):
+    """In per cent, or short of them, or without any: not one of them says anything of the targets."""
+    spec = ResponseSpec("stress", ["pull"], [[0.05, 0.1]], units="MPa", signed=False)
+    designs = random_composites(2, size=8)[0]
+    write_export(tmp_path / "out", designs, ["a-00", "a-01"], spec, None)
+    write_targets(tmp_path / "targets.csv", {"a": np.array([[1.0, 2.0]])}, spec)
+    at = [""] if strains == "none" else strains.split()
+    lines = [f"a-0{index},pull,{strain},1\n" for index in range(2) for strain in at]
+    (tmp_path / "results.csv").write_text("design,load_case,strain,stress\n" + "".join(lines))
+    files = ["--responses", str(tmp_path / "results.csv"), "--targets", str(tmp_path / "targets.csv")]
+    message = rf"known at one of the strains \[0.05, 0.1\] of 'pull', .* got strains from {got} in results.csv"
+    with pytest.raises(SystemExit, match=message):
+        main(["verify", "--designs", str(tmp_path / "out"), *files, "--output_dir", str(tmp_path / "report")])
+    assert not (tmp_path / "report").exists()
+
+
+def test_an_export_that_breaks_off_is_none(tmp_path, monkeypatch):
+    """Also where an earlier one is written over."""
+    designs = random_composites(3, size=8)[0]
+    write_export(tmp_path / "out", designs[:2], ["a-00", "a-01"], SPEC, None)
+    monkeypatch.setattr("numpy.save", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises((ValueError, OSError), match="no space left"):
+        write_export(tmp_path / "out", designs, ["b-00", "b-01", "b-02"], SPEC, None)
+    assert not (tmp_path / "out" / "export.json").exists()
+
+
+def test_a_name_that_is_none_for_files_is_refused_before_anything_is_generated(question):
+    text = (question / "targets.csv").read_text().replace("soft 1.5", "a\\b")
+    (question / "targets.csv").write_text(text)
+    with pytest.raises(SystemExit, match="names must be 2 different names of files, one for each target"):
+        design(question, "--export")
+    assert not list((question / "out").glob("**/*.png"))
+
+
+def test_data_of_which_no_design_is_wholly_known_serve_targets_in_one_load_case(question):
+    """Of each design one load case was measured."""
+    for split in ("train", "heldout"):
+        rows = load_split(question / "data", split)
+        response = stored_responses(rows)
+        response[::2, 0] = response[1::2, 1] = np.nan
+        designs = np.stack([np.asarray(image, dtype=float) for image in rows["image"]])
+        dataset_from_responses(designs, response, SPEC).to_parquet(question / "data" / f"{split}.parquet")
+    write_targets(question / "targets.csv", {"a": np.array([[0.25], [np.nan]])}, SPEC)
+    design(question, "--export")
+    designs = np.load(question / "out" / "designs.npy")
+    names = json.loads((question / "out" / "export.json").read_text())["names"]
+    write_results(question / "results.csv", names, elsewhere(designs))
+    files = ["--responses", str(question / "results.csv"), "--targets", str(question / "targets.csv")]
+    main(["verify", "--designs", str(question / "out"), *files, "--output_dir", str(question / "report")])
+    content = json.loads((question / "report" / "verification.json").read_text())
+    assert 0 < content["reach"]["p_value"][0] <= 1
+    assert np.isfinite(content["retrieval"]["error"]).all()
 
 
 def test_designs_without_results_are_unsolved(question):
