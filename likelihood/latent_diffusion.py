@@ -120,8 +120,8 @@ class ContinuousDiffusion:
 
         return solve(slope, x.flatten(1), ends, num_steps, tolerance).reshape(x.shape)
 
-    def _checked(self, x: Tensor) -> Tensor:
-        return as_float64(x)
+    def _checked(self, x: Tensor | np.ndarray) -> Tensor:
+        return as_float64(torch.as_tensor(x))
 
 
 class LatentDiffusion(ContinuousDiffusion):
@@ -175,6 +175,7 @@ class LatentDiffusion(ContinuousDiffusion):
               2020), on paths through the latent space
             | https://arxiv.org/abs/2006.15274
         """
+        a, b = torch.as_tensor(a), torch.as_tensor(b)
         if len(a) != 1 or a.shape != b.shape:
             got = f"{tuple(a.shape)} and {tuple(b.shape)}"
             raise ValueError(f"a and b must be one latent each, of one shape, got {got}")
@@ -199,8 +200,8 @@ class LatentDiffusion(ContinuousDiffusion):
 
         return denoise
 
-    def _checked(self, x: Tensor) -> Tensor:
-        shape = self.pipe.latent_shape
+    def _checked(self, x: Tensor | np.ndarray) -> Tensor:
+        x, shape = torch.as_tensor(x), self.pipe.latent_shape
         if x.ndim != 4 or x.shape[1:] != shape:
             raise ValueError(f"latents must have shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
         if len(self.tokens) not in (1, len(x)):

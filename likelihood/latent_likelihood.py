@@ -28,6 +28,7 @@ from mechdiffusers.pipelines.pipeline_latent_ddpm import (
     decoder_log_prob,
     decoder_meaning,
     decoder_output,
+    one_for_each,
     posterior_of,
 )
 
@@ -216,16 +217,9 @@ def log_prob_given(vae: Any, latents: Tensor, pixels: Tensor, device: Any = None
 
 def _row_seeds(generator: Generators, num: int, num_samples: int) -> list[int]:
     """A seed for each draw of each image: the first draws do not depend on how many draws or images follow."""
-
-    def seeds(source: torch.Generator | None, count: int) -> list[int]:
-        device = "cpu" if source is None else source.device
-        return torch.randint(2**62, (count,), generator=source, device=device).tolist()
-
-    if not isinstance(generator, list):
-        generator = [torch.Generator().manual_seed(seed) for seed in seeds(generator, num)]
-    if len(generator) != num:
-        raise ValueError(f"generator must be one or a list of {num}, one an image, got {len(generator)}")
-    return [seed for source in generator for seed in seeds(source, num_samples)]
+    each = one_for_each(torch.default_generator if generator is None else generator, num)
+    drawn = (torch.randint(2**62, (num_samples,), generator=one, device=one.device) for one in each or [])
+    return [seed for seeds in drawn for seed in seeds.tolist()]
 
 
 def _source(generators: list[torch.Generator], device: Any) -> Callable[..., Tensor]:

@@ -104,11 +104,11 @@ class AncestralPrior(Prior):
 
     def _chain(self, scheduler: Any) -> tuple[Tensor, Tensor]:
         """The timesteps of the scheduler's ancestral chain, and the velocity error in its variance at each."""
-        name, config = type(scheduler).__name__, scheduler.config
+        kinds, config = [cls.__name__ for cls in type(scheduler).__mro__], scheduler.config
         variance_type = config.get("variance_type")
-        if variance_type not in _VARIANCE_TYPES.get(name, ()):
+        if variance_type not in next((_VARIANCE_TYPES[kind] for kind in kinds if kind in _VARIANCE_TYPES), ()):
             suited = f"as VDMScheduler has, and DDPMScheduler with a variance_type of {_FIXED}"
-            got = f"{name} with {variance_type!r}; ContinuousPrior and FlowPrior need none"
+            got = f"{kinds[0]} with {variance_type!r}; ContinuousPrior and FlowPrior need none"
             raise ValueError(f"scheduler must have an ancestral chain for AncestralPrior, {suited}, got {got}")
         last = len(scheduler.alphas_cumprod) - 1
         if self.num_steps is None:

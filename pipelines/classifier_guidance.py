@@ -100,7 +100,8 @@ def _weights(scheduler: Any) -> list[float]:
 def _draws_noise(scheduler: Any) -> bool:
     """Whether a scheduler's steps draw noise; a ``ValueError`` if they are not those of the formula."""
     # by name first: a configuration may have options of other classes
-    name, config = type(scheduler).__name__, scheduler.config
+    kinds, config = [cls.__name__ for cls in type(scheduler).__mro__], scheduler.config
+    name = next((kind for kind in kinds if kind in (*_DETERMINISTIC, *_STOCHASTIC)), kinds[0])
     if name == "DPMSolverMultistepScheduler":
         return config.algorithm_type.startswith("sde")
     churns = name == "ProbabilityFlowScheduler" and config.s_churn > 0

@@ -295,11 +295,11 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
         if spec is not None:
             self.response_encoder.check_spec(spec)
         responses = wanted = responses.repeat_interleave(num_images_per_response, dim=0).to(device)
-        generator = _one_for_each(generator, len(wanted))
+        generator = one_for_each(generator, len(wanted))
         if num_candidates > 1:
             responses = responses.repeat_interleave(num_candidates, dim=0)
             if generator is not None:
-                generator = [each for one in generator for each in _spread(one, num_candidates)]
+                generator = [each for one in generator for each in spread(one, num_candidates)]
         num_images = len(responses)
         shape = (num_images, self.unet.config.in_channels, *latent_size(self.vae, size))
         if latents is None:
@@ -381,7 +381,7 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
         Raises a ``ValueError`` as in :meth:`prepare_images`, or if a list of generators has another length.
         """
         pixels = self.prepare_images(images)
-        generator = _one_for_each(generator, len(pixels))
+        generator = one_for_each(generator, len(pixels))
         parts = pixels.to(self._execution_device, self.vae.dtype).split(_BATCH)
         posteriors = [posterior_of(self.vae, part) for part in parts]
         codes = torch.cat([posterior.mean for posterior in posteriors])
@@ -462,6 +462,8 @@ class LatentDDPMPipeline(PortableCheckpoint, DiffusionPipeline):
         """
         if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim not in (3, 4):
             raise ValueError(f"images must be (B, H, W), (B, H, W, C) or (B, C, H, W), got shape {tuple(images.shape)}")
+        if not len(images if hasattr(images, "__len__") else [images]):
+            raise ValueError("images must be at least one, got none")
         pixels = self.image_processor.preprocess(images)
         if pixels.is_complex():
             raise ValueError(f"images must be real, got {pixels.dtype}")
@@ -761,10 +763,10 @@ def _beside(kept: Tensor, candidates: Tensor) -> Tensor:
     return torch.cat([kept[:, None], candidates.unflatten(0, (len(kept), -1))], dim=1).flatten(0, 1)
 
 
-def _one_for_each(generator: Generators, num: int) -> list[torch.Generator] | None:
+def one_for_each(generator: Generators, num: int) -> list[torch.Generator] | None:
     """A list of generators, one for each image, or ``None``."""
     if isinstance(generator, torch.Generator):
-        return _spread(generator, num)
+        return spread(generator, num)
     one_each = isinstance(generator, list) and len(generator) == num
     if generator is not None and not (one_each and all(isinstance(each, torch.Generator) for each in generator)):
         got = [type(each).__name__ for each in generator] if isinstance(generator, list) else repr(generator)
@@ -772,7 +774,7 @@ def _one_for_each(generator: Generators, num: int) -> list[torch.Generator] | No
     return generator
 
 
-def _spread(generator: torch.Generator, num: int) -> list[torch.Generator]:
+def spread(generator: torch.Generator, num: int) -> list[torch.Generator]:
     """One generator for each image, seeded in order: a longer list starts like a shorter one."""
     seeds = torch.randint(2**62, (num,), generator=generator, device=generator.device).tolist()
     return [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]

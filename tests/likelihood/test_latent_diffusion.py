@@ -121,6 +121,14 @@ def test_what_is_found_is_float64_whatever_the_latents_are(pipe, dtype):
     assert {each.dtype for each in found} == {torch.float64}
 
 
+def test_arrays_are_latents_too(pipe):
+    latents, diffusion = random_latents(2), LatentDiffusion(pipe)
+    assert torch.equal(diffusion.score(latents.numpy(), 20), diffusion.score(latents, 20))
+    assert torch.equal(diffusion.to_noise(latents.numpy(), num_steps=2), diffusion.to_noise(latents, num_steps=2))
+    ways = [diffusion.interpolate(*latents_of, 3, 2) for latents_of in (latents.split(1), np.split(latents.numpy(), 2))]
+    assert torch.equal(*ways)
+
+
 def test_double_precision_is_taken_on_the_cpu_where_a_device_has_none(pipe, monkeypatch):
     latents, designs = random_latents(2), torch.randint(0, 2, (2, 1, 8, 8), generator=torch.manual_seed(0)).float()
 

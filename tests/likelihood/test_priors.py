@@ -193,6 +193,17 @@ def test_a_chain_of_a_variance_that_the_network_would_have_to_learn_is_refused(p
             LatentLikelihood(pipe, AncestralPrior()).iwae(torch.zeros(1, 1, 8, 8))
 
 
+@pytest.mark.parametrize("base", [DDPMScheduler, VDMScheduler])
+def test_a_scheduler_derived_from_one_with_a_chain_has_that_chain(pipe, base):
+    derived = type("MyScheduler", (base,), {})
+    values = []
+    for cls in (base, derived):
+        pipe.scheduler = cls.from_config(pipe.scheduler.config, clip_sample=False)
+        likelihood = LatentLikelihood(pipe, AncestralPrior(num_steps=3))
+        values.append(likelihood.elbo(torch.zeros(1, 1, 8, 8), generator=torch.manual_seed(0)).log_likelihood)
+    assert torch.equal(*values)
+
+
 @pytest.mark.parametrize("cls", [DDPMScheduler, VDMScheduler])
 def test_more_steps_than_a_chain_has_are_refused(pipe, cls):
     pipe.scheduler = cls.from_config(pipe.scheduler.config, clip_sample=False)

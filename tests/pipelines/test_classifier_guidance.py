@@ -188,15 +188,18 @@ def test_a_scheduler_whose_guided_samples_would_miss_bayes_rule_is_refused(cls, 
 
 
 def test_options_of_another_class_in_a_configuration_do_not_change_a_schedulers_kind():
+    """Nor does a class derived from one that suits."""
     config = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++").config
+    derived = type("MyScheduler", (DDIMScheduler,), {})
     weights = []
-    for scheduler in (DDIMScheduler(), DDIMScheduler.from_config(config)):
+    for scheduler in (DDIMScheduler(), DDIMScheduler.from_config(config), derived()):
         scheduler.set_timesteps(10)
         guidance = ClassifierGuidance(lambda x, t: x.sum(1))
         weights.append(
             guidance(SimpleNamespace(scheduler=scheduler), 0, scheduler.timesteps[0], {"latents": torch.zeros(2, 1)})
         )
     assert torch.equal(weights[0]["latents"], weights[1]["latents"])
+    assert torch.equal(weights[0]["latents"], weights[2]["latents"])
 
 
 def test_what_cannot_be_guided_is_named():
