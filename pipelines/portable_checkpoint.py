@@ -15,7 +15,6 @@ This file travels inside checkpoints.
 """
 
 import contextlib
-import errno
 import importlib.util
 import inspect
 import json
@@ -124,23 +123,25 @@ class PortableCheckpoint:
         code = _code_of(self, include_custom_code)
         target = Path(save_directory)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if target.exists() and not target.is_dir():
-                raise NotADirectoryError(f"{target} is a file")
-            staging = Path(tempfile.mkdtemp(prefix=f".unfinished-{target.name}-", dir=target.parent))
+            target.mkdir(parents=True, exist_ok=True)
+            before = _files_below(target)
+            staging = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target))
         except OSError as error:
             raise ValueError(f"save_directory must be a folder that can be written, got {target}: {error}") from error
         try:
             super().save_pretrained(staging, variant=variant, max_shard_size=max_shard_size)  # type: ignore[misc]
             _ship_code(code, staging)
             _forget_origin(staging)
-            before, written = _files_below(target), _files_below(staging)
+            written = _files_below(staging)
             for name in sorted(written, key=lambda name: name == _INDEX):  # the index last: it names the rest
-                _move(staging / name, target / name)
+                (target / name).parent.mkdir(exist_ok=True)
+                os.replace(staging / name, target / name)
             for name in _stale_weights(before, written):
                 (target / name).unlink()
         finally:
             shutil.rmtree(staging)
+            with contextlib.suppress(OSError):  # it has files, unless nothing could be saved
+                target.rmdir()
         if push_to_hub:  # not by the base class, which uploads before the code is there
             options = {"repo_id": target.absolute().name, "include_custom_code": include_custom_code, **push_options}
             self.push_to_hub(variant=variant, max_shard_size=max_shard_size, **options)
@@ -293,6 +294,7 @@ def upload_checkpoint(
             token=token,
             create_pr=create_pr,
             revision=revision,
+            ignore_patterns=".unfinished-*",  # what a kill has left
             delete_patterns=_stale_weights(there, _files_below(Path(folder))) or None,
         )
     return commit.commit_url
@@ -397,19 +399,6 @@ def _stale_weights(there: Iterable[str], written: Iterable[str]) -> list[str]:
     written = set(written)
     replaced = {kind(name) for name in written} - {None}
     return [name for name in there if name not in written and kind(name) in replaced]
-
-
-def _move(source: Path, target: Path) -> None:
-    """Moves a file in one step, also to another file system."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.replace(source, target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        beside = target.with_name(f".unfinished-{target.name}")
-        shutil.copyfile(source, beside)
-        os.replace(beside, target)
 
 
 def _checked_index(folder: Path) -> dict[str, Any]:

@@ -105,22 +105,7 @@ def saved_through_a_link(pipe, target: Path, link: Path) -> None:
     assert files_of(target) == files_of(link.parent / "new")
 
 
-def test_a_link_to_another_file_system_is_written_through(pipe, tmp_path, monkeypatch):
-    replace, refused = os.replace, []
-
-    def within_a_folder(source, target):
-        if Path(source).parent.resolve() != Path(target).parent.resolve():
-            refused.append(target)
-            raise OSError(errno.EXDEV, "Invalid cross-device link")
-        replace(source, target)
-
-    monkeypatch.setattr("mechdiffusers.pipelines.portable_checkpoint.os.replace", within_a_folder)
-    (tmp_path / "elsewhere").mkdir()
-    saved_through_a_link(pipe, tmp_path / "elsewhere", tmp_path / "link")
-    assert refused
-
-
-def test_a_link_to_the_memory_of_this_machine_is_written_through(pipe, tmp_path):
+def test_a_link_to_another_file_system_is_written_through(pipe, tmp_path):
     memory = Path("/dev/shm")
     if not os.access(memory, os.W_OK) or memory.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("needs /dev/shm, on another file system than the tests")
@@ -135,7 +120,7 @@ def test_other_failures_to_move_a_file_are_not_hidden_and_leave_nothing_unfinish
     monkeypatch.setattr("mechdiffusers.pipelines.portable_checkpoint.os.replace", full)
     with pytest.raises(OSError, match="No space left"):
         pipe.save_pretrained(tmp_path / "checkpoint")
-    assert not list(tmp_path.glob(".unfinished*"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("after", [{}, {"max_shard_size": "6KB"}])

@@ -157,6 +157,14 @@ def test_publishing_again_replaces_the_card(hub, run):
     assert b"0.0625" in commits[2].files["README.md"]
 
 
+def test_what_a_killed_save_has_left_is_not_published(hub, run):
+    left = run / "pipeline" / ".unfinished-abc" / "unet" / "diffusion_pytorch_model.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    publish(run, REPO)
+    assert not [name for name in hub.repositories[REPO].branches["main"][-1].files if "unfinished" in name]
+
+
 @pytest.mark.parametrize(
     "part", ["config.yaml", "metrics.json", "pipeline/model_index.json", "validation/denoiser-*.png"]
 )
